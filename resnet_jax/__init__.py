@@ -1,1 +1,40 @@
-"""Deep residual learning (He et al. 2015) in JAX and Flax."""
+"""Deep residual learning (He et al. 2015) in JAX and Flax.
+
+``create_model`` and ``list_models`` need jax and flax alone; ``train`` and
+``evaluate`` import the data and checkpoint libraries when they are first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from resnet_jax.errors import UserError
+from resnet_jax.models import create_model, list_models
+
+if TYPE_CHECKING:
+    from resnet_jax.config import default_config, load_config
+    from resnet_jax.training.evaluate import evaluate
+    from resnet_jax.training.loop import train
+
+__all__ = [
+    "UserError",
+    "create_model",
+    "default_config",
+    "evaluate",
+    "list_models",
+    "load_config",
+    "train",
+]
+
+_LAZY = {
+    "default_config": "resnet_jax.config",
+    "load_config": "resnet_jax.config",
+    "train": "resnet_jax.training.loop",
+    "evaluate": "resnet_jax.training.evaluate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,23 @@
+"""ResNet-20 on scikit-learn's 1,797 handwritten digits: the main job in a minute.
+
+resnet-jax train --config configs/digits.py --workdir runs/digits
+"""
+
+from resnet_jax.config import default_config
+
+
+def get_config(net="cifar_resnet20"):
+    """The config of a run; ``net`` is a name of resnet_jax.list_models()."""
+    config = default_config()
+    config.model.name = net
+    config.data.name = "digits"
+    config.augmentation.pad = 1
+    config.optimizer.learning_rate = 0.1
+    config.schedule.kind = "cosine"
+    config.schedule.warmup_steps = 20
+    config.training.steps = 400
+    config.training.global_batch_size = 128
+    config.training.log_every_steps = 10
+    config.evaluation.every_steps = 40
+    config.checkpoint.every_steps = 40
+    return config

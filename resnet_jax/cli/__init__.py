@@ -1,0 +1,47 @@
+"""The command ``resnet-jax``: each subcommand is one call of a public function."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from resnet_jax.errors import UserError
+
+_DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
+
+  resnet-jax train --config configs/digits.py --workdir runs/digits
+  resnet-jax evaluate --workdir runs/digits
+  resnet-jax benchmark step --model cifar_resnet20 --batch 128
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit status: 0, 1 for a fault, 130 stopped."""
+    from resnet_jax.cli import benchmark, evaluate, train
+
+    parser = argparse.ArgumentParser(
+        prog="resnet-jax",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (train, evaluate, benchmark):
+        module.add_parser(commands)
+    # Overrides of config fields have names that argparse cannot list.
+    options, rest = parser.parse_known_args(
+        sys.argv[1:] if arguments is None else arguments
+    )
+    if rest and not getattr(options, "takes_overrides", False):
+        parser.error(f"unknown argument {rest[0]}")
+    options.rest = rest
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"resnet-jax: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "resnet-jax: stopped; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 130
+    return 0

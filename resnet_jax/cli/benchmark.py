@@ -1,0 +1,44 @@
+"""``resnet-jax benchmark``."""
+
+import argparse
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand to the parser of ``resnet-jax``."""
+    parser = commands.add_parser("benchmark", help="measure speed on this machine")
+    kinds = parser.add_subparsers(metavar="KIND", required=True)
+    step = kinds.add_parser(
+        "step",
+        help="the training step on random images that lie on the device",
+        description="Times the jitted training step: forward, backward, optimizer, "
+        "normalisation and, for a CIFAR net, crop and flip. Medians; the compilation "
+        "is told apart.",
+    )
+    step.add_argument("--model", default="cifar_resnet20", metavar="NAME")
+    step.add_argument("--batch", type=int, default=128, metavar="N")
+    step.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the images (default: the net's own)",
+    )
+    step.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    step.add_argument(
+        "--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)"
+    )
+    step.add_argument("--json", metavar="FILE", help="also write the result here")
+    step.set_defaults(run=_run_step)
+
+
+def _run_step(options: argparse.Namespace) -> None:
+    from resnet_jax.training.benchmark import benchmark_step
+
+    benchmark_step(
+        options.model,
+        batch_size=options.batch,
+        image_size=options.image_size,
+        dtype=options.dtype,
+        steps=options.steps,
+        json_path=options.json,
+    )

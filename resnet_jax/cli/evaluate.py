@@ -1,0 +1,62 @@
+"""``resnet-jax evaluate``."""
+
+import argparse
+from typing import Any
+
+_DESCRIPTION = """Evaluate a checkpoint of a run on a whole split.
+
+Every example is counted once, whatever the batch size. The last checkpoint is what a
+run reports; the best one was chosen on a held-out part of the training set.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand to the parser of ``resnet-jax``."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="evaluate a checkpoint of a run",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="the run's folder"
+    )
+    parser.add_argument(
+        "--split",
+        default="test",
+        choices=("test", "holdout", "train"),
+        help="what to evaluate on (default: test)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="last",
+        type=_checkpoint,
+        metavar="last|best|STEP",
+        help="which checkpoint (default: last)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="examples a batch (default: the config's); changes no result",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _checkpoint(text: str) -> int | str:
+    if text in ("last", "best"):
+        return text
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"last, best or a step, not {text!r}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from resnet_jax.training.evaluate import evaluate
+
+    evaluate(
+        options.workdir,
+        split=options.split,
+        checkpoint=options.checkpoint,
+        batch_size=options.batch_size,
+    )

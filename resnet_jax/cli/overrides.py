@@ -1,0 +1,44 @@
+"""``--config.FIELD=VALUE`` on a command line, and the fields' help."""
+
+import textwrap
+from collections.abc import Sequence
+
+from resnet_jax.config import describe_type, fields
+from resnet_jax.errors import UserError
+
+_PREFIX = "--config."
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """Dotted field name to text, from what argparse left over.
+
+    Raises:
+      UserError: an argument is no override, or has no value.
+    """
+    overrides = {}
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith(_PREFIX):
+            raise UserError(f"unknown argument {argument}; see --help")
+        name, equals, text = argument.removeprefix(_PREFIX).partition("=")
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                raise UserError(f"{argument} needs a value: {argument}=VALUE")
+            text = waiting.pop(0)
+        overrides[name] = text
+    return overrides
+
+
+def fields_help() -> str:
+    """Every field with its type, default and meaning, for --help."""
+    lines = ["config fields (--config.FIELD=VALUE):"]
+    for field in fields().values():
+        kind = describe_type(field.annotation)
+        if field.choices:
+            kind = " | ".join(field.choices)
+        lines.append(f"  {field.name} = {field.default}  ({kind})")
+        lines += textwrap.wrap(
+            field.meaning, 78, initial_indent="      ", subsequent_indent="      "
+        )
+    return "\n".join(lines)

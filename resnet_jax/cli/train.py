@@ -1,0 +1,57 @@
+"""``resnet-jax train``."""
+
+import argparse
+from typing import Any
+
+from resnet_jax.cli.overrides import fields_help, parse_overrides
+from resnet_jax.errors import UserError
+
+_DESCRIPTION = """Train a net as a config file says, in a workdir.
+
+The same command on an unfinished workdir goes on where the run was stopped, bit for
+bit; on a finished one it prints the result. Any field may be overridden:
+
+  resnet-jax train --config configs/cifar10.py:cifar_resnet56 --workdir runs/r56 \\
+      --config.optimizer.learning_rate=0.05 --config.training.steps=200
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand to the parser of ``resnet-jax``."""
+    parser = commands.add_parser(
+        "train",
+        help="train a net from a config file, or go on with it",
+        description=_DESCRIPTION,
+        epilog=fields_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE.py[:ARG]",
+        help="config file and its argument; may be left out to go on with a workdir",
+    )
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="the run's folder"
+    )
+    parser.set_defaults(run=_run, takes_overrides=True)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from resnet_jax.config import load_config
+    from resnet_jax.workdir import Workdir
+
+    overrides = parse_overrides(options.rest)
+    if options.config is not None:
+        config = load_config(options.config, overrides)
+    else:
+        present = Workdir(options.workdir).read_config()
+        if present is None or overrides:
+            raise UserError(
+                "give --config FILE.py: it may be left out only to go on with the "
+                "run of a workdir, unchanged"
+            )
+        config = present
+    from resnet_jax.training.loop import train
+
+    train(config, options.workdir)

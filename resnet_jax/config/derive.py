@@ -1,0 +1,71 @@
+"""What follows from a config and the size of its training set."""
+
+import dataclasses
+import math
+
+from resnet_jax.config.schema import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """What follows from a config and the size of its training set.
+
+    Attributes:
+      training_examples: examples trained on, the held-out part taken off.
+      global_batch_size: examples a step.
+      steps_per_epoch: not a whole number where the batch does not divide the set:
+        a batch may span two epochs, and no example is dropped.
+      steps, epochs: length of the run.
+      boundaries: completed steps at which the learning rate falls.
+      warmup_steps: steps of a linear warm-up.
+      evaluate_every, checkpoint_every: in steps.
+    """
+
+    training_examples: int
+    global_batch_size: int
+    steps_per_epoch: float
+    steps: int
+    epochs: float
+    boundaries: tuple[int, ...]
+    warmup_steps: int
+    evaluate_every: int
+    checkpoint_every: int
+
+    def notes(self) -> list[str]:
+        """Sentences on what is valid and yet may surprise."""
+        return [
+            f"note: the learning rate never falls at step {boundary}: the run ends "
+            f"at step {self.steps}"
+            for boundary in self.boundaries
+            if boundary >= self.steps
+        ]
+
+
+def derive(config: Config, training_examples: int) -> Derived:
+    """Counts a run's steps; see ``Derived``."""
+    batch = config.training.global_batch_size
+    per_epoch = training_examples / batch
+    schedule = config.schedule
+
+    def in_steps(epochs: float) -> int:
+        return max(1, math.ceil(round(epochs * per_epoch, 6)))
+
+    steps = config.training.steps or in_steps(config.training.epochs or 0)
+    if schedule.boundaries_epochs is not None:
+        boundaries = tuple(in_steps(epoch) for epoch in schedule.boundaries_epochs)
+    else:
+        boundaries = schedule.boundaries_steps or ()
+    warmup = schedule.warmup_steps or (
+        in_steps(schedule.warmup_epochs) if schedule.warmup_epochs else 0
+    )
+    return Derived(
+        training_examples=training_examples,
+        global_batch_size=batch,
+        steps_per_epoch=per_epoch,
+        steps=steps,
+        epochs=steps / per_epoch,
+        boundaries=boundaries,
+        warmup_steps=warmup,
+        evaluate_every=config.evaluation.every_steps or in_steps(1),
+        checkpoint_every=config.checkpoint.every_steps or in_steps(1),
+    )

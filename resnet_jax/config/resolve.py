@@ -1,0 +1,308 @@
+"""From a config file, a command line or a dictionary to a valid ``Config``.
+
+Whatever is wrong is said in one sentence, before any device is touched.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.config.schema import (
+    Config,
+    Field,
+    describe_type,
+    fields,
+    flatten,
+)
+from resnet_jax.errors import UserError
+from resnet_jax.models.catalog import create_model
+
+
+def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
+    """Reads a config file and resolves it.
+
+    Args:
+      spec: ``PATH`` or ``PATH:ARG``; the file defines ``get_config(arg)``.
+      overrides: dotted field names to values as text, as on the command line.
+
+    Raises:
+      UserError: the file or a value is wrong.
+    """
+    config = _run_config_file(spec)
+    for name, text in (overrides or {}).items():
+        field = _known_field(name)
+        target = config
+        *sections, key = name.split(".")
+        for section in sections:
+            target = target[section]
+        target[key] = _parse(field, text)
+    return resolve(config)
+
+
+def resolve(config: Any) -> Config:
+    """The typed, valid config of a run.
+
+    Args:
+      config: a ConfigDict, a nested dictionary or a Config.
+
+    Raises:
+      UserError: an unknown field, a wrong type, a value out of range or a
+        contradiction, in one sentence.
+    """
+    given = flatten(config)
+    for name in given:
+        _known_field(name)
+    values = {
+        name: _checked(field, given.get(name, field.default))
+        for name, field in fields().items()
+    }
+    resolved = _build(Config, values)
+    _refuse_contradictions(resolved)
+    return resolved
+
+
+def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """A (nested) dataclass from dotted names and values."""
+    return cls(
+        **{
+            field.name: _build(field.type, values, f"{prefix}{field.name}.")
+            if dataclasses.is_dataclass(field.type)
+            else values[prefix + field.name]
+            for field in dataclasses.fields(cls)
+        }
+    )
+
+
+def _run_config_file(spec: str) -> Any:
+    import ml_collections
+
+    before, _, arg = spec.partition(".py:")
+    path = Path(before + ".py" if arg else spec)
+    if not path.is_file():
+        raise UserError(
+            f"config file {path} does not exist; give the path of a file such as "
+            "configs/digits.py or configs/cifar10.py:cifar_resnet56"
+        )
+    module_spec = importlib.util.spec_from_file_location("resnet_jax_config", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"config file {path} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        get_config = module.get_config
+        takes_arg = bool(inspect.signature(get_config).parameters)
+        if arg and not takes_arg:
+            raise UserError(f"{path}: its get_config takes no argument, not {arg!r}")
+        config = get_config(arg) if arg else get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        message = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: {type(error).__name__}: {message}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(
+            f"{path}: get_config must return a ConfigDict made by default_config(), "
+            f"not {type(config).__name__}"
+        )
+    return config
+
+
+def _known_field(name: str) -> Field:
+    schema = fields()
+    if name in schema:
+        return schema[name]
+    inside = [known for known in schema if known.startswith(name + ".")]
+    if inside:
+        raise UserError(
+            f"config field {name} is a section; set one of {', '.join(inside)}"
+        )
+    last = name.rsplit(".", 1)[-1]
+    same_key = [known for known in schema if known.rsplit(".", 1)[-1] == last]
+    close = same_key or difflib.get_close_matches(name, schema, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else "see resnet-jax train --help"
+    raise UserError(f"unknown config field {name}; {hint}")
+
+
+def _parse(field: Field, text: str) -> Any:
+    """A value of the command line; only its text form is resolved here."""
+    if text == "None":
+        return None
+    if "bool" in str(field.annotation) and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if "str" in str(field.annotation):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    if "tuple" in str(field.annotation) and not isinstance(value, (tuple, list)):
+        value = (value,)
+    if "int" in str(field.annotation):
+        value = _integral(value)
+    return value
+
+
+def _integral(value: Any) -> Any:
+    """64e3, which Python reads as a float, as the integer it is."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_integral(item) for item in value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _checked(field: Field, value: Any) -> Any:
+    converted = _converted(field.annotation, value)
+    if converted is _WRONG:
+        raise UserError(
+            f"config field {field.name} takes {describe_type(field.annotation)}, "
+            f"not {value!r}"
+        )
+    if field.choices and converted is not None and converted not in field.choices:
+        close = difflib.get_close_matches(str(converted), field.choices, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(
+            f"config field {field.name} is one of {', '.join(field.choices)}, "
+            f"not {converted!r}{hint}"
+        )
+    if isinstance(converted, (int, float)) and not isinstance(converted, bool):
+        if not math.isfinite(converted):
+            raise UserError(f"config field {field.name} must be finite, not {value}")
+        if field.at_least is not None and converted < field.at_least:
+            raise UserError(
+                f"config field {field.name} must be at least {field.at_least}, "
+                f"not {converted}"
+            )
+        if field.below is not None and converted >= field.below:
+            raise UserError(
+                f"config field {field.name} must be below {field.below}, "
+                f"not {converted}"
+            )
+    return converted
+
+
+_WRONG = object()
+
+
+def _converted(annotation: Any, value: Any) -> Any:
+    """The value in the annotated type, or _WRONG; nothing is guessed."""
+    if isinstance(annotation, types.UnionType):
+        inner, _ = typing.get_args(annotation)
+        return None if value is None else _converted(inner, value)
+    if typing.get_origin(annotation) is tuple:
+        if not isinstance(value, (tuple, list)):
+            return _WRONG
+        items = [_converted(typing.get_args(annotation)[0], item) for item in value]
+        return _WRONG if _WRONG in items else tuple(items)
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, annotation) and (
+        annotation is bool or not isinstance(value, bool)
+    ):
+        return value
+    return _WRONG
+
+
+def _refuse_contradictions(config: Config) -> None:
+    """Raises UserError where fields contradict each other."""
+    # Unknown names and options are the catalog's to refuse.
+    create_model(config.model.name, shortcut=config.model.shortcut)
+    _refuse_durations(config)
+    _refuse_schedule(config)
+    _refuse_data(config)
+    batch, groups = config.training.global_batch_size, config.model.batch_norm_groups
+    if batch % groups:
+        raise UserError(
+            f"model.batch_norm_groups={groups} does not divide "
+            f"training.global_batch_size={batch}"
+        )
+    if config.optimizer.nesterov and not config.optimizer.momentum:
+        raise UserError("optimizer.nesterov needs optimizer.momentum above 0")
+    if config.checkpoint.best and not config.data.holdout_examples:
+        raise UserError(
+            "checkpoint.best chooses by the held-out error, never on the test set: "
+            "set data.holdout_examples"
+        )
+
+
+def _refuse_durations(config: Config) -> None:
+    training, schedule = config.training, config.schedule
+    if training.steps is not None and training.epochs is not None:
+        raise UserError(
+            f"training.steps={training.steps} and training.epochs={training.epochs:g} "
+            "are both set; give one and set the other to None"
+        )
+    if training.steps is None and not training.epochs:
+        raise UserError("set training.steps or training.epochs: the length of the run")
+    unit, other = (
+        ("steps", "epochs") if training.epochs is None else ("epochs", "steps")
+    )
+    for name in ("boundaries", "warmup"):
+        if getattr(schedule, f"{name}_{other}") is not None:
+            raise UserError(
+                f"schedule.{name}_{other} is set, but the run's length is given in "
+                f"{unit}; use schedule.{name}_{unit}: one unit a run"
+            )
+
+
+def _refuse_schedule(config: Config) -> None:
+    schedule = config.schedule
+    boundaries = schedule.boundaries_steps or schedule.boundaries_epochs
+    if (schedule.kind == "piecewise") != bool(boundaries):
+        raise UserError(
+            f"schedule.kind={schedule.kind} and schedule boundaries {boundaries} "
+            "contradict each other: piecewise needs boundaries, other kinds take none"
+        )
+    if boundaries and list(boundaries) != sorted(set(boundaries)):
+        raise UserError(f"schedule boundaries must increase, not {boundaries}")
+    by_error = (schedule.warmup_learning_rate, schedule.warmup_until_error)
+    if (by_error[0] is None) != (by_error[1] is None):
+        raise UserError(
+            "schedule.warmup_learning_rate and schedule.warmup_until_error go "
+            "together: set both or neither"
+        )
+    if by_error[0] is not None and (schedule.warmup_steps or schedule.warmup_epochs):
+        raise UserError(
+            "schedule has a linear warm-up and one by the training error; give one"
+        )
+    if schedule.kind == "plateau" and not config.data.holdout_examples:
+        raise UserError(
+            "schedule.kind=plateau watches the held-out error, never the test set: "
+            "set data.holdout_examples"
+        )
+
+
+def _refuse_data(config: Config) -> None:
+    data, augmentation = config.data, config.augmentation
+    sides = augmentation.shorter_side
+    if sides is not None:
+        if len(sides) != 2 or sides[0] > sides[1]:
+            raise UserError(f"augmentation.shorter_side is (low, high), not {sides}")
+        if data.image_size is None or sides[0] < data.image_size:
+            raise UserError(
+                f"augmentation.shorter_side={sides} needs data.image_size, and no side "
+                f"below it; data.image_size is {data.image_size}"
+            )
+        if augmentation.pad:
+            raise UserError(
+                "augmentation.shorter_side and augmentation.pad are two ways to crop; "
+                "give one"
+            )
+        if data.resident:
+            raise UserError(
+                "augmentation.shorter_side crops on the host, image by image: "
+                "data.resident cannot be true"
+            )
+    if data.eval_shorter_side is not None and (
+        data.image_size is None or data.eval_shorter_side < data.image_size
+    ):
+        raise UserError(
+            f"data.eval_shorter_side={data.eval_shorter_side} needs a data.image_size "
+            f"that is not larger; it is {data.image_size}"
+        )

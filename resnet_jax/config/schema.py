@@ -1,0 +1,310 @@
+"""The schema of a run: every field, its default and its meaning."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from resnet_jax.models import shortcuts
+from resnet_jax.models.catalog import STRIDE_VERSIONS
+
+if TYPE_CHECKING:
+    import ml_collections
+
+NORMALIZATIONS = ("per_pixel_mean", "per_channel", "none")
+SCHEDULES = ("constant", "piecewise", "cosine", "plateau")
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    operational: bool = False,
+) -> Any:
+    """A field of the schema.
+
+    Args:
+      default: its default; None in an optional field means what ``meaning`` says.
+      meaning: one line of documentation.
+      choices: the valid strings.
+      at_least: the smallest valid number.
+      below: valid numbers are smaller than this.
+      operational: it changes where or how fast a run happens and not its result, so
+        that it may change when a run goes on.
+    """
+    metadata = {
+        "meaning": meaning,
+        "choices": choices,
+        "at_least": at_least,
+        "below": below,
+        "operational": operational,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The net."""
+
+    name: str = option("cifar_resnet20", "a name of resnet_jax.list_models()")
+    shortcut: str | None = option(
+        None, "A, B, C or none; None: the net's own", choices=tuple(shortcuts.BY_NAME)
+    )
+    stride_version: str = option(
+        "v1.5",
+        "where a bottleneck strides: v1 the first 1x1 (paper), v1.5 the 3x3",
+        choices=STRIDE_VERSIONS,
+    )
+    dtype: str = option(
+        "float32",
+        "dtype of convolutions and maps; all else is float32",
+        choices=("float32", "bfloat16"),
+    )
+    batch_norm_groups: int = option(
+        1, "parts of the global batch with statistics of their own", at_least=1
+    )
+    batch_norm_momentum: float = option(
+        0.9, "decay of the running statistics (torch's 0.1 is 0.9)", at_least=0, below=1
+    )
+    batch_norm_epsilon: float = option(1e-5, "added to the variance", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data set and its preparation."""
+
+    name: str = option("digits", "a tfds name; with a path, the name in reports")
+    path: str | None = option(
+        None,
+        "folder of train/CLASS/IMAGE, CIFAR binary or idx files; None: tfds",
+        operational=True,
+    )
+    data_dir: str | None = option(
+        None,
+        "where tfds data sets are prepared; None: ~/tensorflow_datasets",
+        operational=True,
+    )
+    train_split: str = option("train", "split or subfolder to train on")
+    test_split: str = option("test", "split or subfolder for the reported error")
+    holdout_examples: int = option(
+        0, "training examples kept aside for choosing, never trained on", at_least=0
+    )
+    image_size: int | None = option(
+        None, "side of the net's input; None: as stored", at_least=1
+    )
+    eval_shorter_side: int | None = option(
+        None,
+        "shorter side before the centre crop of evaluation; None: image_size",
+        at_least=1,
+    )
+    normalization: str = option(
+        "per_pixel_mean",
+        "of pixels in [0, 1]: subtract the training set's mean image; or its channels' "
+        "mean and divide by their standard deviation; or nothing",
+        choices=NORMALIZATIONS,
+    )
+    statistics_examples: int | None = option(
+        None, "training images the statistics are taken over; None: all", at_least=1
+    )
+    resident: bool | None = option(
+        None,
+        "keep the whole data set on the device; None: if it fits resident_mib",
+        operational=True,
+    )
+    resident_mib: int = option(
+        1024, "size up to which a data set is kept there", at_least=0, operational=True
+    )
+    num_threads: int = option(
+        16, "threads that read and decode", at_least=1, operational=True
+    )
+    prefetch_batches: int = option(
+        4, "batches made ahead of the step", at_least=1, operational=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationConfig:
+    """Random changes of the training images."""
+
+    pad: int = option(0, "zero pixels a side before a random crop", at_least=0)
+    flip: bool = option(False, "mirror half of the images")
+    shorter_side: tuple[int, ...] | None = option(
+        None, "(low, high): shorter side drawn from it before a random crop"
+    )
+    color_noise: float = option(
+        0.0, "standard deviation of the PCA colour noise (AlexNet's: 0.1)", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Stochastic gradient descent as in the paper."""
+
+    learning_rate: float = option(0.1, "its highest value", at_least=0)
+    momentum: float = option(0.9, "decay of the velocity", at_least=0, below=1)
+    nesterov: bool = option(False, "Nesterov's momentum (the paper: no)")
+    weight_decay: float = option(
+        1e-4, "times each parameter, added to its gradient", at_least=0
+    )
+    ema_decay: float | None = option(
+        None,
+        "also average parameters and statistics with this decay, and evaluate those",
+        at_least=0,
+        below=1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over time."""
+
+    kind: str = option("constant", "how the rate falls", choices=SCHEDULES)
+    boundaries_steps: tuple[int, ...] | None = option(
+        None, "piecewise: completed steps at which the rate is multiplied by factor"
+    )
+    boundaries_epochs: tuple[float, ...] | None = option(
+        None, "piecewise: the same in epochs"
+    )
+    factor: float = option(0.1, "piecewise, plateau: the multiplier", at_least=0)
+    warmup_steps: int | None = option(
+        None, "the rate rises linearly from zero over these steps", at_least=1
+    )
+    warmup_epochs: float | None = option(None, "the same in epochs", at_least=0)
+    warmup_learning_rate: float | None = option(
+        None, "rate until the training error is below warmup_until_error", at_least=0
+    )
+    warmup_until_error: float | None = option(
+        None, "training error that ends that warm-up for good", at_least=0, below=1
+    )
+    warmup_error_decay: float = option(
+        0.9, "decay of the average of batch errors compared", at_least=0, below=1
+    )
+    plateau_patience: int = option(
+        5, "plateau: evaluations without a better held-out error", at_least=1
+    )
+    plateau_min_improvement: float = option(
+        0.001, "plateau: how much lower an error must be to count", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The length of a run."""
+
+    steps: int | None = option(None, "optimizer steps", at_least=1)
+    epochs: float | None = option(None, "passes over the training set", at_least=0)
+    global_batch_size: int = option(
+        128, "examples a step, over all devices", at_least=1
+    )
+    log_every_steps: int = option(100, "steps a row of metrics.jsonl", at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation during training."""
+
+    every_steps: int | None = option(None, "None: once an epoch", at_least=1)
+    batch_size: int | None = option(
+        None, "examples a batch; None: global_batch_size", at_least=1, operational=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    every_steps: int | None = option(None, "None: once an epoch", at_least=1)
+    keep_last: int = option(2, "newest checkpoints kept", at_least=1)
+    keep_every_steps: int | None = option(
+        None, "also keep those at multiples of this many steps", at_least=1
+    )
+    best: bool = option(False, "also keep the one with the lowest held-out error")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run, resolved and valid."""
+
+    seed: int = option(0, "of initialisation, order and augmentation", at_least=0)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    augmentation: AugmentationConfig = dataclasses.field(
+        default_factory=AugmentationConfig
+    )
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of the schema, by its dotted name."""
+
+    name: str
+    annotation: Any
+    default: Any
+    meaning: str
+    choices: Sequence[str] | None
+    at_least: float | None
+    below: float | None
+    operational: bool
+
+
+def fields() -> dict[str, Field]:
+    """The schema: dotted name to field, in order."""
+
+    def walk(cls: type, prefix: str) -> Iterator[Field]:
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            name = prefix + field.name
+            if dataclasses.is_dataclass(hints[field.name]):
+                yield from walk(hints[field.name], name + ".")
+            else:
+                yield Field(name, hints[field.name], field.default, **field.metadata)
+
+    return {field.name: field for field in walk(Config, "")}
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """A Config, ConfigDict or nested dictionary as dotted name to value."""
+
+    def walk(mapping: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in mapping.items():
+            if hasattr(value, "items"):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    if isinstance(config, Config):
+        config = dataclasses.asdict(config)
+    return dict(walk(config, ""))
+
+
+def default_config() -> "ml_collections.ConfigDict":
+    """The defaults as a ConfigDict, for a config file to change."""
+    # Imported here: what reads a Config, the train step included, does without it.
+    import ml_collections
+
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False)
+
+
+def describe_type(annotation: Any) -> str:
+    """A field's type in words, for error sentences and the help."""
+    if isinstance(annotation, types.UnionType):
+        inner, _ = typing.get_args(annotation)
+        return f"{describe_type(inner)} or None"
+    if typing.get_origin(annotation) is tuple:
+        inner = typing.get_args(annotation)[0]
+        return f"a tuple of {'integers' if inner is int else 'numbers'}"
+    return {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "a string",
+    }[annotation]

@@ -1,0 +1,1 @@
+"""From files to batches: sources, decoding, order, feeds and device-side transforms."""

@@ -1,0 +1,64 @@
+"""Evaluation that counts every example exactly once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from resnet_jax import parallel
+from resnet_jax.data.feeds import Batch, Feed, gather
+from resnet_jax.data.transforms import PixelStatistics, normalize, to_unit
+from resnet_jax.evaluation.metrics import Sums, batch_sums, cross_entropy
+
+EvalStep = Callable[[Any, PixelStatistics, Batch | None, Batch], Sums]
+
+
+def make_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
+    """A jitted function of (variables, statistics, resident, batch) to ``Sums``."""
+
+    def eval_step(variables, statistics, resident, batch):
+        images, labels = gather(resident, batch)
+        images = normalize(to_unit(images), statistics)
+        logits: Any = model.apply(variables, images, train=False)
+        losses = cross_entropy(logits, labels)
+        return batch_sums(logits, labels, losses, batch["mask"])
+
+    same, cut = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    return jax.jit(eval_step, in_shardings=(same, same, same, cut), out_shardings=same)
+
+
+def evaluate_split(
+    eval_step: EvalStep,
+    variables: Any,
+    statistics: PixelStatistics,
+    feed: Feed,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Loss and error over every example of a feed; see ``Sums.summary``.
+
+    Args:
+      eval_step: made by ``make_eval_step``.
+      variables: params and batch_stats.
+      statistics: of the training pixels.
+      feed: the split.
+      batch_size: examples a batch; need not divide the split.
+
+    Raises:
+      RuntimeError: not every example was counted once, a fault of this library.
+    """
+    total = Sums.zeros()
+    for batch in feed.evaluation_batches(batch_size):
+        total = total + eval_step(variables, statistics, feed.resident, batch)
+    summary = total.summary()
+    if summary["count"] != feed.num_examples:
+        raise RuntimeError(
+            f"evaluation counted {summary['count']} of {feed.num_examples} examples"
+        )
+    return summary
+
+
+def describe_error(name: str, errors: int, count: int) -> str:
+    """An error in percent with its counts: ``test error 1.94 % (7 of 360)``."""
+    return f"{name} error {100 * errors / count:.2f} % ({errors} of {count})"

@@ -1,0 +1,77 @@
+"""Metrics as sums with their count, so that means over any batches are exact."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@flax.struct.dataclass
+class Sums:
+    """Sums over examples.
+
+    Attributes:
+      loss: of the cross-entropies, float32.
+      errors: examples whose largest logit is not their label's, int32.
+      top5_errors: examples whose label is not among the five largest, int32.
+      count: examples, int32.
+    """
+
+    loss: jax.Array
+    errors: jax.Array
+    top5_errors: jax.Array
+    count: jax.Array
+
+    @classmethod
+    def zeros(cls) -> "Sums":
+        """The sums over no example."""
+        # An array each: a donated state may not hold the same buffer twice.
+        return cls(jnp.zeros(()), *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return jax.tree.map(jnp.add, self, other)
+
+    def summary(self) -> dict[str, Any]:
+        """Means and counts as Python numbers: loss, error, top5_error, errors, count.
+
+        Waits for the devices.
+        """
+        sums = jax.device_get(self)
+        count = int(sums.count)
+        return {
+            "loss": float(sums.loss) / count,
+            "error": int(sums.errors) / count,
+            "top5_error": int(sums.top5_errors) / count,
+            "errors": int(sums.errors),
+            "count": count,
+        }
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Softmax cross-entropy of each example, float32 (n,)."""
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), labels
+    )
+
+
+def batch_sums(
+    logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Array
+) -> Sums:
+    """Sums over a batch: logits (n, k), labels, losses and a 0/1 mask (n,).
+
+    An example of mask 0 counts for nothing, whatever its values. A logit that is not
+    a number is an error.
+    """
+    real = mask > 0
+    wrong = jnp.argmax(logits, axis=-1) != labels
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    # Not "larger than": every logit beats a label's logit that is not a number.
+    rank = jnp.sum(~(logits <= own), axis=-1)
+    return Sums(
+        loss=jnp.sum(jnp.where(real, losses, 0.0)),
+        errors=jnp.sum(real & wrong, dtype=jnp.int32),
+        top5_errors=jnp.sum(real & (rank >= 5), dtype=jnp.int32),
+        count=jnp.sum(real, dtype=jnp.int32),
+    )

@@ -1,0 +1,213 @@
+"""Checkpoints with Orbax: asynchronous, complete and checked when they are read.
+
+A checkpoint is the state of the devices and, as JSON, all else that a run is: the
+config, the position in the data and the metrics so far. Beside them stand checksums
+of both, since a flipped bit on a disk is restored without a word otherwise.
+"""
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from resnet_jax.config.schema import CheckpointConfig
+from resnet_jax.errors import UserError
+from resnet_jax.training.state import TrainState
+
+Warn = Callable[[str], None]
+_HOLDOUT_ERROR = "holdout_error"
+
+
+class DivergedError(UserError):
+    """A number of the state is not finite."""
+
+
+class Checkpoints:
+    """The checkpoints of a workdir; a context manager that waits for the last save."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig):
+        """Opens the folder, making it where it is missing.
+
+        Args:
+          directory: absolute path.
+          config: what to keep.
+        """
+        kept: list[Any] = [policies.LatestN(config.keep_last)]
+        if config.keep_every_steps:
+            kept.append(policies.EveryNSteps(config.keep_every_steps))
+        if config.best:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=_holdout_error,
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(
+            directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                save_decision_policy=policies.FixedIntervalPolicy(1),
+                # Without it Orbax does not write the metrics down.
+                best_fn=_holdout_error,
+                best_mode="min",
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def save(
+        self, state: TrainState, content: dict[str, Any], holdout_error: float | None
+    ) -> None:
+        """Begins to save; returns once the state's buffers may be donated.
+
+        Args:
+          state: of the devices.
+          content: everything else, fit for JSON.
+          holdout_error: of this state, if it was evaluated.
+
+        Raises:
+          DivergedError: a parameter or statistic is not finite; nothing is saved.
+        """
+        step = int(state.step)
+        host_state = _on_host(state)
+        for name, leaf in host_state.items():
+            if name.startswith((".params", ".batch_stats", ".opt_state")) and not (
+                np.isfinite(leaf).all()
+            ):
+                raise DivergedError(f"{name} is not finite after step {step}")
+        text = json.dumps(content)
+        meta = {
+            "content": text,
+            "content_crc32": zlib.crc32(text.encode()),
+            "state_crc32": {name: _crc32(leaf) for name, leaf in host_state.items()},
+        }
+        metrics = None if holdout_error is None else {_HOLDOUT_ERROR: holdout_error}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+        )
+        self._manager.save(step, args=items, metrics=metrics)
+
+    def wait(self) -> None:
+        """Waits until all that was saved is on the disk."""
+        self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, increasing."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step of the lowest held-out error, if any was evaluated."""
+        return self._manager.best_step()
+
+    def restore(
+        self, step: int, abstract_state: TrainState
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The state and content of one checkpoint.
+
+        Args:
+          step: one of ``steps()``.
+          abstract_state: shapes, dtypes and shardings to restore to.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
+        )
+        try:
+            restored = self._manager.restore(step, args=items)
+            meta, state = restored["meta"], restored["state"]
+            text = meta["content"]
+            content_is_whole = zlib.crc32(text.encode()) == meta["content_crc32"]
+            checksums = {name: _crc32(leaf) for name, leaf in _on_host(state).items()}
+        except Exception as error:
+            # Whatever stands in a damaged file may come up as any exception.
+            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} is damaged: {reason}"
+            ) from error
+        changed = [
+            name for name, crc in checksums.items() if meta["state_crc32"][name] != crc
+        ]
+        if changed or not content_is_whole:
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} is damaged: "
+                f"{changed[0] if changed else 'its content'} differs from its checksum"
+            )
+        return state, json.loads(text)
+
+    def restore_newest(
+        self, abstract_state: TrainState, warn: Warn
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that is whole; None where there is none at all.
+
+        Damaged ones are named through ``warn`` and put aside, since their steps will
+        be saved again.
+
+        Raises:
+          UserError: there are checkpoints and all are damaged.
+        """
+        steps = self.steps()
+        damaged = []
+        for step in reversed(steps):
+            try:
+                restored = self.restore(step, abstract_state)
+            except UserError as error:
+                warn(f"{error}; trying the one before it")
+                damaged.append(step)
+                continue
+            for bad in damaged:
+                self._put_aside(bad, warn)
+            return restored
+        if steps:
+            raise UserError(
+                f"all checkpoints in {self._directory} are damaged; give another "
+                "workdir to start again, or delete this one"
+            )
+        return None
+
+    def _put_aside(self, step: int, warn: Warn) -> None:
+        source, target = (
+            self._directory / str(step),
+            self._directory / f"damaged-{step}",
+        )
+        if target.exists():
+            shutil.rmtree(target)
+        source.rename(target)
+        self._manager.reload()
+        warn(f"moved {source} to {target.name}; delete it when you have looked at it")
+
+
+def _holdout_error(metrics: dict[str, float]) -> float:
+    return metrics[_HOLDOUT_ERROR]
+
+
+def _on_host(state: Any) -> dict[str, np.ndarray]:
+    """Path to array; keys of random numbers as their words."""
+
+    def words(leaf: Any) -> Any:
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(words, state))
+    values = jax.device_get([leaf for _, leaf in leaves])
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    return dict(zip(names, values, strict=True))
+
+
+def _crc32(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())

@@ -1,0 +1,101 @@
+"""Evaluation of a run's checkpoint."""
+
+import os
+from typing import Any
+
+import rich.console
+
+from resnet_jax.errors import UserError
+from resnet_jax.evaluation.evaluator import describe_error, evaluate_split
+from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.training.loop import MANY_CLASSES
+from resnet_jax.training.progress import say
+from resnet_jax.training.setup import prepare
+from resnet_jax.workdir import Workdir
+
+
+def evaluate(
+    workdir: str | os.PathLike[str],
+    *,
+    split: str = "test",
+    checkpoint: int | str = "last",
+    batch_size: int | None = None,
+    console: rich.console.Console | None = None,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run on a whole split, every example once.
+
+    Args:
+      workdir: of ``train``.
+      split: "test", "holdout" or "train" (centre crops, running statistics).
+      checkpoint: "last", "best" (by the held-out error) or a step.
+      batch_size: examples a batch, the config's by default; changes no result.
+      console: where to print; standard output by default.
+
+    Returns:
+      loss, error, errors and count, with the step of the checkpoint.
+
+    Raises:
+      UserError: there is no such run, checkpoint or split.
+    """
+    console = console or rich.console.Console()
+    folder = Workdir(workdir)
+    config = folder.read_config()
+    if config is None:
+        raise UserError(
+            f"workdir {folder.path} holds no run (no config.json); train one with "
+            "resnet-jax train"
+        )
+    setup = prepare(config)
+    part = {
+        "train": setup.dataset.train,
+        "holdout": setup.dataset.holdout,
+        "test": setup.dataset.test,
+    }.get(split)
+    if part is None:
+        raise UserError(
+            f"there is no split {split!r}; choose test or train, or holdout where "
+            "data.holdout_examples is set"
+        )
+    if not folder.checkpoints.is_dir():
+        raise UserError(f"workdir {folder.path} holds no checkpoint yet")
+    with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
+        step = _find_step(checkpoints, checkpoint, folder)
+        state, _ = checkpoints.restore(step, setup.abstract_state())
+    size = batch_size or setup.evaluation_batch_size
+    size = -(-size // setup.mesh.size) * setup.mesh.size
+    summary = evaluate_split(
+        setup.eval_step(),
+        state.evaluation_variables(),
+        state.statistics,
+        setup.feed(part),
+        size,
+    )
+    say(console, f"checkpoint at step {step}, loss {summary['loss']:.4f}")
+    if setup.dataset.num_classes >= MANY_CLASSES:
+        say(console, f"{split} top-5 error {100 * summary['top5_error']:.2f} %")
+    else:
+        del summary["top5_error"]
+    say(console, describe_error(split, summary["errors"], summary["count"]))
+    return summary | {"step": step}
+
+
+def _find_step(checkpoints: Checkpoints, wanted: int | str, folder: Workdir) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"workdir {folder.path} holds no checkpoint yet")
+    if wanted == "last":
+        return steps[-1]
+    if wanted == "best":
+        best = checkpoints.best_step()
+        if best is None:
+            raise UserError(
+                f"the run in {folder.path} has no best checkpoint: it needs "
+                "data.holdout_examples and checkpoint.best"
+            )
+        return best
+    if wanted not in steps:
+        raise UserError(
+            f"there is no checkpoint at step {wanted}; there are "
+            f"{', '.join(map(str, steps))}"
+        )
+    return int(wanted)

@@ -1,0 +1,121 @@
+"""All that training and evaluation of a config share, built once."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from resnet_jax import parallel
+from resnet_jax.config import Config, Derived, derive
+from resnet_jax.data.dataset import Dataset, Split, open_dataset
+from resnet_jax.data.feeds import Feed, make_feed
+from resnet_jax.data.transforms import PixelStatistics
+from resnet_jax.evaluation.evaluator import EvalStep, make_eval_step
+from resnet_jax.models import create_model
+from resnet_jax.training.schedule import Schedule
+from resnet_jax.training.state import TrainState, init_state, make_optimizer
+from resnet_jax.training.step import TrainStep, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """The parts of a run; see ``prepare``."""
+
+    config: Config
+    dataset: Dataset
+    derived: Derived
+    mesh: Mesh
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Examples an evaluation batch, rounded up to divide over the devices."""
+        size = (
+            self.config.evaluation.batch_size or self.config.training.global_batch_size
+        )
+        return -(-size // self.mesh.size) * self.mesh.size
+
+    def feed(self, split: Split) -> Feed:
+        """Batches of a split on the devices."""
+        return make_feed(split, self.mesh, self.config.data, self.config.augmentation)
+
+    def train_step(self) -> TrainStep:
+        """The jitted training step."""
+        return make_train_step(
+            self.model,
+            self.optimizer,
+            self.schedule,
+            self.config.augmentation,
+            self.config.optimizer.ema_decay,
+            self.mesh,
+        )
+
+    def eval_step(self) -> EvalStep:
+        """The jitted evaluation step."""
+        return make_eval_step(self.model, self.mesh)
+
+    def fresh_state(self) -> TrainState:
+        """The state before the first step, on the devices."""
+        init = jax.jit(self._init, out_shardings=parallel.replicated(self.mesh))
+        return init(self.dataset.train.statistics())
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state; computes nothing."""
+        shape = self.dataset.train.statistics_shape()
+        pixels: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+        state = jax.eval_shape(self._init, PixelStatistics(mean=pixels, std=pixels))
+        sharding = parallel.replicated(self.mesh)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding
+            ),
+            state,
+        )
+
+    def _init(self, statistics: PixelStatistics) -> TrainState:
+        return init_state(
+            self.model,
+            self.optimizer,
+            self.schedule,
+            statistics,
+            image_shape=self.dataset.image_shape,
+            seed=self.config.seed,
+            averaged=self.config.optimizer.ema_decay is not None,
+        )
+
+
+def prepare(config: Config) -> Setup:
+    """Opens the data and builds the net, optimizer and schedule of a config.
+
+    Raises:
+      UserError: the data are missing, or the batch does not divide over the devices.
+    """
+    dataset = open_dataset(config)
+    mesh = parallel.data_mesh()
+    parallel.check_divides(config.training.global_batch_size, mesh)
+    derived = derive(config, len(dataset.train))
+    model = create_model(
+        config.model.name,
+        num_classes=dataset.num_classes,
+        shortcut=config.model.shortcut,
+        stride_version=config.model.stride_version,
+        batch_norm_groups=config.model.batch_norm_groups,
+        batch_norm_momentum=config.model.batch_norm_momentum,
+        batch_norm_epsilon=config.model.batch_norm_epsilon,
+        dtype=jnp.dtype(config.model.dtype),
+    )
+    return Setup(
+        config=config,
+        dataset=dataset,
+        derived=derived,
+        mesh=mesh,
+        model=model,
+        optimizer=make_optimizer(config.optimizer),
+        schedule=Schedule(config.optimizer, config.schedule, derived),
+    )

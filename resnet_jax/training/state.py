@@ -1,0 +1,88 @@
+"""The state of a run on the devices: all that a step changes."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from resnet_jax.config.schema import OptimizerConfig
+from resnet_jax.data.transforms import PixelStatistics
+from resnet_jax.evaluation.metrics import Sums
+from resnet_jax.training.schedule import Schedule, ScheduleState
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a checkpoint holds of the devices.
+
+    Attributes:
+      step: completed steps, int32.
+      params, batch_stats: the net's variables, float32.
+      opt_state: the optimizer's, float32.
+      ema: moving averages of params and batch_stats, or None.
+      schedule: what the learning rate remembers.
+      rng: the key of which each step folds in its number.
+      statistics: of the training pixels; with them the state can be evaluated alone.
+      sums: training metrics since the last row of metrics.jsonl.
+      first_bad_step: the first step whose loss was not finite, or -1.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+    schedule: ScheduleState
+    rng: jax.Array
+    statistics: PixelStatistics
+    sums: Sums
+    first_bad_step: jax.Array
+
+    def evaluation_variables(self) -> dict[str, Any]:
+        """The variables to evaluate: the averaged ones where there are any."""
+        if self.ema is not None:
+            return self.ema
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The paper's SGD up to its learning rate, by which the step multiplies.
+
+    Weight decay is added to the gradient of every parameter; the rate comes after the
+    momentum, as in Torch: v = m v + g + wd w, w -= rate v.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.trace(decay=config.momentum, nesterov=config.nesterov),
+    )
+
+
+def init_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    statistics: PixelStatistics,
+    image_shape: tuple[int, ...],
+    seed: int,
+    averaged: bool,
+) -> TrainState:
+    """The state before the first step; pure, and the same for the same seed."""
+    init_key, rng = jax.random.split(jax.random.key(seed))
+    variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    ema = {"params": params, "batch_stats": batch_stats} if averaged else None
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        ema=ema,
+        schedule=schedule.init(),
+        rng=rng,
+        statistics=statistics,
+        sums=Sums.zeros(),
+        first_bad_step=jnp.full((), -1, jnp.int32),
+    )
