@@ -15,9 +15,9 @@ def get_config(net="cifar_resnet20"):
     config.optimizer.learning_rate = 0.1
     config.schedule.kind = "cosine"
     config.schedule.warmup_steps = 20
-    config.training.steps = 400
+    config.training.steps = 600
     config.training.global_batch_size = 128
     config.training.log_every_steps = 10
-    config.evaluation.every_steps = 40
-    config.checkpoint.every_steps = 40
+    config.evaluation.every_steps = 50
+    config.checkpoint.every_steps = 50
     return config

@@ -8,13 +8,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from resnet_jax.errors import UserError
 
 
-def data_mesh() -> Mesh:
-    """All devices along one axis, ``data``, over which batches are cut.
+def data_mesh(num_devices: int | None = None) -> Mesh:
+    """Devices along one axis, ``data``, over which batches are cut; all by default.
 
     The axis is Auto: programs are written for the global batch, and the compiler
     places them.
     """
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    devices = jax.devices()[:num_devices]
+    return jax.make_mesh(
+        (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -108,7 +108,7 @@ class Workdir:
     def _read_json(self, path: Path) -> dict[str, Any] | None:
         try:
             return json.loads(path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise UserError(

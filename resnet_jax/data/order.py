@@ -17,7 +17,7 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     Made by sorting the raw words of a counter-based generator, whose stream NumPy
     guarantees never to change: an order can be had again in any later year.
     """
-    words = np.random.Philox(key=[seed, epoch]).random_raw(num_examples)
+    words = _philox(seed, epoch).random_raw(num_examples)
     order = np.argsort(words, kind="stable")
     order.flags.writeable = False
     return order
@@ -44,4 +44,8 @@ def examples_at(position: int, count: int, num_examples: int, seed: int) -> np.n
 def example_generator(position: int, seed: int) -> np.random.Generator:
     """The random numbers of one example's crop: of the seed and position alone."""
     # The high bit keeps the stream apart from those of the epochs' orders.
-    return np.random.Generator(np.random.Philox(key=[seed | 1 << 63, position]))
+    return np.random.Generator(_philox(seed | 1 << 63, position))
+
+
+def _philox(high: int, low: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([high, low], np.uint64))

@@ -7,6 +7,7 @@ name, read from ArrayRecord without TensorFlow.
 
 import contextlib
 import dataclasses
+import difflib
 import gzip
 import importlib.util
 import io
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from resnet_jax.config import Config
-from resnet_jax.errors import UserError, nearest
+from resnet_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -245,9 +246,11 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        hint = nearest(name, [digits.Digits.name, *_close_to(name, tfds)])
+        known = tfds.list_builders(with_community_datasets=False)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
-            f"there is no tfds data set {name}; {hint} For files of your own give "
+            f"there is no tfds data set {name}; {hint}For files of your own give "
             "data.path"
         ) from None
     if builder.is_prepared():
@@ -271,12 +274,6 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
             "set data.data_dir to a folder you can write to"
         ) from error
     return builder
-
-
-def _close_to(name: str, tfds: Any) -> list[str]:
-    import difflib
-
-    return difflib.get_close_matches(name, tfds.list_builders(), n=1, cutoff=0.5)
 
 
 def _has_tensorflow() -> bool:

@@ -90,14 +90,18 @@ class Setup:
         )
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, mesh: Mesh | None = None) -> Setup:
     """Opens the data and builds the net, optimizer and schedule of a config.
+
+    Args:
+      config: of the run.
+      mesh: the devices; all of them by default.
 
     Raises:
       UserError: the data are missing, or the batch does not divide over the devices.
     """
     dataset = open_dataset(config)
-    mesh = parallel.data_mesh()
+    mesh = mesh or parallel.data_mesh()
     parallel.check_divides(config.training.global_batch_size, mesh)
     derived = derive(config, len(dataset.train))
     model = create_model(

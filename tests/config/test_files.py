@@ -1,0 +1,77 @@
+"""The config files are the paper's recipes (section 3.4 and 4.2), typed out here."""
+
+import pytest
+
+from resnet_jax.config import derive, flatten, load_config
+from tests.conftest import REPOSITORY
+
+
+def config_of(spec):
+    return load_config(f"{REPOSITORY / 'configs'}/{spec}")
+
+
+PAPER_SGD = {
+    "optimizer.learning_rate": 0.1,
+    "optimizer.momentum": 0.9,
+    "optimizer.nesterov": False,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.ema_decay": None,
+    "augmentation.flip": True,
+    "data.normalization": "per_pixel_mean",
+    "schedule.factor": 0.1,
+}
+
+
+def test_cifar10_is_section_4_2():
+    values = flatten(config_of("cifar10.py:cifar_resnet56"))
+    expected = PAPER_SGD | {
+        "model.name": "cifar_resnet56",
+        "model.batch_norm_groups": 2,
+        "model.shortcut": None,  # the CIFAR nets' own is A
+        "training.steps": 64_000,
+        "training.global_batch_size": 128,
+        "schedule.kind": "piecewise",
+        "schedule.boundaries_steps": (32_000, 48_000),
+        "schedule.warmup_learning_rate": None,
+        "augmentation.pad": 4,
+        "data.holdout_examples": 0,
+    }
+    assert expected.items() <= values.items()
+
+
+def test_cifar10_warms_up_110_layers_alone():
+    values = flatten(config_of("cifar10.py:cifar_resnet110"))
+    assert values["schedule.warmup_learning_rate"] == 0.01
+    assert values["schedule.warmup_until_error"] == 0.8
+
+
+def test_cifar10_takes_164_epochs():
+    derived = derive(config_of("cifar10.py"), 50_000)
+    assert derived.epochs == pytest.approx(163.84)
+
+
+@pytest.mark.parametrize(
+    ("net", "shortcut"), [("resnet34", "A"), ("resnet50", None), ("plain34", None)]
+)
+def test_imagenet_is_section_3_4(net, shortcut):
+    values = flatten(config_of(f"imagenet.py:{net}"))
+    expected = PAPER_SGD | {
+        "model.name": net,
+        "model.shortcut": shortcut,
+        "model.stride_version": "v1",
+        "model.batch_norm_groups": 8,
+        "training.steps": 600_000,
+        "training.global_batch_size": 256,
+        "schedule.kind": "plateau",
+        "augmentation.shorter_side": (256, 480),
+        "augmentation.color_noise": 0.1,
+        "data.image_size": 224,
+        "data.eval_shorter_side": 256,
+    }
+    assert expected.items() <= values.items()
+    assert values["data.holdout_examples"] > 0
+
+
+@pytest.mark.parametrize("file", ["digits.py", "fashion_mnist.py"])
+def test_the_small_ones_resolve(file):
+    assert config_of(file).model.name == "cifar_resnet20"

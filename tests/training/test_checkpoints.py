@@ -1,0 +1,166 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resnet_jax import parallel
+from resnet_jax.config import resolve
+from resnet_jax.config.schema import CheckpointConfig
+from resnet_jax.errors import UserError
+from resnet_jax.training.checkpoints import Checkpoints, DivergedError
+from resnet_jax.training.setup import prepare
+from tests.conftest import make_tiny_config
+
+
+@pytest.fixture(scope="module")
+def setup(tfds_dir):
+    config = make_tiny_config(tfds_dir)
+    config.optimizer.ema_decay = 0.9
+    return prepare(resolve(config), parallel.data_mesh())
+
+
+def at_step(state, step):
+    return state.replace(
+        step=jnp.int32(step), params=jax.tree.map(lambda p: p + step, state.params)
+    )
+
+
+def save_steps(directory, setup, steps, holdout_errors=None, **config):
+    state = setup.fresh_state()
+    errors = holdout_errors or [None] * len(steps)
+    with Checkpoints(directory, CheckpointConfig(**config)) as checkpoints:
+        for step, error in zip(steps, errors):
+            checkpoints.save(at_step(state, step), {"rows": [{"step": step}]}, error)
+            checkpoints.wait()
+    return state
+
+
+def same(a, b):
+    def words(leaf):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        np.testing.assert_array_equal(words(x), words(y))
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path, setup):
+    state = save_steps(tmp_path, setup, [3])
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        restored, content = checkpoints.restore(3, setup.abstract_state())
+    same(restored, at_step(state, 3))
+    assert content == {"rows": [{"step": 3}]}
+    assert len(restored.params["head"]["kernel"].sharding.device_set) == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({"keep_last": 1}, [6]),
+        ({"keep_last": 2}, [5, 6]),
+        ({"keep_last": 1, "keep_every_steps": 2}, [2, 4, 6]),
+        ({"keep_last": 1, "best": True}, [3, 6]),
+    ],
+)
+def test_keeps_what_the_config_says(tmp_path, setup, config, kept):
+    errors = [0.5, 0.4, 0.1, 0.3, 0.2, 0.2]
+    save_steps(tmp_path, setup, [1, 2, 3, 4, 5, 6], errors, **config)
+    with Checkpoints(tmp_path, CheckpointConfig(**config)) as checkpoints:
+        assert checkpoints.steps() == kept
+        assert checkpoints.best_step() == (3 if config.get("best") else kept[-1])
+
+
+def largest_file(folder):
+    return max(
+        (f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
+    )
+
+
+def truncate(folder):
+    file = largest_file(folder)
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def flip_bits(folder):
+    """A byte in the middle of the arrays' own file."""
+    file = largest_file(folder)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    file.write_bytes(bytes(data))
+
+
+def empty(folder):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+
+def delete_arrays(folder):
+    largest_file(folder).unlink()
+
+
+def change_rows(folder):
+    file = folder / "meta" / "metadata"
+    text = file.read_text()
+    assert '\\"step\\": 2' in text
+    file.write_text(text.replace('\\"step\\": 2', '\\"step\\": 7'))
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_bits, empty, delete_arrays, change_rows]
+)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
+    tmp_path, setup, damage
+):
+    state = save_steps(tmp_path, setup, [1, 2])
+    damage(tmp_path / "2")
+    warnings = []
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        restored, content = checkpoints.restore_newest(
+            setup.abstract_state(), warnings.append
+        )
+        same(restored, at_step(state, 1))
+        assert content["rows"] == [{"step": 1}]
+        assert f"checkpoint {tmp_path / '2'} is damaged" in warnings[0]
+        assert "\n" not in warnings[0]
+        # The step can be saved again, and the damaged one is still there to look at.
+        checkpoints.save(at_step(state, 2), {"rows": []}, None)
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 2]
+        same(checkpoints.restore(2, setup.abstract_state())[0], at_step(state, 2))
+    assert (tmp_path / "damaged-2").is_dir()
+
+
+def test_all_damaged_is_said_and_nothing_deleted(tmp_path, setup):
+    save_steps(tmp_path, setup, [1, 2])
+    for step in ("1", "2"):
+        truncate(tmp_path / step)
+    with (
+        Checkpoints(tmp_path, CheckpointConfig()) as checkpoints,
+        pytest.raises(UserError, match=r"all checkpoints in .* are damaged"),
+    ):
+        checkpoints.restore_newest(setup.abstract_state(), lambda text: None)
+    assert (tmp_path / "1").is_dir()
+    assert (tmp_path / "2").is_dir()
+
+
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path, setup):
+    state = setup.fresh_state()
+    kernel = state.params["head"]["kernel"].at[0, 0].set(jnp.inf)
+    head = {**state.params["head"], "kernel": kernel}
+    bad = state.replace(params={**state.params, "head": head})
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        with pytest.raises(
+            DivergedError, match=r"\['head'\]\['kernel'\] is not finite"
+        ):
+            checkpoints.save(bad, {}, None)
+        assert checkpoints.steps() == []
+
+
+def test_content_is_json_with_a_checksum(tmp_path, setup):
+    save_steps(tmp_path, setup, [1])
+    meta = json.loads((tmp_path / "1" / "meta" / "metadata").read_text())
+    assert set(meta) == {"content", "content_crc32", "state_crc32"}

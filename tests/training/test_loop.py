@@ -1,0 +1,275 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import resnet_jax
+from resnet_jax.config import resolve
+from resnet_jax.errors import UserError
+from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.training.setup import prepare
+from resnet_jax.workdir import Workdir
+from tests.conftest import (
+    REPOSITORY,
+    make_console,
+    make_tiny_config,
+    write_image_folder,
+)
+from tests.training.test_checkpoints import same, truncate
+
+
+def printed(console):
+    return console.file.getvalue()
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+
+
+def final_state(config, workdir):
+    setup = prepare(resolve(config))
+    with Checkpoints(workdir / "checkpoints", setup.config.checkpoint) as checkpoints:
+        return checkpoints.restore(checkpoints.steps()[-1], setup.abstract_state())
+
+
+@pytest.fixture(scope="module")
+def finished(tfds_dir, tmp_path_factory):
+    """A finished run, shared: config, workdir, result and what was printed."""
+    config, console = make_tiny_config(tfds_dir), make_console()
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    result = resnet_jax.train(config, workdir, console)
+    return config, workdir, result, printed(console)
+
+
+def test_a_run_leaves_what_a_reader_needs(finished):
+    _, workdir, result, output = finished
+    assert sorted(path.name for path in workdir.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "report.html",
+        "result.json",
+        "tensorboard",
+    ]
+    rows = rows_of(workdir)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+    assert [row["step"] for row in rows if "test_error" in row] == [6, 12]
+    assert rows[-1]["test_count"] == 360
+    assert rows[-1]["epoch"] == pytest.approx(12 * 32 / 1437)
+    assert result == json.loads((workdir / "result.json").read_text())
+    errors = result["test_errors"]
+    line = f"test error {100 * errors / 360:.2f} % ({errors} of 360)"
+    assert line in output
+    assert f"report: {workdir / 'report.html'}" in output
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["config"]["training"]["global_batch_size"] == 32
+    assert saved["derived"]["steps"] == 12
+    assert any(workdir.glob("tensorboard/events*"))
+
+
+def test_the_report_needs_nothing_from_outside(finished):
+    _, workdir, result, _ = finished
+    page = (workdir / "report.html").read_text()
+    assert f"({result['test_errors']} of 360)" in page
+    assert page.count("<svg") == 1
+    for reference in ("src=", "url(http", "<script", "<link", "@import"):
+        assert reference not in page
+
+
+def test_a_finished_run_is_left_alone(finished, console):
+    config, workdir, result, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    assert resnet_jax.train(config, workdir, console) == result
+    assert "holds a finished run; nothing to do" in printed(console)
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+
+
+def test_another_config_is_refused_and_where_data_lie_is_not(finished, console):
+    config, workdir = finished[0].copy_and_resolve_references(), finished[1]
+    config.data.num_threads = 2
+    resnet_jax.train(config, workdir, console)
+    config.optimizer.learning_rate = 0.05
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate=0\.1, not 0\.05"):
+        resnet_jax.train(config, workdir, console)
+
+
+def test_evaluation_is_the_same_for_every_batch_size(finished, console):
+    _, workdir, result, _ = finished
+    for batch_size in (None, 7, 1000):
+        found = resnet_jax.evaluate(workdir, batch_size=batch_size, console=console)
+        assert found["errors"] == result["test_errors"]
+        assert found["count"] == 360
+        assert found["loss"] == pytest.approx(result["test_loss"], rel=1e-5)
+    assert resnet_jax.evaluate(workdir, split="train", console=console)["count"] == 1437
+
+
+def test_evaluate_faults_are_named(finished, tmp_path, console):
+    workdir = finished[1]
+    with pytest.raises(UserError, match=r"no checkpoint at step 5; there are 8, 12"):
+        resnet_jax.evaluate(workdir, checkpoint=5, console=console)
+    with pytest.raises(UserError, match=r"holdout where"):
+        resnet_jax.evaluate(workdir, split="holdout", console=console)
+    with pytest.raises(UserError, match=r"no best checkpoint"):
+        resnet_jax.evaluate(workdir, checkpoint="best", console=console)
+    with pytest.raises(UserError, match=r"holds no run"):
+        resnet_jax.evaluate(tmp_path / "nowhere", console=console)
+
+
+class Stopped(Exception):
+    """Stands for a kill inside the process."""
+
+
+def test_a_run_goes_on_bit_for_bit_from_a_damaged_checkpoint_too(
+    tiny_config, finished, tmp_path, console, monkeypatch
+):
+    whole = finished[1]
+    workdir = tmp_path / "stopped"
+    append_row = Workdir.append_row
+
+    def stop_at_10(self, row):
+        if row["step"] == 10:
+            raise Stopped
+        append_row(self, row)
+
+    monkeypatch.setattr(Workdir, "append_row", stop_at_10)
+    with pytest.raises(Stopped):
+        resnet_jax.train(tiny_config, workdir, console)
+    monkeypatch.setattr(Workdir, "append_row", append_row)
+    truncate(workdir / "checkpoints" / "8")
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')  # a kill in the middle of a line
+    resnet_jax.train(tiny_config, workdir, console)
+    assert "checkpoints/8 is damaged" in printed(console)
+    assert "going on from the checkpoint at step 4" in printed(console)
+    same(final_state(tiny_config, workdir)[0], final_state(tiny_config, whole)[0])
+    assert [row["step"] for row in rows_of(workdir)] == [2, 4, 6, 8, 10, 12]
+    for a, b in zip(rows_of(workdir), rows_of(whole)):
+        assert {k: v for k, v in a.items() if k in EXACT} == {
+            k: v for k, v in b.items() if k in EXACT
+        }
+
+
+EXACT = ("train_loss", "train_error", "test_loss", "test_errors", "learning_rate")
+
+
+def test_a_checkpoint_tells_all_that_a_run_is(finished):
+    config, workdir, _, _ = finished
+    _, content = final_state(config, workdir)
+    assert content["position"] == 12 * 32
+    assert content["rows"] == rows_of(workdir)
+    assert content["config"]["model"]["name"] == "cifar_resnet8"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tiny_config, tmp_path, console
+):
+    tiny_config.checkpoint.every_steps = 1
+    tiny_config.optimizer.learning_rate = 1e37
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match=r"not finite .*step \d+") as error:
+        resnet_jax.train(tiny_config, workdir, console)
+    assert str(workdir / "checkpoints") in str(error.value)
+    assert not (workdir / "result.json").exists()
+    for row in rows_of(workdir):
+        assert np.isfinite(row["train_loss"])
+
+
+def test_the_best_checkpoint_is_chosen_on_the_held_out_part(
+    tiny_config, tmp_path, console
+):
+    tiny_config.data.holdout_examples = 100
+    tiny_config.checkpoint.best = True
+    tiny_config.checkpoint.keep_last = 1
+    tiny_config.checkpoint.every_steps = 2
+    workdir = tmp_path / "run"
+    resnet_jax.train(tiny_config, workdir, console)
+    errors = {row["step"]: row["holdout_error"] for row in rows_of(workdir)}
+    best = resnet_jax.evaluate(
+        workdir, split="holdout", checkpoint="best", console=console
+    )
+    assert best["count"] == 100
+    assert best["error"] == errors[best["step"]] == min(errors.values())
+
+
+def test_a_streamed_folder_trains_as_a_resident_one(tiny_config, tmp_path, console):
+    root = write_image_folder(tmp_path / "images", {"train": 8, "test": 3}, (8, 8))
+    tiny_config.data.path = str(root)
+    tiny_config.training.global_batch_size = 8
+    tiny_config.training.steps = 6
+    states = []
+    for resident in (True, False):
+        tiny_config.data.resident = resident
+        workdir = tmp_path / f"resident-{resident}"
+        result = resnet_jax.train(tiny_config, workdir, console)
+        assert result["test_count"] == 9
+        states.append(final_state(tiny_config, workdir)[0])
+    for a, b in zip(*(jax.tree.leaves(state.params) for state in states)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_workdir_that_cannot_be_written_is_named(tiny_config, tmp_path, console):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match=r"cannot be written to"):
+        resnet_jax.train(tiny_config, file / "run", console)
+
+
+def command(config_file, workdir):
+    return [
+        sys.executable, "-m", "resnet_jax", "train",
+        "--config", str(config_file), "--workdir", str(workdir),
+    ]  # fmt: skip
+
+
+def write_config_file(path, tfds_dir):
+    path.write_text(
+        "from resnet_jax.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.model.name = 'cifar_resnet8'\n"
+        f"    config.data.data_dir = {tfds_dir!r}\n"
+        "    config.augmentation.pad = 1\n"
+        "    config.optimizer.ema_decay = 0.9\n"
+        "    config.training.steps = 80\n"
+        "    config.training.log_every_steps = 1\n"
+        "    config.evaluation.every_steps = 10\n"
+        "    config.checkpoint.every_steps = 7\n"
+        "    return config\n"
+    )
+    return path
+
+
+def kill_after_rows(process, metrics, count):
+    """SIGKILL once ``metrics`` holds ``count`` rows more than it held."""
+    while process.poll() is None:
+        if metrics.exists() and len(metrics.read_bytes().split(b"\n")) > count:
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return process.wait()
+
+
+def test_killed_and_started_again_it_ends_bit_for_bit_the_same(tmp_path, tfds_dir):
+    """Whole processes and SIGKILL, at moments drawn anew each time."""
+    config_file = write_config_file(tmp_path / "killed.py", tfds_dir)
+    environment = dict(os.environ, PYTHONPATH=str(REPOSITORY))
+    options = {"env": environment, "stdout": subprocess.DEVNULL}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(config_file, whole), check=True, **options)
+    for rows in (random.randint(1, 30), random.randint(35, 75)):
+        process = subprocess.Popen(command(config_file, killed), **options)
+        assert (
+            kill_after_rows(process, killed / "metrics.jsonl", rows) == -signal.SIGKILL
+        )
+    subprocess.run(command(config_file, killed), check=True, **options)
+    config = resnet_jax.load_config(str(config_file))
+    (a, content), (b, _) = final_state(config, killed), final_state(config, whole)
+    same(a, b)
+    assert [row["step"] for row in rows_of(killed)] == list(range(1, 81))
+    assert content["rows"] == rows_of(killed)

@@ -1,0 +1,145 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resnet_jax import parallel
+from resnet_jax.config import resolve
+from resnet_jax.data.transforms import normalize, to_unit
+from resnet_jax.errors import UserError
+from resnet_jax.evaluation.metrics import batch_sums, cross_entropy
+from resnet_jax.training.setup import prepare
+
+
+def run(config, num_devices, steps):
+    setup = prepare(resolve(config), parallel.data_mesh(num_devices))
+    feed = setup.feed(setup.dataset.train)
+    state, train_step, losses = setup.fresh_state(), setup.train_step(), []
+    batches = feed.training_batches(0, config.training.global_batch_size, config.seed)
+    for _, batch in zip(range(steps), batches):
+        before = float(state.sums.loss)
+        state = train_step(state, feed.resident, batch)
+        losses.append(float(state.sums.loss) - before)
+    return state, np.array(losses)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_eight_devices_train_as_one_does(tiny_config, groups):
+    tiny_config.model.batch_norm_groups = groups
+    one, losses_of_one = run(tiny_config, 1, 4)
+    eight, losses_of_eight = run(tiny_config, 8, 4)
+    np.testing.assert_allclose(losses_of_eight, losses_of_one, rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params)):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    for a, b in zip(
+        jax.tree.leaves(one.batch_stats), jax.tree.leaves(eight.batch_stats)
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_those_that_do(tiny_config):
+    tiny_config.training.global_batch_size = 20
+    with pytest.raises(UserError, match=r"20 does not divide over 8 .* are 16 and 24"):
+        prepare(resolve(tiny_config), parallel.data_mesh(8))
+
+
+def test_update_is_sgd_with_momentum_and_decay_of_every_parameter(tiny_config):
+    """Three steps by the equations, with gradients from plain jax.grad."""
+    tiny_config.augmentation.pad = 0
+    tiny_config.optimizer.weight_decay = 0.01
+    tiny_config.schedule.kind = "piecewise"
+    tiny_config.schedule.boundaries_steps = (2,)
+    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
+    feed = setup.feed(setup.dataset.train)
+    fresh = setup.fresh_state()
+    images = np.asarray(feed.resident["image"])
+    params = jax.tree.map(np.asarray, fresh.params)
+    stats = jax.tree.map(np.asarray, fresh.batch_stats)
+    mean = np.asarray(fresh.statistics.mean)
+    velocity = jax.tree.map(np.zeros_like, params)
+    state, train_step = fresh, setup.train_step()
+    for rate, batch in zip((0.1, 0.1, 0.01), feed.training_batches(0, 32, 0)):
+        chosen = np.asarray(batch["index"])
+        x = images[chosen] / np.float32(255) - mean
+        labels = np.asarray(feed.resident["label"])[chosen]
+
+        def loss(p, x=x, labels=labels, stats=stats):
+            logits, updates = setup.model.apply(
+                {"params": p, "batch_stats": stats}, x, True, mutable=["batch_stats"]
+            )
+            picked = jax.nn.log_softmax(logits)[jnp.arange(32), labels]
+            return -picked.mean(), updates["batch_stats"]
+
+        gradient, stats = jax.grad(loss, has_aux=True)(params)
+        velocity = jax.tree.map(
+            lambda v, g, p: 0.9 * v + g + 0.01 * p, velocity, gradient, params
+        )
+        params = jax.tree.map(lambda p, v, rate=rate: p - rate * v, params, velocity)
+        state = train_step(state, feed.resident, batch)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params)):
+        np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+def test_moving_averages_follow_the_parameters(tiny_config):
+    tiny_config.optimizer.ema_decay = 0.5
+    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
+    feed = setup.feed(setup.dataset.train)
+    state, train_step = setup.fresh_state(), setup.train_step()
+    expected = np.asarray(state.params["head"]["kernel"])
+    for _, batch in zip(range(3), feed.training_batches(0, 32, 0)):
+        state = train_step(state, feed.resident, batch)
+        expected = 0.5 * expected + 0.5 * np.asarray(state.params["head"]["kernel"])
+    found = state.evaluation_variables()["params"]["head"]["kernel"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_bfloat16_leaves_state_and_logits_in_float32(tiny_config):
+    tiny_config.model.dtype = "bfloat16"
+    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
+    feed = setup.feed(setup.dataset.train)
+    state = setup.fresh_state()
+    batch = next(iter(feed.training_batches(0, 32, 0)))
+    state = setup.train_step()(state, feed.resident, batch)
+    floats = [
+        leaf.dtype
+        for leaf in jax.tree.leaves((state.params, state.batch_stats, state.opt_state))
+    ]
+    assert set(floats) == {jnp.dtype(jnp.float32)}
+    images = normalize(to_unit(feed.resident["image"][:4]), state.statistics)
+    variables = state.evaluation_variables()
+    assert setup.model.apply(variables, images, train=False).dtype == jnp.float32
+    maps = setup.model.apply(variables, images, train=False, method="features")
+    assert {m.dtype for m in maps} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_the_first_bad_step_is_remembered(tiny_config):
+    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
+    feed = setup.feed(setup.dataset.train)
+    state, train_step = setup.fresh_state(), setup.train_step()
+    for step, batch in zip(range(1, 5), feed.training_batches(0, 32, 0)):
+        if step == 3:
+            poisoned = jax.tree.map(lambda p: p * jnp.nan, state.params)
+            state = state.replace(params=poisoned)
+        state = train_step(state, feed.resident, batch)
+        assert int(state.first_bad_step) == (-1 if step < 3 else 3)
+
+
+def test_sums_count_what_the_mask_leaves():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(50, 12)).astype(np.float32)
+    labels = rng.integers(0, 12, 50)
+    mask = rng.integers(0, 2, 50)
+    logits[mask == 0] = np.nan  # padding may hold anything
+    logits[np.flatnonzero(mask)[0]] = np.nan  # an example may not: it is an error
+    losses = cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
+    found = batch_sums(
+        jnp.asarray(logits), jnp.asarray(labels), losses, jnp.asarray(mask)
+    )
+    errors = top5 = 0
+    for row, label in zip(logits[mask == 1], labels[mask == 1]):
+        ranked = np.argsort(-row, kind="stable") if not np.isnan(row).any() else []
+        errors += label not in ranked[:1]
+        top5 += label not in ranked[:5]
+    assert int(found.errors) == errors
+    assert int(found.top5_errors) == top5
+    assert int(found.count) == mask.sum()
