@@ -2,58 +2,22 @@
 
 A small data set is resident: it lies on the devices whole, and a batch is a handful of
 indices. A large one is streamed: threads read, decode and crop ahead of the step. Both
-give the same examples; inside the jitted step, ``gather`` makes them look alike.
+give the same examples; inside the jitted step, ``batch.gather`` makes them look alike.
 """
 
 import collections
 import dataclasses
 import itertools
-from collections.abc import Generator, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax import parallel
 from resnet_jax.config.schema import AugmentationConfig, DataConfig
 from resnet_jax.data import order
+from resnet_jax.data.batch import Batch, Feed
 from resnet_jax.data.dataset import Split
-
-Batch = dict[str, Any]
-"""``label`` or ``index`` (n,), ``image`` (n, h, w, c) where streamed, ``mask`` (n,)
-in evaluation: 1 for an example, 0 for padding."""
-
-
-class Feed(Protocol):
-    """Batches of one split."""
-
-    @property
-    def resident(self) -> Batch | None:
-        """The arrays to pass to every step beside the batch; None if streamed."""
-        ...
-
-    @property
-    def num_examples(self) -> int:
-        """Examples in the split."""
-        ...
-
-    def training_batches(
-        self, position: int, batch_size: int, seed: int
-    ) -> Generator[Batch]:
-        """Endless batches from a global example index on."""
-        ...
-
-    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every example once, in order; the last batch is padded and masked."""
-        ...
-
-
-def gather(resident: Batch | None, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Uint8 images (n, h, w, c) and labels (n,) of a batch; inside jit."""
-    if resident is None:
-        return batch["image"], batch["label"]
-    return resident["image"][batch["index"]], resident["label"][batch["index"]]
 
 
 @dataclasses.dataclass(frozen=True)

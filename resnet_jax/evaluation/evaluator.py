@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from resnet_jax import parallel
-from resnet_jax.data.feeds import Batch, Feed, gather
+from resnet_jax.data.batch import Batch, Feed, gather
 from resnet_jax.data.transforms import PixelStatistics, normalize, to_unit
 from resnet_jax.evaluation.metrics import Sums, batch_sums, cross_entropy
 

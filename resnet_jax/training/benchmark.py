@@ -17,7 +17,7 @@ from resnet_jax import parallel
 from resnet_jax.analysis.complexity import count_multiply_adds
 from resnet_jax.config import Config, derive
 from resnet_jax.config.schema import AugmentationConfig
-from resnet_jax.data.feeds import Batch
+from resnet_jax.data.batch import Batch
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.errors import UserError
 from resnet_jax.models import catalog_entry, create_model

@@ -12,7 +12,7 @@ from tensorboardX import SummaryWriter
 
 from resnet_jax.analysis.complexity import count_parameters
 from resnet_jax.config import resolve
-from resnet_jax.data.feeds import Batch, Feed
+from resnet_jax.data.batch import Batch, Feed
 from resnet_jax.evaluation.evaluator import EvalStep, evaluate_split
 from resnet_jax.evaluation.metrics import Sums
 from resnet_jax.training.checkpoints import Checkpoints, DivergedError

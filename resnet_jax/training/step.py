@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from resnet_jax import parallel
 from resnet_jax.config.schema import AugmentationConfig
-from resnet_jax.data.feeds import gather
+from resnet_jax.data.batch import gather
 from resnet_jax.data.transforms import augment
 from resnet_jax.evaluation.metrics import batch_sums, cross_entropy
 from resnet_jax.training.schedule import Schedule

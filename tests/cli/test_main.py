@@ -1,0 +1,148 @@
+import json
+
+import pytest
+
+from resnet_jax.cli import main
+from resnet_jax.cli.overrides import parse_overrides
+from resnet_jax.config import fields
+from resnet_jax.errors import UserError
+from tests.conftest import REPOSITORY
+
+DIGITS = str(REPOSITORY / "configs" / "digits.py")
+
+
+def run(capsys, *arguments):
+    status = main(arguments)
+    return status, *capsys.readouterr()
+
+
+def test_overrides_with_an_equals_sign_or_a_space():
+    arguments = [
+        "--config.model.name=resnet18",
+        "--config.seed",
+        "1",
+        "--config.data.path=",
+    ]
+    assert parse_overrides(arguments) == {
+        "model.name": "resnet18",
+        "seed": "1",
+        "data.path": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [(["--confg.seed=1"], "unknown argument"), (["--config.seed"], "needs a value")],
+)
+def test_other_arguments_are_refused(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        parse_overrides(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config", "configs/none.py"], "configs/none.py does not exist"),
+        (["--config", DIGITS, "--config.optimizer.learning_rat=1"], "did you mean"),
+        (
+            ["--config", DIGITS, "--config.optimizer.learning_rate=fast"],
+            "takes a number",
+        ),
+        (["--config", DIGITS, "--config.training.epochs=3"], "are both set"),
+        (
+            ["--config", DIGITS, "--config.data.path=/nowhere"],
+            "/nowhere does not exist",
+        ),
+        (["--config", f"{DIGITS}:resnet51"], "did you mean resnet50"),
+        ([], "give --config FILE.py"),
+    ],
+)
+def test_train_says_in_one_sentence_what_is_wrong(
+    tmp_path, capsys, arguments, sentence
+):
+    workdir = tmp_path / "run"
+    status, _, err = run(capsys, "train", "--workdir", str(workdir), *arguments)
+    assert status == 1
+    assert err.startswith("resnet-jax: error: ")
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, field in fields().items():
+        assert f"  {name} = {field.default}  (" in text
+        assert field.meaning.split()[0] in text
+
+
+@pytest.mark.parametrize(
+    "command", [["evaluate"], ["benchmark"], ["benchmark", "step"]]
+)
+def test_every_command_explains_itself(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: resnet-jax" in capsys.readouterr().out
+
+
+def test_train_and_evaluate_from_the_command_line(tmp_path, tfds_dir, capsys):
+    workdir = tmp_path / "run"
+    arguments = [
+        "train", "--workdir", str(workdir), "--config", f"{DIGITS}:cifar_plain8",
+        f"--config.data.data_dir={tfds_dir}", "--config.training.steps=4",
+        "--config.training.global_batch_size=16", "--config.schedule.warmup_steps=1",
+    ]  # fmt: skip
+    status, out, err = run(capsys, *arguments)
+    assert (status, err) == (0, "")
+    assert "test error " in out
+    last_lines = [line for line in out.splitlines() if line.startswith("test error")]
+    status, out, _ = run(capsys, "evaluate", "--workdir", str(workdir))
+    assert status == 0
+    assert out.splitlines()[-1] == last_lines[-1]
+    # Without --config the workdir's own config is taken.
+    status, out, _ = run(capsys, "train", "--workdir", str(workdir))
+    assert status == 0
+    assert "nothing to do" in out
+
+
+def test_benchmark_step_prints_and_writes_its_figures(tmp_path, capsys):
+    file = tmp_path / "step.json"
+    status, out, _ = run(
+        capsys, "benchmark", "step", "--model", "cifar_resnet8", "--batch", "8",
+        "--image-size", "8", "--steps", "2", "--json", str(file),
+    )  # fmt: skip
+    assert status == 0
+    for figure in (
+        "images a second",
+        "milliseconds a step",
+        "compile time",
+        "peak memory",
+        "multiply-adds a second",
+    ):
+        assert figure in out
+    result = json.loads(file.read_text())
+    seconds = result["milliseconds"] / 1000
+    assert result["images_per_second"] == pytest.approx(8 / seconds)
+    # 8 x 8 pixels: stem 3*9*16, then 2 convolutions of 16, 32 and 64 channels.
+    first, second, third = 64 * 9 * 16 * 16, 16 * 9, 4 * 9
+    forward = (
+        64 * 9 * 3 * 16
+        + 2 * first
+        + second * (16 * 32 + 32 * 32)
+        + third * (32 * 64 + 64 * 64)
+        + 64 * 10
+    )
+    assert result["multiply_adds_per_second"] == pytest.approx(
+        3 * forward * 8 / seconds
+    )
+
+
+@pytest.mark.parametrize("option", ["--batch", "--steps", "--image-size"])
+def test_benchmark_refuses_what_is_not_positive(capsys, option):
+    status, _, err = run(capsys, "benchmark", "step", option, "0")
+    assert status == 1
+    assert "must be at least 1" in err

@@ -1,0 +1,163 @@
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from resnet_jax import parallel
+from resnet_jax.config import default_config, resolve
+from resnet_jax.data.batch import gather
+from resnet_jax.data.dataset import open_dataset
+from resnet_jax.data.feeds import ResidentFeed, StreamingFeed, make_feed
+from resnet_jax.data.order import examples_at
+from resnet_jax.errors import UserError
+from tests.conftest import write_image_folder
+
+gather = jax.jit(gather)
+
+
+def opened(root, **changes):
+    config = default_config()
+    config.training.steps = 1
+    config.data.path = str(root)
+    for name, value in changes.items():
+        section, key = name.split("__")
+        config[section][key] = value
+    config = resolve(config)
+    return config, open_dataset(config)
+
+
+def feed_of(root, split="train", **changes):
+    config, dataset = opened(root, **changes)
+    mesh = parallel.data_mesh(2)
+    return make_feed(getattr(dataset, split), mesh, config.data, config.augmentation)
+
+
+def drawn(batches, resident, count):
+    pairs = [gather(resident, batch) for _, batch in zip(range(count), batches)]
+    return (
+        np.concatenate([np.asarray(images) for images, _ in pairs]),
+        np.concatenate([np.asarray(labels) for _, labels in pairs]),
+    )
+
+
+def all_examples(root, split):
+    """Read here by OpenCV alone, in the order of classes and file names."""
+    files = sorted((root / split).rglob("*.png"))
+    images = np.stack([cv2.imread(str(file))[..., ::-1] for file in files])
+    classes = sorted({file.parent.name for file in files})
+    return images, np.array([classes.index(file.parent.name) for file in files])
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_training_batches_follow_the_order(image_folder, resident):
+    feed = feed_of(image_folder, data__resident=resident)
+    assert isinstance(feed, ResidentFeed if resident else StreamingFeed)
+    images, labels = all_examples(image_folder, "train")
+    position = 32  # within the second epoch of 18, and the batches enter the third
+    got = drawn(feed.training_batches(position, 4, seed=3), feed.resident, 3)
+    expected = examples_at(position, 12, 18, seed=3)
+    np.testing.assert_array_equal(got[0], images[expected])
+    np.testing.assert_array_equal(got[1], labels[expected])
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("batch_size", [2, 4, 6, 20])
+def test_evaluation_counts_every_example_once(image_folder, resident, batch_size):
+    feed = feed_of(image_folder, "test", data__resident=resident)
+    images, labels = all_examples(image_folder, "test")
+    batches = list(feed.evaluation_batches(batch_size))
+    got = drawn(iter(batches), feed.resident, len(batches))
+    mask = np.concatenate([np.asarray(batch["mask"]) for batch in batches]) > 0
+    np.testing.assert_array_equal(got[0][mask], images)
+    np.testing.assert_array_equal(got[1][mask], labels)
+
+
+def test_batches_lie_over_the_devices(image_folder):
+    feed = feed_of(image_folder, data__resident=False)
+    batch = next(iter(feed.training_batches(0, 4, seed=0)))
+    assert {shard.data.shape[0] for shard in batch["image"].addressable_shards} == {2}
+
+
+def test_random_crops_depend_on_seed_and_position_alone(image_folder):
+    changes = {
+        "data__image_size": 8,
+        "augmentation__shorter_side": (8, 16),
+    }
+    one = feed_of(image_folder, data__num_threads=1, **changes)
+    many = feed_of(image_folder, data__num_threads=8, **changes)
+    first = drawn(one.training_batches(0, 4, seed=1), None, 6)[0]
+    resumed = drawn(many.training_batches(12, 4, seed=1), None, 3)[0]
+    np.testing.assert_array_equal(first[12:], resumed)
+    other = drawn(one.training_batches(0, 4, seed=2), None, 1)[0]
+    assert not np.array_equal(first[:4], other)
+
+
+def test_a_broken_image_stops_the_feed_by_its_name(image_folder):
+    (image_folder / "train" / "bee" / "3.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"bee/3\.png cannot be decoded"):
+        feed_of(image_folder)
+    feed = feed_of(image_folder, data__resident=False)
+    with pytest.raises(UserError, match=r"bee/3\.png cannot be decoded"):
+        drawn(feed.training_batches(0, 18, seed=0), None, 1)
+
+
+def test_small_sets_are_resident_and_large_ones_are_not(image_folder):
+    assert feed_of(image_folder).resident is not None
+    assert feed_of(image_folder, data__resident_mib=0).resident is None
+
+
+def test_per_pixel_mean_is_of_the_training_images(image_folder):
+    _, dataset = opened(image_folder)
+    images, _ = all_examples(image_folder, "train")
+    statistics = dataset.train.statistics()
+    np.testing.assert_allclose(statistics.mean, (images / 255).mean(0), atol=1e-6)
+    np.testing.assert_array_equal(statistics.std, np.ones((10, 12, 3)))
+
+
+def test_per_channel_statistics(image_folder):
+    _, dataset = opened(image_folder, data__normalization="per_channel")
+    images, _ = all_examples(image_folder, "train")
+    statistics = dataset.train.statistics()
+    np.testing.assert_allclose(
+        statistics.mean[0, 0], (images / 255).mean((0, 1, 2)), atol=1e-6
+    )
+    np.testing.assert_allclose(
+        statistics.std[0, 0], (images / 255).std((0, 1, 2)), atol=1e-6
+    )
+
+
+def test_the_held_out_part_is_never_trained_on(image_folder):
+    _, dataset = opened(image_folder, data__holdout_examples=5)
+    assert (len(dataset.train), len(dataset.holdout), len(dataset.test)) == (13, 5, 6)
+    parts = [
+        {split.example(i)[0].tobytes() for i in range(len(split))}
+        for split in (dataset.train, dataset.holdout)
+    ]
+    assert not parts[0] & parts[1]
+    images, _ = all_examples(image_folder, "train")
+    assert parts[0] | parts[1] == {image.tobytes() for image in images}
+
+
+def test_sizes_that_differ_ask_for_an_image_size(tmp_path):
+    root = write_image_folder(tmp_path, {"train": 2, "test": 1})
+    cv2.imwrite(
+        str(root / "train" / "cat" / "big.png"), np.zeros((20, 20, 3), np.uint8)
+    )
+    with pytest.raises(UserError, match=r"big\.png is 20x20 and the first is 12x10"):
+        feed_of(root)
+    feed = feed_of(root, data__image_size=8)
+    assert feed.resident["image"].shape == (7, 8, 8, 3)
+
+
+def test_a_holdout_larger_than_the_set_is_refused(image_folder):
+    with pytest.raises(UserError, match=r"leaves nothing of the 18"):
+        opened(image_folder, data__holdout_examples=18)
+
+
+def test_colour_noise_on_grey_images_is_refused(tfds_dir):
+    config = default_config()
+    config.training.steps = 1
+    config.data.data_dir = tfds_dir
+    config.augmentation.color_noise = 0.1
+    with pytest.raises(UserError, match=r"needs colour images"):
+        open_dataset(resolve(config))
