@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from resnet_jax.config import default_config, load_config
     from resnet_jax.training.evaluate import evaluate
     from resnet_jax.training.loop import train
+    from resnet_jax.training.report import report
 
 __all__ = [
     "UserError",
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate",
     "list_models",
     "load_config",
+    "report",
     "train",
 ]
 
@@ -29,6 +31,7 @@ _LAZY = {
     "load_config": "resnet_jax.config",
     "train": "resnet_jax.training.loop",
     "evaluate": "resnet_jax.training.evaluate",
+    "report": "resnet_jax.training.report",
 }
 
 

@@ -33,11 +33,12 @@ class Derived:
 
     def notes(self) -> list[str]:
         """Sentences on what is valid and yet may surprise."""
+        late = [step for step in self.boundaries if step >= self.steps]
+        if not late:
+            return []
         return [
-            f"note: the learning rate never falls at step {boundary}: the run ends "
-            f"at step {self.steps}"
-            for boundary in self.boundaries
-            if boundary >= self.steps
+            f"note: the run ends at step {self.steps}: the learning rate never falls "
+            f"at {', '.join(map(str, late))}"
         ]
 
 

@@ -52,13 +52,15 @@ class Checkpoints:
                 )
             )
         self._directory = directory
+        self._keeps_best = config.best
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 save_decision_policy=policies.FixedIntervalPolicy(1),
-                # Without it Orbax does not write the metrics down.
-                best_fn=_holdout_error,
+                # Without it Orbax does not write the metrics down; with it, it warns
+                # of every checkpoint that has none.
+                best_fn=_holdout_error if config.best else None,
                 best_mode="min",
             ),
         )
@@ -110,8 +112,8 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step of the lowest held-out error, if any was evaluated."""
-        return self._manager.best_step()
+        """The step of the lowest held-out error, if the config keeps it."""
+        return self._manager.best_step() if self._keeps_best else None
 
     def restore(
         self, step: int, abstract_state: TrainState

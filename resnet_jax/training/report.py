@@ -2,12 +2,16 @@
 
 import html
 import io
+import os
 from typing import Any
+
+import rich.console
 
 from resnet_jax.analysis.plots import training_curves
 from resnet_jax.config import flatten
+from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import describe_error
-from resnet_jax.training.progress import describe_seconds
+from resnet_jax.training.progress import describe_seconds, say
 from resnet_jax.workdir import Workdir, write_whole
 
 _PAGE = """<!doctype html>
@@ -41,6 +45,41 @@ svg {{ max-width: 100%; height: auto; }}
 """
 
 
+def report(
+    workdir: str | os.PathLike[str],
+    *,
+    figure: str | os.PathLike[str] | None = None,
+    console: rich.console.Console | None = None,
+) -> None:
+    """Writes the report of a finished run again, and its curves as a picture.
+
+    Args:
+      workdir: of ``train``.
+      figure: a .png, .svg or .pdf file for the training curves.
+      console: where to print; standard output by default.
+
+    Raises:
+      UserError: there is no finished run, or the picture cannot be written.
+    """
+    console = console or rich.console.Console()
+    folder = Workdir(workdir)
+    result = folder.read_result()
+    if result is None:
+        raise UserError(
+            f"workdir {folder.path} holds no finished run (no result.json); train one "
+            "with resnet-jax train"
+        )
+    rows = folder.read_rows()
+    write_report(folder, result, rows)
+    say(console, f"report: {folder.report}")
+    if figure is not None:
+        try:
+            training_curves(rows, _title(result)).savefig(figure, dpi=100)
+        except (OSError, ValueError) as error:
+            raise UserError(f"figure {figure} cannot be written: {error}") from error
+        say(console, f"figure: {figure}")
+
+
 def write_report(
     folder: Workdir, result: dict[str, Any], rows: list[dict[str, Any]]
 ) -> None:
@@ -51,7 +90,7 @@ def write_report(
       result: the content of result.json.
       rows: of metrics.jsonl.
     """
-    title = f"{result['model']} on {result['data']}"
+    title = _title(result)
     config = folder.read_config()
     page = _PAGE.format(
         title=html.escape(title),
@@ -68,6 +107,10 @@ def write_report(
         environment=_table(result["environment"]),
     )
     write_whole(folder.report, page)
+
+
+def _title(result: dict[str, Any]) -> str:
+    return f"{result['model']} on {result['data']}"
 
 
 def _facts(result: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def test_help_lists_every_field(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [["evaluate"], ["benchmark"], ["benchmark", "step"]]
+    "command", [["evaluate"], ["report"], ["benchmark"], ["benchmark", "step"]]
 )
 def test_every_command_explains_itself(capsys, command):
     with pytest.raises(SystemExit) as stop:

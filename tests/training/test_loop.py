@@ -1,11 +1,13 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -81,6 +83,21 @@ def test_the_report_needs_nothing_from_outside(finished):
     assert page.count("<svg") == 1
     for reference in ("src=", "url(http", "<script", "<link", "@import"):
         assert reference not in page
+
+
+def test_the_report_can_be_made_again_with_a_picture(finished, tmp_path, console):
+    _, workdir, _, _ = finished
+    page = (workdir / "report.html").read_text()
+    (workdir / "report.html").unlink()
+    picture = tmp_path / "curves.png"
+    resnet_jax.report(workdir, figure=picture, console=console)
+    text = re.compile(r"<svg.*</svg>", re.DOTALL)  # matplotlib writes the time in it
+    assert text.sub("", (workdir / "report.html").read_text()) == text.sub("", page)
+    assert cv2.imread(str(picture)).shape == (400, 1000, 3)
+    with pytest.raises(UserError, match=r"cannot be written"):
+        resnet_jax.report(workdir, figure=tmp_path / "x.nonsense", console=console)
+    with pytest.raises(UserError, match=r"no finished run"):
+        resnet_jax.report(tmp_path / "nowhere", console=console)
 
 
 def test_a_finished_run_is_left_alone(finished, console):
