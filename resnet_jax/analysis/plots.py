@@ -1,6 +1,5 @@
 """Figures of runs, drawn as the paper draws its own."""
 
-import itertools
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -69,9 +68,12 @@ def _upper_limit(rows: Rows) -> float:
 
 
 def _falls(rows: Rows) -> list[int]:
-    """Steps of the rows at which the learning rate fell by half or more at once."""
+    """Steps of the rows at which a constant learning rate fell by half or more."""
+    rates = [row["learning_rate"] for row in rows]
     return [
-        after["step"]
-        for before, after in itertools.pairwise(rows)
-        if 0 < after["learning_rate"] < 0.5 * before["learning_rate"]
+        row["step"]
+        for earlier, before, after, row in zip(
+            rates, rates[1:], rates[2:], rows[2:], strict=False
+        )
+        if earlier == before and after < 0.5 * before
     ]

@@ -3,12 +3,13 @@
 import html
 import io
 import os
+from collections.abc import Collection
 from typing import Any
 
 import rich.console
 
 from resnet_jax.analysis.plots import training_curves
-from resnet_jax.config import flatten
+from resnet_jax.config import fields, flatten
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import describe_error
 from resnet_jax.training.progress import describe_seconds, say
@@ -28,7 +29,7 @@ table {{ border-collapse: collapse; }}
 td, th {{ text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top; }}
 th {{ font-weight: 400; color: #666; }}
 td {{ overflow-wrap: anywhere; }}
-code {{ overflow-wrap: anywhere; }}
+.set {{ font-weight: 600; }}
 svg {{ max-width: 100%; height: auto; }}
 </style>
 <h1>{title}</h1>
@@ -38,6 +39,7 @@ svg {{ max-width: 100%; height: auto; }}
 <h2>The run</h2>
 {facts}
 <h2>Config</h2>
+<p>Bold: set otherwise than the default.</p>
 {config}
 <h2>Where it ran</h2>
 {environment}
@@ -92,6 +94,8 @@ def write_report(
     """
     title = _title(result)
     config = folder.read_config()
+    values = flatten(config) if config else {}
+    defaults = {name: field.default for name, field in fields().items()}
     page = _PAGE.format(
         title=html.escape(title),
         error=html.escape(
@@ -103,7 +107,7 @@ def write_report(
         ),
         curves=_svg(training_curves(rows, title)),
         facts=_table(_facts(result)),
-        config=_table(flatten(config) if config else {}),
+        config=_table(values, bold={n for n in values if values[n] != defaults[n]}),
         environment=_table(result["environment"]),
     )
     write_whole(folder.report, page)
@@ -136,12 +140,13 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _table(values: dict[str, Any]) -> str:
-    rows = "\n".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
-        for name, value in values.items()
-    )
-    return f"<table>\n{rows}\n</table>"
+def _table(values: dict[str, Any], bold: Collection[str] = ()) -> str:
+    rows = []
+    for name, value in values.items():
+        mark = ' class="set"' if name in bold else ""
+        cells = f"<th>{html.escape(name)}</th><td{mark}>{html.escape(str(value))}</td>"
+        rows.append(f"<tr>{cells}</tr>")
+    return "\n".join(["<table>", *rows, "</table>"])
 
 
 def _svg(figure: Any) -> str:
