@@ -5,7 +5,7 @@ resnet-jax train --config configs/imagenet.py:resnet50 --workdir runs/resnet50 \
 
 The argument is the net: resnet18, 34, 50 (default), 101, 152, plain18, plain34. The
 path holds train/WNID/IMAGE and val/WNID/IMAGE; without it, tfds's imagenet2012 as
-ArrayRecord with --config.data.test_split=validation.
+ArrayRecord. On an accelerator --config.model.dtype=bfloat16 is several times faster.
 
 The learning rate is divided by 10 where the error on a held-out part of the training
 set plateaus; the validation set chooses nothing. To divide at given steps instead (the
@@ -31,7 +31,6 @@ def get_config(net="resnet50"):
     if net in ("resnet18", "resnet34"):
         config.model.shortcut = "A"
     config.model.stride_version = "v1"
-    config.model.dtype = "bfloat16"
     # Eight GPUs with 32 images each: batch statistics were taken per GPU.
     config.model.batch_norm_groups = 8
     config.data.name = "imagenet2012"

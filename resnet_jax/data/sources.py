@@ -123,7 +123,7 @@ class FolderSource:
             (file, label_of[name])
             for name in found
             for file in sorted((folder / name).rglob("*"))
-            if file.suffix.lower() in IMAGE_SUFFIXES
+            if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != "."
         ]
         if not self._files:
             raise UserError(
@@ -347,7 +347,8 @@ def _idx(root: Path) -> tuple[Source, Source] | None:
                 )
             arrays.append(_read_idx(file))
     train_images, train_labels, test_images, test_labels = arrays
-    names = [str(label) for label in range(int(train_labels.max()) + 1)]
+    highest = max(int(train_labels.max()), int(test_labels.max()))
+    names = [str(label) for label in range(highest + 1)]
     return (
         ArraySource(train_images[..., None], train_labels, names, f"{root}/train"),
         ArraySource(test_images[..., None], test_labels, names, f"{root}/t10k"),

@@ -211,7 +211,7 @@ class _Run:
         self.folder.append_row(row)
         for name, value in row.items():
             if name not in ("step", "seconds"):
-                tb.add_scalar(name.replace("_", "/", 1), value, step)
+                tb.add_scalar(_tensorboard_tag(name), value, step)
         self.progress.show(row)
         self.throughput.restart()
         return state
@@ -295,3 +295,9 @@ def _print_start(console: rich.console.Console, setup: Setup) -> None:
         f"{config.data.name}: {counts}; {height}x{width}x{channels}, "
         f"{dataset.num_classes} classes",
     )
+
+
+def _tensorboard_tag(name: str) -> str:
+    """``test_error`` as ``error/test``: curves of one metric share a chart's group."""
+    split, _, metric = name.partition("_")
+    return f"{metric}/{split}" if split in ("train", "holdout", "test") else name
