@@ -5,7 +5,7 @@ resnet-jax train --config configs/imagenet.py:resnet50 --workdir runs/resnet50 \
 
 The argument is the net: resnet18, 34, 50 (default), 101, 152, plain18, plain34. The
 path holds train/WNID/IMAGE and val/WNID/IMAGE; without it, tfds's imagenet2012 as
-ArrayRecord. On an accelerator --config.model.dtype=bfloat16 is several times faster.
+ArrayRecord. --config.model.dtype=bfloat16 is the usual choice on accelerators.
 
 The learning rate is divided by 10 where the error on a held-out part of the training
 set plateaus; the validation set chooses nothing. To divide at given steps instead (the

@@ -187,12 +187,10 @@ class _Run:
     ) -> TrainState:
         self._refuse_bad_loss(state)
         sums = state.sums.summary()
-        # The rate of the step just done: nothing it depends on has changed since.
-        rate = self.setup.schedule.rate(state.schedule, state.step - 1)
         row = {
             "step": step,
             "epoch": step / self.setup.derived.steps_per_epoch,
-            "learning_rate": float(rate),
+            "learning_rate": float(state.learning_rate),
             "train_loss": sums["loss"],
             "train_error": sums["error"],
             **self.throughput.interval(),
@@ -255,7 +253,7 @@ class _Run:
         kept = (
             f"the last good checkpoint is step {steps[-1]}"
             if steps
-            else ("there is no checkpoint yet")
+            else "there is no checkpoint yet"
         )
         return DivergedError(
             f"{what}; {kept} in {self.folder.checkpoints}. Lower "

@@ -26,6 +26,7 @@ class TrainState:
       schedule: what the learning rate remembers.
       rng: the key of which each step folds in its number.
       statistics: of the training pixels; with them the state can be evaluated alone.
+      learning_rate: of the last step, float32.
       sums: training metrics since the last row of metrics.jsonl.
       first_bad_step: the first step whose loss was not finite, or -1.
     """
@@ -38,6 +39,7 @@ class TrainState:
     schedule: ScheduleState
     rng: jax.Array
     statistics: PixelStatistics
+    learning_rate: jax.Array
     sums: Sums
     first_bad_step: jax.Array
 
@@ -83,6 +85,7 @@ def init_state(
         schedule=schedule.init(),
         rng=rng,
         statistics=statistics,
+        learning_rate=jnp.zeros(()),
         sums=Sums.zeros(),
         first_bad_step=jnp.full((), -1, jnp.int32),
     )

@@ -63,6 +63,7 @@ def make_train_step(
             opt_state=opt_state,
             ema=_averaged(state.ema, params, batch_stats, ema_decay),
             schedule=schedule.after_batch(state.schedule, sums.errors / sums.count),
+            learning_rate=rate,
             sums=state.sums + sums,
             first_bad_step=jnp.where(newly_bad, step, state.first_bad_step),
         )

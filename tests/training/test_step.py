@@ -143,3 +143,23 @@ def test_sums_count_what_the_mask_leaves():
     assert int(found.errors) == errors
     assert int(found.top5_errors) == top5
     assert int(found.count) == mask.sum()
+
+
+def test_the_warm_up_by_the_error_ends_inside_the_step(tiny_config):
+    """The rates that the steps used, against the average of the batches' errors."""
+    tiny_config.schedule.warmup_learning_rate = 0.02
+    tiny_config.schedule.warmup_until_error = 0.85
+    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
+    feed = setup.feed(setup.dataset.train)
+    state, train_step = setup.fresh_state(), setup.train_step()
+    average, warming, expected, found, errors = 1.0, True, [], [], 0
+    for _, batch in zip(range(40), feed.training_batches(0, 32, 0)):
+        state = train_step(state, feed.resident, batch)
+        expected.append(0.02 if warming else 0.1)
+        found.append(float(state.learning_rate))
+        batch_errors, errors = int(state.sums.errors) - errors, int(state.sums.errors)
+        average = 0.9 * average + 0.1 * batch_errors / 32
+        warming = warming and average >= 0.85
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert 0.02 in expected
+    assert 0.1 in expected
