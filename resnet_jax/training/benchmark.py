@@ -100,9 +100,17 @@ def benchmark_step(
 
 
 def synthetic_step(
-    model: str, batch_size: int, image_size: int, dtype: str
+    model: str,
+    batch_size: int,
+    image_size: int,
+    dtype: str,
+    augmentation: AugmentationConfig | None = None,
 ) -> tuple[TrainStep, TrainState, Batch]:
-    """A training step with the state and batch to call it on: (state, None, batch)."""
+    """A training step with the state and batch to call it on: (state, None, batch).
+
+    ``augmentation`` is by default the paper's for the net, as far as it is done on the
+    device.
+    """
     mesh = parallel.data_mesh()
     parallel.check_divides(batch_size, mesh)
     entry = catalog_entry(model)
@@ -115,7 +123,7 @@ def synthetic_step(
         net,
         optimizer,
         schedule,
-        CIFAR_AUGMENTATION if is_cifar else IMAGENET_AUGMENTATION,
+        augmentation or (CIFAR_AUGMENTATION if is_cifar else IMAGENET_AUGMENTATION),
         ema_decay=None,
         mesh=mesh,
     )

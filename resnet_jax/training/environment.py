@@ -21,7 +21,8 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **versions,
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu_cores": os.cpu_count(),
+        "cpu": _cpu_model(),
+        "cpu_cores": _usable_cores(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "commit": commit(),
     }
@@ -51,3 +52,21 @@ def command_line() -> str:
     if name == "__main__.py":
         name = "python -m resnet_jax"
     return " ".join([name, *map(shlex.quote, sys.argv[1:])])
+
+
+def _cpu_model() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
+    name = names[0].strip() if names else platform.processor()
+    return name or platform.machine()
+
+
+def _usable_cores() -> int | None:
+    """Cores this process may run on: fewer than there are in some containers."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()

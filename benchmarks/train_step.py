@@ -1,0 +1,387 @@
+"""Our training step beside Flax's example's and torch's, in one process.
+
+    python -m benchmarks.train_step --model cifar_resnet20 --json FILE
+    python -m benchmarks.train_step --model resnet50 --json FILE
+
+All do the same work on one fixed batch that lies in memory: uint8 images are normalised
+inside the step, forward and backward pass in float32, SGD with momentum 0.9 and weight
+decay 1e-4 on every parameter, running statistics of batch normalisation; no random
+augmentation. Ours counts the batch's errors besides, which the others do not.
+
+  resnet_jax           resnet_jax.training.step.make_train_step
+  flax_example         the net of Flax's ImageNet example, optax.sgd, jitted, donated
+  torch                eager, images as (n, c, h, w)
+  torch_channels_last  the same in the memory format torch calls channels_last
+
+The contenders take turns (A B C D A B C D ...), so that whatever else the machine does
+falls on all of them alike. A turn is one untimed step, which lets the thread pool of
+the contender before fall asleep, and then the timed ones, waited for at their end.
+Parameters and multiply-adds show how far the work is the same: see benchmarks/peers.py
+for the shortcuts of cifar_resnet20.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks import peers, record
+from resnet_jax.analysis.complexity import count_multiply_adds, count_parameters
+from resnet_jax.config import Config
+from resnet_jax.config.schema import AugmentationConfig
+from resnet_jax.data.transforms import PixelStatistics, normalize, to_unit
+from resnet_jax.models import create_model
+from resnet_jax.training.benchmark import synthetic_step
+
+OURS = "resnet_jax"
+BATCH_SIZES = {
+    "cifar_resnet8": 128,
+    "cifar_resnet20": 128,
+    "resnet18": 16,
+    "resnet34": 16,
+    "resnet50": 8,
+}
+
+_RECIPE = Config().optimizer
+"""Learning rate 0.1, momentum 0.9, weight decay 1e-4."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What every contender is given: the net's name and one batch on the host.
+
+    Attributes:
+      model: a key of ``peers.LAYOUTS``.
+      images: (n, h, w, 3) uint8.
+      labels: (n,) int32.
+      pixels: mean and deviation to normalise by.
+    """
+
+    model: str
+    images: np.ndarray
+    labels: np.ndarray
+    pixels: PixelStatistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One implementation of the step.
+
+    Attributes:
+      name: in the table.
+      parameters: trainable numbers.
+      multiply_adds: of one image's forward pass.
+      run: does so many steps and waits for them; goes on from where it was.
+      is_finite: whether every loss, or the last one, was a finite number.
+    """
+
+    name: str
+    parameters: int
+    multiply_adds: int
+    run: Callable[[int], None]
+    is_finite: Callable[[], bool]
+
+
+def our_contender(model: str, batch_size: int) -> tuple[Contender, Work]:
+    """The library's step, and the batch it was made with for the others."""
+    side = peers.LAYOUTS[model].image_size
+    train_step, state, batch = synthetic_step(
+        model, batch_size, side, "float32", AugmentationConfig()
+    )
+    net = create_model(model)
+    work = Work(
+        model,
+        np.asarray(batch["image"]),
+        np.asarray(batch["label"]),
+        jax.device_get(state.statistics),
+    )
+    parameters = count_parameters(state.params)
+
+    def run(steps: int) -> None:
+        nonlocal state
+        for _ in range(steps):
+            state = train_step(state, None, batch)
+        jax.block_until_ready(state)
+
+    contender = Contender(
+        OURS,
+        parameters,
+        count_multiply_adds(net, (side, side, 3)),
+        run,
+        is_finite=lambda: int(state.first_bad_step) < 0,
+    )
+    return contender, work
+
+
+def flax_contender(work: Work) -> Contender:
+    """Flax's example's net in a plain jitted step."""
+    net = peers.FlaxResNet(peers.LAYOUTS[work.model])
+    optimizer = optax.chain(
+        optax.add_decayed_weights(_RECIPE.weight_decay),
+        optax.sgd(_RECIPE.learning_rate, momentum=_RECIPE.momentum),
+    )
+    shape = work.images.shape[1:]
+
+    @jax.jit
+    def init(key):
+        variables = net.init(key, np.zeros((1, *shape), np.float32))
+        params = variables["params"]
+        return params, variables["batch_stats"], optimizer.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state, images, labels):
+        params, batch_stats, opt_state = state
+        images = normalize(to_unit(images), work.pixels)
+
+        def loss_fn(params):
+            logits, updates = net.apply(
+                {"params": params, "batch_stats": batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), updates["batch_stats"]
+
+        (loss, statistics_), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            params
+        )
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return (optax.apply_updates(params, updates), statistics_, opt_state), loss
+
+    state = init(jax.random.key(0))
+    images, labels = jax.device_put((work.images, work.labels))
+    loss = np.float32(0)
+    parameters = count_parameters(state[0])
+
+    def run(steps: int) -> None:
+        nonlocal state, loss
+        for _ in range(steps):
+            state, loss = train_step(state, images, labels)
+        jax.block_until_ready((state, loss))
+
+    multiply_adds = count_multiply_adds(net, shape)
+    return Contender(
+        "flax_example",
+        parameters,
+        multiply_adds,
+        run,
+        is_finite=lambda: bool(np.isfinite(loss)),
+    )
+
+
+def torch_contender(work: Work, channels_last: bool) -> Contender:
+    """The same net in torch, eager."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.peers_torch import TorchResNet
+
+    torch.manual_seed(0)
+    layout_in_memory = torch.channels_last if channels_last else torch.contiguous_format
+
+    def tensor(array: Any) -> torch.Tensor:
+        """(..., h, w, c) as (..., c, h, w)."""
+        return torch.from_numpy(np.moveaxis(np.asarray(array), -1, -3).copy())
+
+    net = TorchResNet(peers.LAYOUTS[work.model])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.eval()(torch.zeros(1, 3, *work.images.shape[1:3]))
+    net.train()
+    for parameter in net.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout_in_memory)
+    images = tensor(work.images).contiguous(memory_format=layout_in_memory)
+    labels = torch.from_numpy(work.labels.astype(np.int64))
+    mean, std = tensor(work.pixels.mean), tensor(work.pixels.std)
+    optimizer = torch.optim.SGD(
+        net.parameters(),
+        lr=_RECIPE.learning_rate,
+        momentum=_RECIPE.momentum,
+        weight_decay=_RECIPE.weight_decay,
+    )
+    loss = torch.zeros(())
+
+    def run(steps: int) -> None:
+        nonlocal loss
+        for _ in range(steps):
+            optimizer.zero_grad()
+            logits = net((images.float() / 255 - mean) / std)
+            loss = torch.nn.functional.cross_entropy(logits, labels)
+            loss.backward()
+            optimizer.step()
+
+    return Contender(
+        "torch_channels_last" if channels_last else "torch",
+        sum(parameter.numel() for parameter in net.parameters()),
+        counter.get_total_flops() // 2,
+        run,
+        is_finite=lambda: bool(torch.isfinite(loss)),
+    )
+
+
+def make_contenders(model: str, batch_size: int) -> tuple[list[Contender], list[dict]]:
+    """The contenders, ours first, and rows for those that cannot take part."""
+    ours, work = our_contender(model, batch_size)
+    contenders, absent = [ours, flax_contender(work)], []
+    reason = None
+    if importlib.util.find_spec("torch") is None:
+        reason = "not installed"
+    elif jax.default_backend() != "cpu":
+        reason = f"not compared: JAX runs on {jax.default_backend()}"
+    for name in ("torch", "torch_channels_last"):
+        if reason is None:
+            contenders.append(torch_contender(work, name == "torch_channels_last"))
+        else:
+            absent.append({"name": name, "status": reason})
+    return contenders, absent
+
+
+def torch_version() -> dict[str, Any]:
+    """Torch's version and threads, for the record; None where it is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        return {"torch": None, "torch_threads": None}
+    import torch
+
+    return {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
+
+
+def measure(
+    contenders: Sequence[Contender], rounds: int, steps: int
+) -> dict[str, list[float]]:
+    """Milliseconds a step of every round by the contender's name."""
+    for contender in contenders:
+        # The first step compiles; the second finds all caches and pools made.
+        contender.run(2)
+    milliseconds: dict[str, list[float]] = {c.name: [] for c in contenders}
+    for _ in range(rounds):
+        for contender in contenders:
+            contender.run(1)
+            start = time.perf_counter()
+            contender.run(steps)
+            seconds = time.perf_counter() - start
+            milliseconds[contender.name].append(1000 * seconds / steps)
+    return milliseconds
+
+
+def summarize(
+    contenders: Sequence[Contender],
+    milliseconds: dict[str, list[float]],
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """A row for each contender.
+
+    ``time_ratio`` is its time over ours: the median of the rounds' ratios, each of two
+    turns that follow each other, so that a slow drift of the machine falls out.
+    """
+    rows = []
+    for contender in contenders:
+        times = milliseconds[contender.name]
+        median = statistics.median(times)
+        pairs = zip(times, milliseconds[OURS], strict=True)
+        rows.append(
+            {
+                "name": contender.name,
+                "status": "measured" if contender.is_finite() else "loss not finite",
+                "parameters": contender.parameters,
+                "multiply_adds": contender.multiply_adds,
+                "milliseconds": median,
+                "milliseconds_min": min(times),
+                "milliseconds_max": max(times),
+                "images_per_second": 1000 * batch_size / median,
+                "time_ratio": statistics.median(
+                    theirs / ours for theirs, ours in pairs
+                ),
+                "milliseconds_of_rounds": times,
+            }
+        )
+    return rows
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints a line a contender."""
+    print(
+        f"{'contender':<20}{'parameters':>12}{'M mult-adds':>13}"
+        f"{'ms/step':>10}  {'(min .. max)':<22}{'images/s':>10}{'time/ours':>11}"
+    )
+    for row in rows:
+        if row["status"] != "measured":
+            print(f"{row['name']:<20}{row['status']:>12}")
+            continue
+        spread = f"({row['milliseconds_min']:.1f} .. {row['milliseconds_max']:.1f})"
+        print(
+            f"{row['name']:<20}{row['parameters']:>12,}"
+            f"{row['multiply_adds'] / 1e6:>13,.1f}{row['milliseconds']:>10.1f}  "
+            f"{spread:<22}{row['images_per_second']:>10,.1f}{row['time_ratio']:>11.3f}"
+        )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures, prints the table and writes the JSON."""
+    options = _parse(arguments)
+    if jax.device_count() != 1:
+        # The peers' steps are written for one device.
+        raise SystemExit(f"needs one device, not {jax.device_count()}")
+    batch_size = options.batch or BATCH_SIZES[options.model]
+    content = record.circumstances("train_step", arguments)
+    content["environment"] |= torch_version()
+    contenders, absent = make_contenders(options.model, batch_size)
+    milliseconds = measure(contenders, options.rounds, options.steps)
+    rows = summarize(contenders, milliseconds, batch_size) + absent
+    environment = content["environment"]
+    size = peers.LAYOUTS[options.model].image_size
+    print(
+        f"{options.model}, batch {batch_size}, {size} px, float32; "
+        f"{environment['devices']}, {environment['cpu']}, "
+        f"{environment['cpu_cores']} cores; torch threads: "
+        f"{environment['torch_threads']}\n"
+        f"medians of {options.rounds} rounds of {options.steps} steps"
+    )
+    print_table(rows)
+    content |= {
+        "model": options.model,
+        "batch_size": batch_size,
+        "image_size": size,
+        "dtype": "float32",
+        "rounds": options.rounds,
+        "steps_a_round": options.steps,
+        "contenders": rows,
+    }
+    record.write(options.json, content)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="cifar_resnet20", choices=peers.LAYOUTS)
+    parser.add_argument(
+        "--batch", type=record.positive, metavar="N", help=f"default: {BATCH_SIZES}"
+    )
+    parser.add_argument(
+        "--rounds", type=record.positive, default=9, metavar="N", help="default: 9"
+    )
+    parser.add_argument(
+        "--steps",
+        type=record.positive,
+        default=10,
+        metavar="N",
+        help="timed steps a round and contender (default: 10)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the result here")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,50 @@
+"""Where the windows lie in a run, and that they can be read from its rows."""
+
+import pytest
+
+from benchmarks import loop_overhead
+from resnet_jax import UserError
+
+
+def test_a_run_evaluates_and_saves_after_its_last_window_only():
+    config = loop_overhead.measured_config(
+        str(loop_overhead.DIGITS), {}, window=20, windows=3
+    )
+    assert config.training.log_every_steps == 10
+    assert config.training.steps == 4 * 20 + 10
+    assert config.evaluation.every_steps == config.training.steps
+    assert config.checkpoint.every_steps == config.training.steps
+
+
+def test_windows_must_end_at_rows():
+    with pytest.raises(UserError, match="not a multiple"):
+        loop_overhead.measured_config(str(loop_overhead.DIGITS), {}, 25, 3)
+
+
+def test_a_streamed_data_set_is_refused(tfds_dir):
+    overrides = {"data.data_dir": tfds_dir, "data.resident": "False"}
+    config = loop_overhead.measured_config(
+        str(loop_overhead.DIGITS), overrides, window=10, windows=1
+    )
+    with pytest.raises(UserError, match="streamed"):
+        loop_overhead.BareStep(config)
+
+
+def test_a_round_measures_loop_and_bare_step(tfds_dir):
+    overrides = {
+        "data.data_dir": tfds_dir,
+        "training.global_batch_size": "8",
+        "training.log_every_steps": "1",
+    }
+    config = loop_overhead.measured_config(
+        f"{loop_overhead.DIGITS}:cifar_resnet8", overrides, window=2, windows=2
+    )
+    figures = loop_overhead.measure_round(
+        loop_overhead.BareStep(config), config, window=2, windows=2
+    )
+    assert len(figures["loop_window_seconds"]) == 2
+    assert len(figures["bare_window_seconds"]) == 2
+    assert figures["loop_own_images_per_second"] > 0
+    assert figures["ratio"] == pytest.approx(
+        figures["loop_images_per_second"] / figures["bare_images_per_second"]
+    )
