@@ -15,7 +15,10 @@ def count_parameters(params: Any) -> int:
 
 
 def abstract_variables(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
-    """The shapes of a model's variables for images (h, w, c); computes nothing."""
+    """The shapes of a model's variables for images (h, w, c); computes nothing.
+
+    The model is called as ``model(images, train=False)``.
+    """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return jax.eval_shape(
         lambda key, x: model.init(key, x, train=False), jax.random.key(0), images
@@ -26,7 +29,10 @@ def count_multiply_adds(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Multiply-adds of one image (h, w, c) through convolutions and dense layers.
 
     Taps on the zero padding count, as in the paper's Table 1. Normalisation,
-    activation, pooling and additions do not.
+    activation, pooling and additions do not. Of branches the dearest counts.
+
+    Raises:
+      ValueError: a loop whose length is not known when the program is traced.
     """
     variables = abstract_variables(model, image_shape)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -49,13 +55,16 @@ def _multiply_adds(jaxpr: Any) -> int:
             shape = equation.invars[0].aval.shape
             taps = math.prod(shape[axis] for axis in contracted)
             total += math.prod(equation.outvars[0].aval.shape) * taps
-        repeats = equation.params.get("length", 1) if _is_scan(equation) else 1
-        total += repeats * sum(_multiply_adds(inner) for inner in _inner(equation))
+        inner = [_multiply_adds(nested) for nested in _inner(equation)]
+        if equation.primitive.name == "while" and any(inner):
+            raise ValueError("the multiply-adds of a while loop are not known")
+        if equation.primitive.name == "cond":
+            total += max(inner)
+        elif equation.primitive.name == "scan":
+            total += equation.params["length"] * sum(inner)
+        else:
+            total += sum(inner)
     return total
-
-
-def _is_scan(equation: Any) -> bool:
-    return equation.primitive.name == "scan"
 
 
 def _inner(equation: Any) -> Iterator[Any]:

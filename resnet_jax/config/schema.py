@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from resnet_jax.models import shortcuts
-from resnet_jax.models.catalog import STRIDE_VERSIONS
+from resnet_jax.models.blocks import STRIDE_VERSIONS
 
 if TYPE_CHECKING:
     import ml_collections

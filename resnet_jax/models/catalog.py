@@ -11,16 +11,14 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.models import shortcuts
-from resnet_jax.models.blocks import BasicBlock, BottleneckBlock
+from resnet_jax.models.blocks import STRIDE_VERSIONS, BasicBlock, BottleneckBlock
 from resnet_jax.models.resnet import CifarStem, ImageNetStem, ResNet
-
-STRIDE_VERSIONS = ("v1", "v1.5")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +114,7 @@ def catalog_entry(name: str) -> Entry:
     """
     if name in CATALOG:
         return CATALOG[name]
-    match = re.fullmatch(r"cifar_(resnet|plain)(\d+)", name)
+    match = re.fullmatch(r"cifar_(resnet|plain)(0|[1-9][0-9]*)", name)
     if match:
         depth = int(match[2])
         if depth >= 8 and depth % 6 == 2:
@@ -133,7 +131,7 @@ def catalog_entry(name: str) -> Entry:
 def create_model(
     name: str,
     *,
-    num_classes: int | None = -1,
+    num_classes: int | Literal["published"] | None = "published",
     shortcut: str | None = None,
     stride_version: str = "v1.5",
     batch_norm_groups: int = 1,
@@ -145,8 +143,8 @@ def create_model(
 
     Args:
       name: one of ``list_models()``, for example "resnet50" or "cifar_resnet56".
-      num_classes: classes of the classifier; None for pooled features; by default
-        those of the data set the net was published for.
+      num_classes: classes of the classifier; None for pooled features; "published"
+        for those of the data set the net was published for.
       shortcut: "A", "B", "C" or "none"; by default the net's own.
       stride_version: where a bottleneck strides: "v1" (the paper) or "v1.5".
       batch_norm_groups: parts of the batch with statistics of their own.
@@ -169,9 +167,17 @@ def create_model(
             f"unknown stride_version {stride_version!r}; "
             f"valid are {', '.join(STRIDE_VERSIONS)}"
         )
+    if num_classes == "published":
+        num_classes = entry.num_classes
+    for option, value in (
+        ("num_classes", num_classes),
+        ("batch_norm_groups", batch_norm_groups),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"{option} must be at least 1, not {value}")
     return entry.build(
         shortcut=shortcuts.BY_NAME[shortcut],
-        num_classes=entry.num_classes if num_classes == -1 else num_classes,
+        num_classes=num_classes,
         stride_version=stride_version,
         batch_norm_groups=batch_norm_groups,
         batch_norm_momentum=batch_norm_momentum,
