@@ -244,7 +244,7 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
 
     absl.logging.set_verbosity(absl.logging.ERROR)
     try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -254,6 +254,13 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
             "data.path"
         ) from None
     if builder.is_prepared():
+        stored_as = builder.info.file_format.value
+        if stored_as != "array_record":
+            raise UserError(
+                f"tfds data set {name} under {builder.data_dir} is prepared as "
+                f"{stored_as}; prepare it as ArrayRecord in another data.data_dir "
+                "(tfds build --file_format=array_record)"
+            )
         return builder
     if not isinstance(builder, digits.Digits) and not _has_tensorflow():
         raise UserError(

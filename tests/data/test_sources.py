@@ -1,5 +1,7 @@
 import gzip
 import struct
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -177,3 +179,69 @@ def test_idx_files_gzipped_or_not(tmp_path):
     (tmp_path / "t10k-images-idx3-ubyte").unlink()
     with pytest.raises(UserError, match=r"is missing beside the other idx files"):
         sources(path=str(tmp_path))
+
+
+PREPARE_SHAPES = """
+import io, sys
+import cv2, numpy as np
+import tensorflow_datasets as tfds
+
+class TinyShapes(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("2.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict({
+                "id": np.int64,
+                "picture": tfds.features.Image(shape=(6, 5, 3), encoding_format="png"),
+                "kind": tfds.features.ClassLabel(names=["disc", "ring"]),
+            }),
+        )
+
+    def _split_generators(self, dl_manager):
+        counts = {"train": 4, "validation": 2}
+        return {k: self._generate_examples(n) for k, n in counts.items()}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            _, png = cv2.imencode(".png", np.full((6, 5, 3), 10 * i, np.uint8))
+            yield i, {"id": i, "picture": io.BytesIO(png.tobytes()), "kind": i % 2}
+
+TinyShapes(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+"""
+
+
+@pytest.fixture
+def shapes_dir(tmp_path):
+    """A tfds data set that somebody else's code has prepared."""
+    program = tmp_path / "prepare.py"
+    program.write_text(PREPARE_SHAPES)
+    folder = tmp_path / "prepared"
+    subprocess.run(
+        [sys.executable, str(program), str(folder)], check=True, capture_output=True
+    )
+    return folder
+
+
+def test_a_prepared_tfds_data_set_is_read_by_its_name_without_its_code(shapes_dir):
+    for name in ("tiny_shapes", "tiny_shapes:2.0.0"):
+        train, test = sources(
+            name=name, data_dir=str(shapes_dir), test_split="validation"
+        )
+        assert (len(train), len(test)) == (4, 2)
+        assert list(train.class_names) == ["disc", "ring"]
+        found = {
+            int(image[0, 0, 0]): label
+            for image, label in zip(pixels(train), labels(train))
+        }
+        assert found == {0: 0, 10: 1, 20: 0, 30: 1}
+
+
+def test_a_tfds_data_set_prepared_as_tfrecord_says_what_to_do(shapes_dir):
+    info = shapes_dir / "tiny_shapes" / "2.0.0" / "dataset_info.json"
+    text = info.read_text()
+    assert '"array_record"' in text
+    info.write_text(text.replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(UserError, match=r"is prepared as tfrecord"):
+        sources(name="tiny_shapes", data_dir=str(shapes_dir), test_split="validation")
