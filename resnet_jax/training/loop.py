@@ -144,7 +144,7 @@ class _Run:
         batch_size = derived.global_batch_size
         batches = self.train_feed.training_batches(position, batch_size, config.seed)
         train_step = self.setup.train_step()
-        with contextlib.closing(batches), self.progress, self._tensorboard(first) as tb:
+        with contextlib.closing(batches), self.progress, self._tensorboard() as tb:
             for step in range(first + 1, derived.steps + 1):
                 batch = self._next(batches)
                 state = train_step(state, self.train_feed.resident, batch)
@@ -207,9 +207,7 @@ class _Run:
         row["seconds"] = self.seconds_before + time.perf_counter() - self.began
         self.rows.append(row)
         self.folder.append_row(row)
-        for name, value in row.items():
-            if name not in ("step", "seconds"):
-                tb.add_scalar(_tensorboard_tag(name), value, step)
+        _write_to_tensorboard(tb, row)
         self.progress.show(row)
         self.throughput.restart()
         return state
@@ -261,14 +259,18 @@ class _Run:
         )
 
     @contextlib.contextmanager
-    def _tensorboard(self, first: int) -> Iterator[SummaryWriter]:
-        writer = SummaryWriter(
-            str(self.folder.tensorboard), purge_step=first + 1 if first else None
-        )
-        try:
+    def _tensorboard(self) -> Iterator[SummaryWriter]:
+        """TensorBoard's files, written anew from the rows so far.
+
+        A killed run's files lack what was not flushed and may hold steps that will be
+        run again.
+        """
+        for file in self.folder.tensorboard.glob("events.out.tfevents.*"):
+            file.unlink()
+        with SummaryWriter(str(self.folder.tensorboard)) as writer:
+            for row in self.rows:
+                _write_to_tensorboard(writer, row)
             yield writer
-        finally:
-            writer.close()
 
 
 def _print_start(console: rich.console.Console, setup: Setup) -> None:
@@ -295,7 +297,10 @@ def _print_start(console: rich.console.Console, setup: Setup) -> None:
     )
 
 
-def _tensorboard_tag(name: str) -> str:
-    """``test_error`` as ``error/test``: curves of one metric share a chart's group."""
-    split, _, metric = name.partition("_")
-    return f"{metric}/{split}" if split in ("train", "holdout", "test") else name
+def _write_to_tensorboard(writer: SummaryWriter, row: dict[str, Any]) -> None:
+    """Writes ``test_error`` as ``error/test``: a metric's curves share a group."""
+    for name, value in row.items():
+        split, _, metric = name.partition("_")
+        tag = f"{metric}/{split}" if split in ("train", "holdout", "test") else name
+        if name not in ("step", "seconds"):
+            writer.add_scalar(tag, value, row["step"])

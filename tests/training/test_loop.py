@@ -3,6 +3,7 @@ import os
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 import resnet_jax
 from resnet_jax.config import resolve
@@ -139,6 +141,19 @@ def test_evaluate_faults_are_named(finished, tmp_path, console):
         resnet_jax.evaluate(tmp_path / "nowhere", console=console)
 
 
+def tensorboard_steps(workdir, tag):
+    """Steps of a curve, read from the records: length, checksum, event, checksum."""
+    steps = []
+    for file in sorted((workdir / "tensorboard").iterdir()):
+        data, start = file.read_bytes(), 0
+        while start < len(data):
+            (length,) = struct.unpack_from("<Q", data, start)
+            event = event_pb2.Event.FromString(data[start + 12 : start + 12 + length])
+            steps += [event.step for value in event.summary.value if value.tag == tag]
+            start += length + 16
+    return steps
+
+
 class Stopped(Exception):
     """Stands for a kill inside the process."""
 
@@ -167,6 +182,8 @@ def test_a_run_goes_on_bit_for_bit_from_a_damaged_checkpoint_too(
     assert "going on from the checkpoint at step 4" in printed(console)
     same(final_state(tiny_config, workdir)[0], final_state(tiny_config, whole)[0])
     assert [row["step"] for row in rows_of(workdir)] == [2, 4, 6, 8, 10, 12]
+    assert tensorboard_steps(workdir, "error/train") == [2, 4, 6, 8, 10, 12]
+    assert tensorboard_steps(workdir, "error/test") == [6, 12]
     for a, b in zip(rows_of(workdir), rows_of(whole)):
         assert {k: v for k, v in a.items() if k in EXACT} == {
             k: v for k, v in b.items() if k in EXACT
