@@ -46,7 +46,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_those_that_do(tiny_config)
 def test_update_is_sgd_with_momentum_and_decay_of_every_parameter(tiny_config):
     """Three steps by the equations, with gradients from plain jax.grad."""
     tiny_config.augmentation.pad = 0
-    tiny_config.optimizer.weight_decay = 0.01
+    tiny_config.optimizer.weight_decay = 0.05
     tiny_config.schedule.kind = "piecewise"
     tiny_config.schedule.boundaries_steps = (2,)
     setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
@@ -72,12 +72,13 @@ def test_update_is_sgd_with_momentum_and_decay_of_every_parameter(tiny_config):
 
         gradient, stats = jax.grad(loss, has_aux=True)(params)
         velocity = jax.tree.map(
-            lambda v, g, p: 0.9 * v + g + 0.01 * p, velocity, gradient, params
+            lambda v, g, p: 0.9 * v + g + 0.05 * p, velocity, gradient, params
         )
         params = jax.tree.map(lambda p, v, rate=rate: p - rate * v, params, velocity)
         state = train_step(state, feed.resident, batch)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params)):
-        np.testing.assert_allclose(a, b, atol=3e-5)
+        # Rounding alone moves 4e-5 by now; without the decay a scale moves 1e-2.
+        np.testing.assert_allclose(a, b, atol=2e-4)
 
 
 def test_moving_averages_follow_the_parameters(tiny_config):
