@@ -14,7 +14,12 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
     The axis is Auto: programs are written for the global batch, and the compiler
     places them.
     """
-    devices = jax.devices()[:num_devices]
+    try:
+        devices = jax.devices()[:num_devices]
+    except (RuntimeError, AssertionError) as error:
+        # jax asserts where JAX_PLATFORMS names only what this machine lacks.
+        reason = str(error).split("\n")[0] or "none of JAX_PLATFORMS is here"
+        raise UserError(f"jax finds no device: {reason}") from error
     return jax.make_mesh(
         (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
     )

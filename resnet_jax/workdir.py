@@ -4,9 +4,12 @@ Every file is replaced in one step or grows by whole lines, so that a run killed
 moment leaves files that can be read.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,25 @@ class Workdir:
                 f"workdir {self.path} cannot be written to ({error.strerror}); "
                 "give another --workdir"
             ) from error
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes off; the lock goes with the process, however it ends.
+
+        Raises:
+          UserError: another process has it.
+        """
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise UserError(
+                f"workdir {self.path} is in use by another run; wait for it, or give "
+                "another --workdir"
+            ) from None
+        finally:
+            os.close(folder)
 
     def read_config(self) -> Config | None:
         """The config of the run that is here, or None.

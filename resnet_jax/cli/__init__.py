@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import absl.logging
+
 from resnet_jax.errors import UserError
 
 _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
@@ -34,14 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not getattr(options, "takes_overrides", False):
         parser.error(f"unknown argument {rest[0]}")
     options.rest = rest
+    # Orbax logs the tracebacks of its threads beside the one sentence told here.
+    absl.logging.set_verbosity(absl.logging.FATAL)
     try:
         options.run(options)
     except UserError as error:
         print(f"resnet-jax: error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"resnet-jax: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(
-            "resnet-jax: stopped; the same command goes on from the last checkpoint",
+            "resnet-jax: stopped; the same command goes on from the last checkpoint, "
+            "if there is one",
             file=sys.stderr,
         )
         return 130

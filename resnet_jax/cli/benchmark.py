@@ -15,15 +15,31 @@ def add_parser(commands: Any) -> None:
         "normalisation and, for a CIFAR net, crop and flip. Medians; the compilation "
         "is told apart.",
     )
-    step.add_argument("--model", default="cifar_resnet20", metavar="NAME")
-    step.add_argument("--batch", type=int, default=128, metavar="N")
+    step.add_argument(
+        "--model",
+        default="cifar_resnet20",
+        metavar="NAME",
+        help="a name of resnet_jax.list_models() (default: cifar_resnet20)",
+    )
+    step.add_argument(
+        "--batch",
+        type=int,
+        default=128,
+        metavar="N",
+        help="images a step, over all devices (default: 128)",
+    )
     step.add_argument(
         "--image-size",
         type=int,
         metavar="PIXELS",
         help="side of the images (default: the net's own)",
     )
-    step.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    step.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of the convolutions (default: float32)",
+    )
     step.add_argument(
         "--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)"
     )

@@ -48,8 +48,8 @@ def _run(options: argparse.Namespace) -> None:
         present = Workdir(options.workdir).read_config()
         if present is None or overrides:
             raise UserError(
-                "give --config FILE.py: it may be left out only to go on with the "
-                "run of a workdir, unchanged"
+                "give --config FILE.py: it may be left out only to go on with the run "
+                "of a workdir, without overrides"
             )
         config = present
     from resnet_jax.training.loop import train

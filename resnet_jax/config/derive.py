@@ -33,13 +33,19 @@ class Derived:
 
     def notes(self) -> list[str]:
         """Sentences on what is valid and yet may surprise."""
+        notes = []
+        if self.warmup_steps > self.steps:
+            notes.append(
+                f"note: the run ends at step {self.steps}: the warm-up of "
+                f"{self.warmup_steps} steps is not over"
+            )
         late = [step for step in self.boundaries if step >= self.steps]
-        if not late:
-            return []
-        return [
-            f"note: the run ends at step {self.steps}: the learning rate never falls "
-            f"at {', '.join(map(str, late))}"
-        ]
+        if late:
+            notes.append(
+                f"note: the run ends at step {self.steps}: the learning rate never "
+                f"falls at {', '.join(map(str, late))}"
+            )
+        return notes
 
 
 def derive(config: Config, training_examples: int) -> Derived:

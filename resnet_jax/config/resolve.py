@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import inspect
 import math
+import traceback
 import types
 import typing
 from collections.abc import Mapping
@@ -97,7 +98,9 @@ def _run_config_file(spec: str) -> Any:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-        get_config = module.get_config
+        get_config = getattr(module, "get_config", None)
+        if get_config is None:
+            raise UserError(f"{path} defines no get_config(); see configs/digits.py")
         takes_arg = bool(inspect.signature(get_config).parameters)
         if arg and not takes_arg:
             raise UserError(f"{path}: its get_config takes no argument, not {arg!r}")
@@ -106,7 +109,10 @@ def _run_config_file(spec: str) -> Any:
         raise
     except Exception as error:
         message = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: {type(error).__name__}: {message}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise UserError(f"{where}: {type(error).__name__}: {message}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f"{path}: get_config must return a ConfigDict made by default_config(), "
@@ -124,10 +130,17 @@ def _known_field(name: str) -> Field:
         raise UserError(
             f"config field {name} is a section; set one of {', '.join(inside)}"
         )
-    last = name.rsplit(".", 1)[-1]
-    same_key = [known for known in schema if known.rsplit(".", 1)[-1] == last]
-    close = same_key or difflib.get_close_matches(name, schema, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "see resnet-jax train --help"
+    section, _, key = name.rpartition(".")
+    siblings = [known for known in schema if known.rpartition(".")[0] == section]
+    keys = [known.rpartition(".")[2] for known in siblings]
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if close:
+        hint = f"did you mean {siblings[keys.index(close[0])]}?"
+    else:
+        elsewhere = [known for known in schema if known.rpartition(".")[2] == key]
+        elsewhere += difflib.get_close_matches(name, schema, n=1, cutoff=0.8)
+        listed = f"{section} has {', '.join(keys)}" if keys else "see train --help"
+        hint = f"did you mean {elsewhere[0]}?" if elsewhere else listed
     raise UserError(f"unknown config field {name}; {hint}")
 
 

@@ -229,7 +229,9 @@ class CheckpointConfig:
 class Config:
     """A run, resolved and valid."""
 
-    seed: int = option(0, "of initialisation, order and augmentation", at_least=0)
+    seed: int = option(
+        0, "of initialisation, order and augmentation", at_least=0, below=2**31
+    )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     augmentation: AugmentationConfig = dataclasses.field(

@@ -242,7 +242,9 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
 
     from resnet_jax.data import digits
 
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    # tfds warns of every data set that is not prepared yet.
+    quiet = min(absl.logging.get_verbosity(), absl.logging.ERROR)
+    absl.logging.set_verbosity(quiet)
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
@@ -270,9 +272,9 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
         )
     is_ours = isinstance(builder, digits.Digits)
     # tfds speaks of a download of unknown size where there is none.
-    quiet = contextlib.redirect_stdout(io.StringIO())
+    silence = contextlib.redirect_stdout(io.StringIO())
     try:
-        with quiet if is_ours else contextlib.nullcontext():
+        with silence if is_ours else contextlib.nullcontext():
             (tfds.disable_progress_bar if is_ours else tfds.enable_progress_bar)()
             builder.download_and_prepare(file_format="array_record")
     except OSError as error:

@@ -95,7 +95,12 @@ def benchmark_step(
     }
     _print(console, result)
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
+        try:
+            Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{json_path} cannot be written ({error.strerror})"
+            ) from error
     return result
 
 

@@ -5,10 +5,11 @@ config, the position in the data and the metrics so far. Beside them stand check
 of both, since a flipped bit on a disk is restored without a word otherwise.
 """
 
+import contextlib
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,22 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+    def __exit__(self, error_type: Any, *_: Any) -> None:
+        # A failed save comes up once more here; the first error is the one to tell.
+        with contextlib.suppress(Exception) if error_type else self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says in one sentence that a save has failed, a full disk for example."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"a checkpoint cannot be written in {self._directory}: "
+                f"{_reason(error)}; make room, and the same command goes on from the "
+                "checkpoint before"
+            ) from error
 
     def save(
         self, state: TrainState, content: dict[str, Any], holdout_error: float | None
@@ -101,11 +116,13 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
         )
-        self._manager.save(step, args=items, metrics=metrics)
+        with self._writing():
+            self._manager.save(step, args=items, metrics=metrics)
 
     def wait(self) -> None:
         """Waits until all that was saved is on the disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, increasing."""
@@ -138,9 +155,8 @@ class Checkpoints:
             checksums = {name: _crc32(leaf) for name, leaf in _on_host(state).items()}
         except Exception as error:
             # Whatever stands in a damaged file may come up as any exception.
-            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
             raise UserError(
-                f"checkpoint {self._directory / str(step)} is damaged: {reason}"
+                f"checkpoint {self._directory / str(step)} is damaged: {_reason(error)}"
             ) from error
         changed = [
             name for name, crc in checksums.items() if meta["state_crc32"][name] != crc
@@ -196,6 +212,12 @@ class Checkpoints:
 
 def _holdout_error(metrics: dict[str, float]) -> float:
     return metrics[_HOLDOUT_ERROR]
+
+
+def _reason(error: Exception) -> str:
+    """An error's first sentence, without TensorStore's inner details."""
+    line = str(error).strip().split("\n")[0].split(" See full")[0]
+    return line[:160] or type(error).__name__
 
 
 def _on_host(state: Any) -> dict[str, np.ndarray]:

@@ -37,6 +37,8 @@ def evaluate(
     Raises:
       UserError: there is no such run, checkpoint or split.
     """
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, not {batch_size}")
     console = console or rich.console.Console()
     folder = Workdir(workdir)
     config = folder.read_config()
@@ -60,7 +62,13 @@ def evaluate(
         raise UserError(f"workdir {folder.path} holds no checkpoint yet")
     with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
         step = _find_step(checkpoints, checkpoint, folder)
-        state, _ = checkpoints.restore(step, setup.abstract_state())
+        try:
+            state, _ = checkpoints.restore(step, setup.abstract_state())
+        except UserError as error:
+            others = [str(other) for other in checkpoints.steps() if other != step]
+            raise UserError(
+                f"{error}; other checkpoints: {', '.join(others) or 'none'}"
+            ) from error
     size = batch_size or setup.evaluation_batch_size
     size = -(-size // setup.mesh.size) * setup.mesh.size
     summary = evaluate_split(

@@ -11,7 +11,7 @@ import rich.console
 from tensorboardX import SummaryWriter
 
 from resnet_jax.analysis.complexity import count_parameters
-from resnet_jax.config import resolve
+from resnet_jax.config import Config, resolve
 from resnet_jax.data.batch import Batch, Feed
 from resnet_jax.evaluation.evaluator import EvalStep, evaluate_split
 from resnet_jax.evaluation.metrics import Sums
@@ -69,6 +69,13 @@ def train(
         print_result(console, result, folder.report)
         return result
     folder.prepare()
+    with folder.lock():
+        return _train(config, folder, console)
+
+
+def _train(
+    config: Config, folder: Workdir, console: rich.console.Console
+) -> dict[str, Any]:
     # 2. Open the data and build the parts; write down what is going to run.
     setup = prepare(config)
     folder.write_config(config, setup.derived, command_line())

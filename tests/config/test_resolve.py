@@ -7,6 +7,9 @@ REFUSED = [
     # (field, value, what the sentence says)
     ("optimizer.learning_rat", 0.1, "did you mean optimizer.learning_rate"),
     ("training.learning_rate", 0.1, "did you mean optimizer.learning_rate"),
+    ("training.batch_size", 8, "did you mean training.global_batch_size"),
+    ("optimizer.lr", 0.1, "optimizer has learning_rate, momentum,"),
+    ("seed", 2**31, "must be below"),
     ("optimizer.learning_rate", "fast", "takes a number, not 'fast'"),
     ("optimizer.learning_rate", float("nan"), "must be finite"),
     ("optimizer.momentum", 1.0, "must be below 1"),
@@ -173,7 +176,7 @@ def test_overrides_are_refused_in_one_sentence(tmp_path, overrides, sentence):
     [
         ("    config.optimizer.learning_rat = 1\n", "did you mean optimizer.learning"),
         ("    config.optimzer.learning_rate = 1\n", "optimzer"),
-        ("    1 / 0\n", "ZeroDivisionError"),
+        ("    1 / 0\n", "line 6: ZeroDivisionError"),
         ("    config = {}\n", "must return a ConfigDict"),
     ],
 )
@@ -207,6 +210,14 @@ def test_durations_in_epochs_are_counted_in_steps():
     assert derived.steps == 450_411
     assert derived.boundaries == (150_137, 300_274)
     assert derived.evaluate_every == 5_005
+
+
+def test_a_warm_up_longer_than_the_run_is_noted():
+    config = default_config()
+    config.training.steps = 12
+    config.schedule.warmup_steps = 20
+    (note,) = derive(resolve(config), 1000).notes()
+    assert "warm-up of 20 steps is not over" in note
 
 
 def test_a_fall_after_the_end_is_noted():

@@ -131,6 +131,8 @@ def test_evaluation_is_the_same_for_every_batch_size(finished, console):
 
 def test_evaluate_faults_are_named(finished, tmp_path, console):
     workdir = finished[1]
+    with pytest.raises(UserError, match=r"must be at least 1, not 0"):
+        resnet_jax.evaluate(workdir, batch_size=0, console=console)
     with pytest.raises(UserError, match=r"no checkpoint at step 5; there are 8, 12"):
         resnet_jax.evaluate(workdir, checkpoint=5, console=console)
     with pytest.raises(UserError, match=r"holdout where"):
@@ -253,6 +255,15 @@ def test_a_workdir_that_cannot_be_written_is_named(tiny_config, tmp_path, consol
     file.write_text("")
     with pytest.raises(UserError, match=r"cannot be written to"):
         resnet_jax.train(tiny_config, file / "run", console)
+
+
+def test_a_second_run_in_one_workdir_is_refused(tiny_config, tmp_path, console):
+    workdir = tmp_path / "run"
+    folder = Workdir(workdir)
+    folder.prepare()
+    with folder.lock(), pytest.raises(UserError, match=r"in use by another run"):
+        resnet_jax.train(tiny_config, workdir, console)
+    assert list(workdir.iterdir()) == []
 
 
 def command(config_file, workdir):
