@@ -103,7 +103,7 @@ def write_report(
         ),
         how=(
             f"The last checkpoint (step {result['step']:,}) on every test example, one "
-            f"run of seed {result['seed']}. The test set chose nothing."
+            f"run of seed {result['seed']}. The test set chose no checkpoint."
         ),
         curves=_svg(training_curves(rows, title)),
         facts=_table(_facts(result)),
