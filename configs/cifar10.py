@@ -2,9 +2,12 @@
 
 resnet-jax train --config configs/cifar10.py:cifar_resnet56 --workdir runs/resnet56
 
-The argument is the net: cifar_resnet20 (default) to cifar_resnet1202 and cifar_plain20
-to cifar_plain110. Data: --config.data.path=FOLDER with CIFAR's binary files or
-train/CLASS/IMAGE and test/CLASS/IMAGE; without it, tfds's cifar10 as ArrayRecord.
+The argument is the net: cifar_resnet20 (default) to cifar_resnet1202, cifar_plain20 to
+cifar_plain110, or any other CIFAR net of the catalog (`resnet-jax summary`), with
+this paper's recipe and not its own.
+
+Data: --config.data.path=FOLDER with CIFAR's binary files or train/CLASS/IMAGE and
+test/CLASS/IMAGE; without it, tfds's cifar10 as ArrayRecord.
 
 Expected from the paper, test error after 64k steps of 128: 8.75 % (20 layers),
 7.51 % (32), 7.17 % (44), 6.97 % (56), 6.43 % (110, best of 5; 6.61 +- 0.16), 7.93 %
@@ -21,8 +24,10 @@ def get_config(net="cifar_resnet20"):
     """The config of a run; ``net`` is a name of resnet_jax.list_models()."""
     config = default_config()
     config.model.name = net
-    # Two GPUs with 64 images each: batch statistics were taken per GPU.
-    config.model.batch_norm_groups = 2
+    # Two GPUs with 64 images each: batch statistics were taken per GPU. Highway nets
+    # have no batch normalisation.
+    if "highway" not in net:
+        config.model.batch_norm_groups = 2
     config.data.name = "cifar10"
     config.data.normalization = "per_pixel_mean"
     config.augmentation.pad = 4

@@ -40,6 +40,13 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="examples a batch (default: the config's); changes no result",
     )
+    parser.add_argument(
+        "--precise-batches",
+        type=int,
+        metavar="N",
+        help="first average the batch statistics over N batches of the training set, "
+        "as the authors' released models did (default: the running ones)",
+    )
     parser.set_defaults(run=_run)
 
 
@@ -59,4 +66,5 @@ def _run(options: argparse.Namespace) -> None:
         split=options.split,
         checkpoint=options.checkpoint,
         batch_size=options.batch_size,
+        precise_batches=options.precise_batches,
     )

@@ -7,7 +7,7 @@ rest of the library reads ``Config`` alone.
 """
 
 from resnet_jax.config.derive import Derived, derive
-from resnet_jax.config.resolve import load_config, resolve
+from resnet_jax.config.resolve import load_config, model_options, resolve
 from resnet_jax.config.schema import (
     Config,
     Field,
@@ -27,5 +27,6 @@ __all__ = [
     "fields",
     "flatten",
     "load_config",
+    "model_options",
     "resolve",
 ]

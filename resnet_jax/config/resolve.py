@@ -19,6 +19,7 @@ from typing import Any
 from resnet_jax.config.schema import (
     Config,
     Field,
+    ModelConfig,
     describe_type,
     fields,
     flatten,
@@ -150,6 +151,8 @@ def _parse(field: Field, text: str) -> Any:
         return None
     if "bool" in str(field.annotation) and text.lower() in ("true", "false"):
         return text.lower() == "true"
+    if typing.get_origin(field.annotation) is tuple and "str" in str(field.annotation):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     if "str" in str(field.annotation):
         return text
     try:
@@ -225,7 +228,11 @@ def _converted(annotation: Any, value: Any) -> Any:
 def _refuse_contradictions(config: Config) -> None:
     """Raises UserError where fields contradict each other."""
     # Unknown names and options are the catalog's to refuse.
-    create_model(config.model.name, shortcut=config.model.shortcut)
+    create_model(config.model.name, **model_options(config.model))
+    if config.model.new_head and config.model.weights is None:
+        raise UserError(
+            "model.new_head replaces the classifier of model.weights: set it"
+        )
     _refuse_durations(config)
     _refuse_schedule(config)
     _refuse_data(config)
@@ -242,6 +249,22 @@ def _refuse_contradictions(config: Config) -> None:
             "checkpoint.best chooses by the held-out error, never on the test set: "
             "set data.holdout_examples"
         )
+
+
+def model_options(config: ModelConfig) -> dict[str, Any]:
+    """The keyword arguments of ``create_model`` that a config sets.
+
+    Normalisation, loops and convolutions are named only where they differ from the
+    default: not every net has them.
+    """
+    not_the_nets = {"name", "dtype", "weights", "new_head", "frozen"}
+    default = ModelConfig()
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name not in not_the_nets
+        and getattr(config, field.name) != getattr(default, field.name)
+    }
 
 
 def _refuse_durations(config: Config) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnet_jax.models import shortcuts
 from resnet_jax.models.blocks import STRIDE_VERSIONS
+from resnet_jax.models.convolution import ALGORITHMS
 
 if TYPE_CHECKING:
     import ml_collections
@@ -52,12 +53,50 @@ class ModelConfig:
 
     name: str = option("cifar_resnet20", "a name of resnet_jax.list_models()")
     shortcut: str | None = option(
-        None, "A, B, C or none; None: the net's own", choices=tuple(shortcuts.BY_NAME)
+        None,
+        "A, B, C, pooled or none; None: the net's own",
+        choices=tuple(shortcuts.BY_NAME),
     )
-    stride_version: str = option(
-        "v1.5",
-        "where a bottleneck strides: v1 the first 1x1 (paper), v1.5 the 3x3",
+    stride_version: str | None = option(
+        None,
+        "where a bottleneck strides: v1 the first 1x1 (paper), v1.5 the 3x3; None: the "
+        "net's own",
         choices=STRIDE_VERSIONS,
+    )
+    block_convs: int | None = option(
+        None, "3x3 convolutions of a basic block; None: the net's own", at_least=1
+    )
+    squeeze_excite: bool | None = option(
+        None, "gate residual functions by their channels' means; None: the net's own"
+    )
+    zero_init_last: bool | None = option(
+        None,
+        "a block's last normalisation starts with scale zero; None: the net's own",
+    )
+    stochastic_depth_rate: float | None = option(
+        None,
+        "with which the last block is dropped in training, growing linearly from the "
+        "first; None: the net's own",
+        at_least=0,
+        below=1,
+    )
+    dropout_rate: float | None = option(
+        None,
+        "of the net's own kind of dropout; None: the net's own",
+        at_least=0,
+        below=1,
+    )
+    gate_bias: float | None = option(
+        None, "the first bias of a highway net's gates; None: the net's own"
+    )
+    weights: str | None = option(
+        None, "file or hub name of weights to start from; None: fresh ones"
+    )
+    new_head: bool = option(
+        False, "start with a fresh classifier in place of that of model.weights"
+    )
+    frozen: tuple[str, ...] = option(
+        (), "parts that training leaves as they are: stem,stage1"
     )
     dtype: str = option(
         "float32",
@@ -71,6 +110,19 @@ class ModelConfig:
         0.9, "decay of the running statistics (torch's 0.1 is 0.9)", at_least=0, below=1
     )
     batch_norm_epsilon: float = option(1e-5, "added to the variance", at_least=0)
+    scan: bool | None = option(
+        None,
+        "run equal blocks as one loop, which compiles in less time; None: for nets too "
+        "deep to unroll",
+    )
+    remat: bool = option(
+        False, "compute a block's inside again for the gradient, to save memory"
+    )
+    conv_algorithm: str = option(
+        "auto",
+        "how convolutions are computed: auto is the faster one for the device",
+        choices=ALGORITHMS,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +355,8 @@ def describe_type(annotation: Any) -> str:
         return f"{describe_type(inner)} or None"
     if typing.get_origin(annotation) is tuple:
         inner = typing.get_args(annotation)[0]
-        return f"a tuple of {'integers' if inner is int else 'numbers'}"
+        kind = {int: "integers", float: "numbers", str: "strings"}[inner]
+        return f"a tuple of {kind}"
     return {
         int: "an integer",
         float: "a number",

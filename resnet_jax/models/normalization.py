@@ -7,9 +7,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-ModuleFactory = Callable[..., Any]
-"""A class of Linen modules, or a ``functools.partial`` of one."""
-
 
 class BatchNorm(nn.Module):
     """Batch normalisation over every axis but the last (Ioffe & Szegedy 2015).
@@ -19,15 +16,19 @@ class BatchNorm(nn.Module):
     into that many equal parts in order, each normalised by its own statistics: the
     paper's 8 x 32 images of ImageNet are ``groups=8`` at batch 256 on any topology.
 
-    Statistics are float32 for every ``dtype``. The variance is the mean of squared
-    deviations: never negative, and exact where E[x^2] - E[x]^2 cancels. The running
-    variance is the biased one, averaged over the groups.
+    Statistics are at least float32 for every ``dtype``. The variance is the mean of
+    squared deviations: never negative, and exact where E[x^2] - E[x]^2 cancels. The
+    running variance averages m / (m - 1) times that of the m values of a group, the
+    unbiased estimate of Ioffe & Szegedy's algorithm 2, as Caffe's and torch's do.
 
     Attributes:
-      use_running_average: normalise by the running statistics, and keep them.
+      use_running_average: normalise by the running statistics, and keep them: in
+        evaluation, or frozen in training.
       momentum: the running statistics' decay; 0.9 here is torch's 0.1.
       epsilon: added to the variance.
       groups: the number of parts of the batch with statistics of their own.
+      unbiased: False averages the biased variance in the running one, as Linen's
+        BatchNorm does.
       dtype: dtype of the output.
       scale_init: initialiser of the scale.
     """
@@ -36,6 +37,7 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-5
     groups: int = 1
+    unbiased: bool = True
     dtype: Any = jnp.float32
     scale_init: Callable[..., Any] = nn.initializers.ones
 
@@ -64,17 +66,25 @@ class BatchNorm(nn.Module):
         groups = 1 if self.is_initializing() else self.groups
         grouped = x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
         axes = tuple(range(1, grouped.ndim - 1))
-        wide = grouped.astype(jnp.float32)
+        wide = _widen(grouped)
         mean = wide.mean(axes, keepdims=True)
         var = jnp.square(wide - mean).mean(axes, keepdims=True)
         if not self.is_initializing():
             keep = self.momentum
             batch_mean = mean.reshape(groups, -1).mean(0)
             batch_var = var.reshape(groups, -1).mean(0)
+            count = wide.size // (groups * x.shape[-1])
+            if self.unbiased and count > 1:
+                batch_var = batch_var * (count / (count - 1))
             running_mean.value = keep * running_mean.value + (1 - keep) * batch_mean
             running_var.value = keep * running_var.value + (1 - keep) * batch_var
         return self._normalize(grouped, mean, var, scale, bias).reshape(x.shape)
 
     def _normalize(self, x, mean, var, scale, bias):
-        y = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale)
+        y = (_widen(x) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale)
         return (y + bias).astype(self.dtype)
+
+
+def _widen(x):
+    """``x`` in float32, or in its own dtype if that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,7 +1,8 @@
 """The residual net: a stem, stages of blocks, global average pooling and a classifier.
 
-One module serves the ImageNet nets (Table 1), the CIFAR nets (section 4.2) and the
-plain nets they are compared with: a variant is a choice of stem, block and shortcut.
+One module serves the ImageNet nets (Table 1), the CIFAR nets (section 4.2), the plain
+nets they are compared with, and their relatives: a variant is a choice of stem, stage,
+block and shortcut.
 """
 
 import functools
@@ -12,9 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from resnet_jax.models.blocks import BasicBlock, Conv
-from resnet_jax.models.normalization import BatchNorm, ModuleFactory
+from resnet_jax.models.blocks import BasicBlock
+from resnet_jax.models.convolution import Conv, loop_algorithm
+from resnet_jax.models.factories import ModuleFactory
+from resnet_jax.models.features import FeatureMap
+from resnet_jax.models.normalization import BatchNorm
+from resnet_jax.models.regularization import StochasticDepth, linear_rates
 from resnet_jax.models.shortcuts import Projection, Shortcut
+from resnet_jax.models.stages import Stage
 
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform in +-1/sqrt(fan-in): the classifier of the released Torch nets."""
@@ -29,13 +35,38 @@ class ImageNetStem(nn.Module):
     features: int
     conv: ModuleFactory
     norm: ModuleFactory
+    strides = (2, 4)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns C1, the map before the pooling (stride 2), and the pooled map."""
         c1 = self.conv(self.features, (7, 7), strides=2, name="conv")(x)
         c1 = nn.relu(self.norm(name="norm")(c1))
-        return c1, nn.max_pool(c1, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        return c1, _max_pool(c1)
+
+
+class DeepStem(nn.Module):
+    """Three 3x3 convolutions in place of the 7x7 (ResNet-C and -D, He et al. 2019).
+
+    Attributes:
+      features: channels of the third convolution.
+      inner: channels of the first two.
+    """
+
+    features: int
+    conv: ModuleFactory
+    norm: ModuleFactory
+    inner: tuple[int, int] = (32, 32)
+    strides = (2, 4)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns C1, the map before the pooling (stride 2), and the pooled map."""
+        for index, features in enumerate((*self.inner, self.features), start=1):
+            strides = 2 if index == 1 else 1
+            conv = self.conv(features, (3, 3), strides=strides, name=f"conv{index}")
+            x = nn.relu(self.norm(name=f"norm{index}")(conv(x)))
+        return x, _max_pool(x)
 
 
 class CifarStem(nn.Module):
@@ -44,6 +75,7 @@ class CifarStem(nn.Module):
     features: int
     conv: ModuleFactory
     norm: ModuleFactory
+    strides = (1, 1)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -53,47 +85,39 @@ class CifarStem(nn.Module):
         return c1, c1
 
 
-class Stage(nn.Module):
-    """Blocks on maps of one size; the first block may halve the map.
-
-    Attributes:
-      size: the number of blocks.
-      features: the blocks' ``features``.
-      strides: stride of the first block.
-      block: factory of the blocks.
-    """
-
-    size: int
-    features: int
-    strides: int
-    block: ModuleFactory
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), channels)."""
-        for index in range(self.size):
-            strides = self.strides if index == 0 else 1
-            name = f"block{index + 1}"
-            x = self.block(self.features, strides, name=name)(x)
-        return x
+def _max_pool(x):
+    return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
 
 class ResNet(nn.Module):
-    """A residual or plain net of section 3.3 or 4.2.
+    """A residual or plain net of section 3.3 or 4.2, or a relative.
 
     Variables: ``params`` and ``batch_stats``, float32 for every ``dtype``, under
-    names that speak: ``stem/conv``, ``stage2/block3/conv2``, ``head``.
+    names that speak: ``stem/conv``, ``stage2/block3/conv2``, ``head``. Dropout and
+    stochastic depth draw from the rng "dropout" in training.
 
     Attributes:
       stage_sizes: blocks in each stage.
-      block: BasicBlock or BottleneckBlock.
+      block: BasicBlock or BottleneckBlock, or a partial of one with its own options.
       shortcut: a value from ``models.shortcuts``.
-      stem: ImageNetStem or CifarStem.
-      width: channels of the stem and ``features`` of the first stage; doubled at
-        every further stage.
+      stem: ImageNetStem, DeepStem or CifarStem.
+      stage: Stage, or a partial of OverlappingStage.
+      width: ``features`` of the first stage; doubled at every further stage.
+      stem_width: channels of the stem; None: ``width``.
       num_classes: classes of the classifier; None leaves it out.
-      stride_version: where a bottleneck strides: "v1" or "v1.5".
+      preactivation: blocks normalise and activate before they convolve; one more
+        normalisation and activation follow the last.
+      output_stride: pixels of the image between neighbours on the last map; below the
+        net's own, the last stages dilate their taps in place of striding. None: the
+        net's own, 32 of an ImageNet net.
       batch_norm_groups, batch_norm_momentum, batch_norm_epsilon: see BatchNorm.
+      batch_norm_frozen: normalise by the running statistics in training too, and keep
+        them: True everywhere, or the names of parts, ``("stem", "stage1")``.
+      dropout_rate: between the convolutions of a block.
+      stochastic_depth_rate: with which the last block is dropped in training; it grows
+        linearly from the first.
+      scan, remat: see Stage.
+      conv_algorithm: see ``models.convolution.convolve``.
       dtype: dtype of convolutions and maps; bfloat16 on accelerators.
     """
 
@@ -101,12 +125,21 @@ class ResNet(nn.Module):
     block: Any = BasicBlock
     shortcut: Shortcut = Projection()
     stem: Any = ImageNetStem
+    stage: Any = Stage
     width: int = 64
+    stem_width: int | None = None
     num_classes: int | None = 1000
-    stride_version: str = "v1.5"
+    preactivation: bool = False
+    output_stride: int | None = None
     batch_norm_groups: int = 1
     batch_norm_momentum: float = 0.9
     batch_norm_epsilon: float = 1e-5
+    batch_norm_frozen: bool | Sequence[str] = False
+    dropout_rate: float = 0.0
+    stochastic_depth_rate: float = 0.0
+    scan: bool = False
+    remat: bool = False
+    conv_algorithm: str = "auto"
     dtype: Any = jnp.float32
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -123,7 +156,9 @@ class ResNet(nn.Module):
         """
         return self._maps_and_output(images, train)[1]
 
-    def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
+    def features(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[FeatureMap, ...]:
         """The maps C1 .. C5 of an ImageNet net, C1 .. C4 of a CIFAR net.
 
         C1 is the stem's, before pooling; each further one is the output of a stage.
@@ -132,36 +167,106 @@ class ResNet(nn.Module):
 
     @nn.compact
     def _maps_and_output(self, images, train):
-        conv = functools.partial(Conv, dtype=self.dtype)
-        norm = functools.partial(
+        conv = functools.partial(Conv, dtype=self.dtype, algorithm=self.conv_algorithm)
+        inner_conv = conv
+        if self.scan:
+            algorithm = loop_algorithm(self.conv_algorithm)
+            inner_conv = functools.partial(conv, algorithm=algorithm)
+        stem_norm = self._norm("stem", train)
+        stem_width = self.stem_width or self.width
+        stem = self.stem(stem_width, conv=conv, norm=stem_norm, name="stem")
+        c1, x = stem(images.astype(self.dtype))
+        maps = [FeatureMap(c1, "C1", stem.strides[0])]
+        plan = plan_strides(len(self.stage_sizes), stem.strides[1], self.output_stride)
+        rates = linear_rates(self.stochastic_depth_rate, sum(self.stage_sizes))
+        for index, (size, (strides, dilation, stride)) in enumerate(
+            zip(self.stage_sizes, plan, strict=True)
+        ):
+            name, before = f"stage{index + 1}", sum(self.stage_sizes[:index])
+            block = functools.partial(
+                self.block,
+                shortcut=self.shortcut,
+                conv=inner_conv,
+                norm=self._norm(name, train),
+                preactivation=self.preactivation,
+                **self._regularization(train),
+            )
+            stage = self.stage(
+                size,
+                features=self.width * 2**index,
+                strides=strides,
+                block=block,
+                dilation=dilation,
+                first=index == 0,
+                drop_rates=rates[before : before + size] if any(rates) else None,
+                scan=self.scan,
+                remat=self.remat,
+                name=name,
+            )
+            x = stage(x)
+            if self.preactivation and index == len(self.stage_sizes) - 1:
+                x = nn.relu(self._norm("norm", train)(name="norm")(x))
+            maps.append(FeatureMap(x, f"C{index + 2}", stride))
+        # In float32 at least: a bfloat16 sum over the map would lose its small terms.
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        output = x.mean(axis=(1, 2), dtype=wide)
+        if self.num_classes is not None:
+            head = nn.Dense(self.num_classes, kernel_init=fan_in_uniform, name="head")
+            output = head(output)
+        return tuple(maps), output
+
+    def _norm(self, part, train):
+        frozen = self.batch_norm_frozen
+        is_frozen = frozen if isinstance(frozen, bool) else part in frozen
+        return functools.partial(
             BatchNorm,
-            use_running_average=not train,
+            use_running_average=not train or is_frozen,
             momentum=self.batch_norm_momentum,
             epsilon=self.batch_norm_epsilon,
             groups=self.batch_norm_groups,
             dtype=self.dtype,
         )
-        block = functools.partial(
-            self.block,
-            shortcut=self.shortcut,
-            conv=conv,
-            norm=norm,
-            stride_version=self.stride_version,
+
+    def _regularization(self, train):
+        options: dict[str, ModuleFactory] = {}
+        if self.dropout_rate:
+            options["dropout"] = functools.partial(
+                nn.Dropout, self.dropout_rate, deterministic=not train
+            )
+        if self.stochastic_depth_rate:
+            options["stochastic_depth"] = functools.partial(
+                StochasticDepth, deterministic=not train
+            )
+        return options
+
+
+def plan_strides(
+    stages: int, stem_stride: int, output_stride: int | None = None
+) -> list[tuple[int, tuple[int, int], int]]:
+    """How each stage moves: its stride, its dilation before and behind, its output's
+    stride.
+
+    Every stage but the first halves the map until ``output_stride`` is reached; those
+    behind it double the spacing of the taps instead, so that each output sees what it
+    would have seen.
+
+    Raises:
+      ValueError: an ``output_stride`` that the net does not pass.
+    """
+    valid = [stem_stride * 2**index for index in range(stages)]
+    output_stride = output_stride or valid[-1]
+    if output_stride not in valid:
+        raise ValueError(
+            f"the output stride is one of {', '.join(map(str, valid))}, "
+            f"not {output_stride}"
         )
-        stem = self.stem(self.width, conv=conv, norm=norm, name="stem")
-        c1, x = stem(images.astype(self.dtype))
-        maps = [c1]
-        for index, size in enumerate(self.stage_sizes):
-            x = Stage(
-                size,
-                features=self.width * 2**index,
-                strides=1 if index == 0 else 2,
-                block=block,
-                name=f"stage{index + 1}",
-            )(x)
-            maps.append(x)
-        output = x.mean(axis=(1, 2), dtype=jnp.float32)
-        if self.num_classes is not None:
-            head = nn.Dense(self.num_classes, kernel_init=fan_in_uniform, name="head")
-            output = head(output)
-        return maps, output
+    plan, stride, dilation = [], stem_stride, 1
+    for index in range(stages):
+        before, strides = dilation, 1
+        if index > 0:
+            if stride < output_stride:
+                strides, stride = 2, stride * 2
+            else:
+                dilation *= 2
+        plan.append((strides, (before, dilation), stride))
+    return plan

@@ -110,17 +110,18 @@ def synthetic_step(
     image_size: int,
     dtype: str,
     augmentation: AugmentationConfig | None = None,
+    **model_options: Any,
 ) -> tuple[TrainStep, TrainState, Batch]:
     """A training step with the state and batch to call it on: (state, None, batch).
 
     ``augmentation`` is by default the paper's for the net, as far as it is done on the
-    device.
+    device; ``model_options`` are ``create_model``'s.
     """
     mesh = parallel.data_mesh()
     parallel.check_divides(batch_size, mesh)
     entry = catalog_entry(model)
     is_cifar = entry.image_size == 32
-    net = create_model(model, dtype=jnp.dtype(dtype))
+    net = create_model(model, dtype=jnp.dtype(dtype), **model_options)
     config = Config()
     schedule = Schedule(config.optimizer, config.schedule, derive(config, batch_size))
     optimizer = make_optimizer(config.optimizer)

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from resnet_jax import parallel
-from resnet_jax.config import Config, Derived, derive
+from resnet_jax.config import Config, Derived, derive, model_options
 from resnet_jax.data.dataset import Dataset, Split, open_dataset
 from resnet_jax.data.feeds import Feed, make_feed
 from resnet_jax.data.transforms import PixelStatistics
@@ -61,9 +61,29 @@ class Setup:
         return make_eval_step(self.model, self.mesh)
 
     def fresh_state(self) -> TrainState:
-        """The state before the first step, on the devices."""
-        init = jax.jit(self._init, out_shardings=parallel.replicated(self.mesh))
-        return init(self.dataset.train.statistics())
+        """The state before the first step, on the devices.
+
+        Raises:
+          UserError: model.weights are not those of this net.
+        """
+        same = parallel.replicated(self.mesh)
+        init = jax.jit(self._init, out_shardings=same)
+        state = init(self.dataset.train.statistics())
+        if self.config.model.weights is None:
+            return state
+        # Imported here: only runs that start from weights need their libraries.
+        from resnet_jax.weights import load_weights
+
+        loaded = load_weights(
+            self.config.model.weights,
+            self.model,
+            new_head=self.config.model.new_head,
+            rng=jax.random.key(self.config.seed),
+        )
+        variables = jax.device_get({"batch_stats": {}} | loaded)
+        # Placed twice: the step donates the state, and no buffer may be in it twice.
+        averaged = parallel.place(variables, same) if state.ema is not None else None
+        return state.replace(**parallel.place(variables, same), ema=averaged)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; computes nothing."""
@@ -107,19 +127,17 @@ def prepare(config: Config, mesh: Mesh | None = None) -> Setup:
     model = create_model(
         config.model.name,
         num_classes=dataset.num_classes,
-        shortcut=config.model.shortcut,
-        stride_version=config.model.stride_version,
-        batch_norm_groups=config.model.batch_norm_groups,
-        batch_norm_momentum=config.model.batch_norm_momentum,
-        batch_norm_epsilon=config.model.batch_norm_epsilon,
         dtype=jnp.dtype(config.model.dtype),
+        **model_options(config.model),
     )
+    if config.model.frozen and hasattr(model, "batch_norm_frozen"):
+        model = model.clone(batch_norm_frozen=config.model.frozen)
     return Setup(
         config=config,
         dataset=dataset,
         derived=derived,
         mesh=mesh,
         model=model,
-        optimizer=make_optimizer(config.optimizer),
+        optimizer=make_optimizer(config.optimizer, config.model.frozen),
         schedule=Schedule(config.optimizer, config.schedule, derived),
     )

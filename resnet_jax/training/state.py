@@ -1,5 +1,6 @@
 """The state of a run on the devices: all that a step changes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -11,6 +12,7 @@ from flax import linen as nn
 from resnet_jax.config.schema import OptimizerConfig
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.evaluation.metrics import Sums
+from resnet_jax.models.freezing import trainable_mask
 from resnet_jax.training.schedule import Schedule, ScheduleState
 
 
@@ -50,15 +52,24 @@ class TrainState:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, frozen: Sequence[str] = ()
+) -> optax.GradientTransformation:
     """The paper's SGD up to its learning rate, by which the step multiplies.
 
     Weight decay is added to the gradient of every parameter; the rate comes after the
-    momentum, as in Torch: v = m v + g + wd w, w -= rate v.
+    momentum, as in Torch: v = m v + g + wd w, w -= rate v. The parameters of ``frozen``
+    parts (see ``trainable_mask``) stay as they are.
     """
-    return optax.chain(
+    optimizer = optax.chain(
         optax.add_decayed_weights(config.weight_decay),
         optax.trace(decay=config.momentum, nesterov=config.nesterov),
+    )
+    if not frozen:
+        return optimizer
+    return optax.multi_transform(
+        {True: optimizer, False: optax.set_to_zero()},
+        lambda params: trainable_mask(params, frozen),
     )
 
 
@@ -74,7 +85,9 @@ def init_state(
     """The state before the first step; pure, and the same for the same seed."""
     init_key, rng = jax.random.split(jax.random.key(seed))
     variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
-    params, batch_stats = variables["params"], variables["batch_stats"]
+    params = variables["params"]
+    # Nets without batch normalisation have no such collection.
+    batch_stats = variables.get("batch_stats", {})
     ema = {"params": params, "batch_stats": batch_stats} if averaged else None
     return TrainState(
         step=jnp.zeros((), jnp.int32),

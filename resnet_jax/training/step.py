@@ -13,6 +13,10 @@ from resnet_jax.data.transforms import augment
 from resnet_jax.evaluation.metrics import batch_sums, cross_entropy
 from resnet_jax.training.schedule import Schedule
 
+_DROPOUT = 1
+"""What dropout and stochastic depth fold into a step's key, to draw apart from the
+augmentation."""
+
 TrainStep = jax.stages.Wrapped
 """A jitted function of (TrainState, resident Batch or None, Batch) to TrainState."""
 
@@ -43,9 +47,10 @@ def make_train_step(
                 images,
                 train=True,
                 mutable=["batch_stats"],
+                rngs={"dropout": jax.random.fold_in(key, _DROPOUT)},
             )
             losses = cross_entropy(logits, labels)
-            return losses.mean(), (logits, losses, updates["batch_stats"])
+            return losses.mean(), (logits, losses, updates.get("batch_stats", {}))
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (logits, losses, batch_stats)), gradients = grad_fn(state.params)

@@ -21,7 +21,7 @@ REFUSED = [
     ("model.dtype", "bfloat61", "did you mean bfloat16"),
     ("model.name", "resnet51", "did you mean resnet50"),
     ("model.name", "cifar_resnet21", "6n+2"),
-    ("model.shortcut", "D", "one of A, B, C, none"),
+    ("model.shortcut", "D", "one of A, B, C, pooled, none"),
     ("training.epochs", 2, "are both set"),
     ("training.steps", None, "set training.steps or training.epochs"),
     ("schedule.boundaries_epochs", (1,), "one unit a run"),

@@ -1,4 +1,4 @@
-"""Convolutions and blocks against NumPy and the paper's equations."""
+"""Blocks against the papers' equations, written out in NumPy."""
 
 import functools
 
@@ -6,136 +6,156 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from resnet_jax.models import (
-    BasicBlock,
-    BatchNorm,
-    BottleneckBlock,
-    Conv,
-    shortcuts,
-)
+from resnet_jax.models import BasicBlock, BatchNorm, BottleneckBlock, Conv, shortcuts
+from tests.models.reference import KEY, Layers, apply, quick_jit, random_variables, relu
 
 EVALUATING = functools.partial(BatchNorm, use_running_average=True)
+TRAINING = functools.partial(BatchNorm, use_running_average=False)
+BARE = shortcuts.Projection(normalized=False)
 
 
-def convolution(x, kernel, strides):
-    """A convolution padded by half the kernel on every side, as nested loops."""
-    size, _, _, features = kernel.shape
-    half = size // 2
-    n, height, width, _ = x.shape
-    padded = np.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
-    y = np.zeros((n, -(-height // strides), -(-width // strides), features))
-    for i in range(y.shape[1]):
-        for j in range(y.shape[2]):
-            top, left = i * strides, j * strides
-            window = padded[:, top : top + size, left : left + size]
-            y[:, i, j] = np.tensordot(window, kernel, 3)
-    return y
+@pytest.fixture
+def x():
+    return np.random.default_rng(1).normal(size=(2, 5, 5, 4)).astype(np.float32)
 
 
-def batch_norm(x, params, stats):
-    unit = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
-    return unit * params["scale"] + params["bias"]
+def assert_close(ours, expected):
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def random_variables(module, x, seed=0):
-    """Variables without the zeros and ones behind which a mistake could hide."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        if path[-1].key in ("scale", "var"):
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        return (0.3 * rng.normal(size=leaf.shape)).astype(np.float32)
-
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def apply(module, variables, x):
-    """The output, convolved in full float32 on every device."""
-    with jax.default_matmul_precision("highest"):
-        return jax.jit(functools.partial(module.apply, mutable=["batch_stats"]))(
-            variables, x
-        )[0]
-
-
-@pytest.mark.parametrize("strides", [1, 2])
-@pytest.mark.parametrize("size", [1, 3, 7])
-@pytest.mark.parametrize("sides", [(8, 7), (5, 6)])
-def test_convolution_pads_alike_on_every_side(sides, size, strides):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, *sides, 3)).astype(np.float32)
-    kernel = rng.normal(size=(size, size, 3, 4)).astype(np.float32)
-    conv = Conv(4, (size, size), strides)
-    y = apply(conv, {"params": {"kernel": kernel}}, x)
-    np.testing.assert_allclose(y, convolution(x, kernel, strides), atol=1e-4)
-
-
-def test_convolution_computes_in_its_dtype_from_a_float32_kernel():
-    conv = Conv(4, (3, 3), dtype=jnp.bfloat16)
-    y, variables = jax.eval_shape(
-        conv.init_with_output, jax.random.key(0), jnp.ones((1, 4, 4, 2))
+def pad_shortcut(x, strides, features):
+    return np.pad(
+        x[:, ::strides, ::strides], [(0, 0)] * 3 + [(0, features - x.shape[-1])]
     )
-    assert variables["params"]["kernel"].dtype == jnp.float32
-    assert y.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("size", "channels", "features"), [(3, 32, 256), (1, 256, 512), (7, 16, 128)]
-)
-def test_he_initialisation_with_the_fan_out(size, channels, features):
-    x = jnp.zeros((1, 8, 8, channels))
-    variables = Conv(features, (size, size)).init(jax.random.key(0), x)
-    kernel = np.asarray(variables["params"]["kernel"], np.float64)
-    variance = 2 / (size * size * features)
-    error = np.sqrt(2 / kernel.size)  # standard deviation of a sampled variance
-    assert kernel.var() == pytest.approx(variance, rel=5 * error)
-    assert abs(kernel.mean()) < 5 * np.sqrt(variance / kernel.size)
-    # A normal law, not one cut at two standard deviations (whose kurtosis is 2.4).
-    assert (kernel**4).mean() / variance**2 == pytest.approx(3, rel=0.05)
+def residual_function(layers, x, strides, strided=1, activation=relu):
+    """Convolution ``strided`` strides; an activation follows all but the last."""
+    count = sum(name.startswith("conv") for name in layers.params)
+    y = x
+    for i in range(1, count + 1):
+        y = layers.conv(y, f"conv{i}", strides if i == strided else 1)
+        y = layers.norm(y, f"norm{i}")
+        y = activation(y) if i < count else y
+    return y
 
 
 @pytest.mark.parametrize(
     ("strides", "features", "letter"),
     [(1, 4, "A"), (1, 4, "C"), (1, 4, "none"), (2, 6, "A"), (2, 6, "B")],
 )
-def test_basic_block_is_equation_1(strides, features, letter):
-    x = np.random.default_rng(1).normal(size=(2, 5, 5, 4)).astype(np.float32)
+def test_basic_block_is_equation_1(x, strides, features, letter):
     block = BasicBlock(features, strides, EVALUATING, shortcuts.BY_NAME[letter])
     variables = random_variables(block, x)
-    params, stats = variables["params"], variables["batch_stats"]
-
-    def layer(x, suffix, strides=1, prefix=""):
-        conv, norm = f"{prefix}conv{suffix}", f"{prefix}norm{suffix}"
-        y = convolution(x, params[conv]["kernel"], strides)
-        return batch_norm(y, params[norm], stats[norm])
-
-    y = layer(np.maximum(layer(x, 1, strides), 0), 2)
+    layers = Layers(variables)
+    y = residual_function(layers, x, strides)
     if letter == "A":
-        y += np.pad(x[:, ::strides, ::strides], [(0, 0)] * 3 + [(0, features - 4)])
+        y += pad_shortcut(x, strides, features)
     elif letter != "none":
-        y += layer(x, "", strides, "shortcut_")
-    ours = apply(block, variables, x)
-    np.testing.assert_allclose(ours, np.maximum(y, 0), rtol=1e-4, atol=1e-4)
+        y += layers.norm(layers.conv(x, "shortcut_conv", strides), "shortcut_norm")
+    assert_close(apply(block, variables, x), relu(y))
+
+
+@pytest.mark.parametrize("num_convs", [1, 2, 3, 4])
+def test_a_basic_block_of_any_number_of_convolutions(x, num_convs):
+    block = BasicBlock(6, 2, EVALUATING, shortcuts.ZeroPad(), num_convs=num_convs)
+    variables = random_variables(block, x)
+    kernels = {
+        name: leaves["kernel"].shape
+        for name, leaves in variables["params"].items()
+        if "kernel" in leaves
+    }
+    assert kernels == {
+        f"conv{i}": (3, 3, 4 if i == 1 else 6, 6) for i in range(1, num_convs + 1)
+    }
+    assert len(variables["params"]) == 2 * num_convs
+    y = residual_function(Layers(variables), x, 2) + pad_shortcut(x, 2, 6)
+    assert_close(apply(block, variables, x), relu(y))
 
 
 @pytest.mark.parametrize(("stride_version", "strided"), [("v1", 1), ("v1.5", 2)])
-def test_bottleneck_strides_where_its_version_says(stride_version, strided):
-    x = np.random.default_rng(1).normal(size=(2, 5, 5, 4)).astype(np.float32)
+def test_bottleneck_strides_where_its_version_says(x, stride_version, strided):
     block = BottleneckBlock(
         3, 2, EVALUATING, shortcuts.ZeroPad(), stride_version=stride_version
     )
     variables = random_variables(block, x)
-    params, stats = variables["params"], variables["batch_stats"]
-    y = x
-    for i in (1, 2, 3):
-        kernel = params[f"conv{i}"]["kernel"]
-        y = convolution(y, kernel, 2 if i == strided else 1)
-        y = batch_norm(y, params[f"norm{i}"], stats[f"norm{i}"])
-        y = np.maximum(y, 0) if i < 3 else y
-    y += np.pad(x[:, ::2, ::2], [(0, 0)] * 3 + [(0, 8)])
-    ours = apply(block, variables, x)
-    np.testing.assert_allclose(ours, np.maximum(y, 0), rtol=1e-4, atol=1e-4)
+    y = residual_function(Layers(variables), x, 2, strided) + pad_shortcut(x, 2, 12)
+    assert_close(apply(block, variables, x), relu(y))
+
+
+@pytest.mark.parametrize(
+    ("groups", "base_width", "width"), [(1, 64, 16), (1, 128, 32), (4, 16, 16)]
+)
+def test_grouped_and_wide_bottlenecks(x, groups, base_width, width):
+    """Of the 3x3: ``groups`` groups of 16 base_width / 64 channels each."""
+    block = BottleneckBlock(
+        16, 1, EVALUATING, shortcuts.ZeroPad(), groups=groups, base_width=base_width
+    )
+    variables = random_variables(block, x)
+    layers = Layers(variables)
+    shapes = [layers.params[f"conv{i}"]["kernel"].shape for i in (1, 2, 3)]
+    assert shapes == [
+        (1, 1, 4, width),
+        (3, 3, width // groups, width),
+        (1, 1, width, 64),
+    ]
+    y = relu(layers.norm(layers.conv(x, "conv1"), "norm1"))
+    y = relu(layers.norm(layers.conv(y, "conv2", groups=groups), "norm2"))
+    y = layers.norm(layers.conv(y, "conv3"), "norm3") + pad_shortcut(x, 1, 64)
+    assert_close(apply(block, variables, x), relu(y))
+
+
+def preactivated(layers, x, strides, position, shortcut, between=lambda y: y):
+    """He et al. 2016, figure 4e and appendix: BN, ReLU and convolution in turn."""
+    count = sum(name.startswith("conv") for name in layers.params)
+    y = x if position == "net" else relu(layers.norm(x, "norm1"))
+    leaves = y if position == "stage" else x
+    for i in range(1, count + 1):
+        if i > 1:
+            y = between(relu(layers.norm(y, f"norm{i}")))
+        y = layers.conv(y, f"conv{i}", strides if i == 1 else 1)
+    if shortcut == "projection":
+        return y + layers.conv(leaves, "shortcut_conv", strides)
+    return y + pad_shortcut(leaves, strides, y.shape[-1])
+
+
+@pytest.mark.parametrize("shortcut", ["projection", "A"])
+@pytest.mark.parametrize(
+    ("position", "strides"), [("net", 1), ("stage", 2), ("inner", 1)]
+)
+@pytest.mark.parametrize(
+    "block_class",
+    [BasicBlock, functools.partial(BottleneckBlock, stride_version="v1")],
+    ids=["basic", "bottleneck"],
+)
+def test_preactivation(x, block_class, position, strides, shortcut):
+    features = 6 if block_class is BasicBlock else 3
+    block = block_class(
+        features,
+        strides,
+        EVALUATING,
+        BARE if shortcut == "projection" else shortcuts.ZeroPad(),
+        preactivation=True,
+        position=position,
+    )
+    variables = random_variables(block, x)
+    layers = Layers(variables)
+    assert ("norm1" in layers.params) == (position != "net")
+    assert "shortcut_norm" not in layers.params
+    assert ("shortcut_conv" in layers.params) == (shortcut == "projection")
+    expected = preactivated(layers, x, strides, position, shortcut)
+    assert expected.min() < 0  # nothing follows the addition
+    assert_close(apply(block, variables, x), expected)
+
+
+def test_preactivation_of_an_inner_block_keeps_the_identity(x):
+    """The point of pre-activation: x itself is added, unactivated."""
+    block = BasicBlock(4, 1, EVALUATING, BARE, preactivation=True)
+    variables = random_variables(block, x)
+    variables["params"]["conv2"]["kernel"][:] = 0
+    np.testing.assert_array_equal(apply(block, variables, x), x)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -161,9 +181,207 @@ def test_a_block_that_adds_nothing_is_the_identity(
     np.testing.assert_array_equal(apply(block, variables, -x), np.zeros_like(x))
 
 
+@pytest.mark.parametrize(
+    ("block_class", "features", "letter"),
+    [
+        (BasicBlock, 64, "A"),
+        (functools.partial(BasicBlock, num_convs=3), 64, "B"),
+        (functools.partial(BottleneckBlock, groups=2), 16, "B"),
+    ],
+    ids=["basic", "three convolutions", "bottleneck"],
+)
+def test_zero_init_last_starts_a_block_as_the_identity(block_class, features, letter):
+    x = np.random.default_rng(2).uniform(0, 1, (2, 4, 4, 64)).astype(np.float32)
+    fields = {
+        "features": features,
+        "strides": 1,
+        "shortcut": shortcuts.BY_NAME[letter],
+    }
+
+    @quick_jit
+    def start(x):
+        outputs = []
+        for norm in (TRAINING, EVALUATING):
+            block = block_class(**fields, norm=norm, zero_init_last=True)
+            variables = block.init(KEY, x)
+            outputs.append(block.apply(variables, x, mutable=["batch_stats"])[0])
+        # Not otherwise: ordinary blocks start with their residual function.
+        ordinary = block_class(**fields, norm=TRAINING).init_with_output(KEY, x)[0]
+        return variables, outputs, ordinary
+
+    variables, outputs, ordinary = start(x)
+    for y in outputs:
+        np.testing.assert_array_equal(y, x)
+    scales = [
+        (name, float(leaves["scale"].min()), float(leaves["scale"].max()))
+        for name, leaves in sorted(variables["params"].items())
+        if name.startswith("norm")
+    ]
+    assert [low for _, low, _ in scales] == [1] * (len(scales) - 1) + [0]
+    assert all(low == high for _, low, high in scales)
+    assert np.abs(ordinary - x).max() > 0.1
+
+
+def test_zero_init_last_starts_a_projecting_block_as_its_shortcut(x):
+    block = BasicBlock(6, 2, EVALUATING, zero_init_last=True)
+    y, variables = quick_jit(block.init_with_output)(KEY, x)
+    layers = Layers(variables)
+    expected = layers.norm(layers.conv(x, "shortcut_conv", 2), "shortcut_norm")
+    assert_close(y, relu(expected))
+
+
 def test_a_plain_block_without_its_last_scale_gives_zero():
     x = np.ones((2, 4, 4, 8), np.float32)
     block = BasicBlock(8, 1, EVALUATING, shortcuts.NoShortcut())
     variables = random_variables(block, x)
     variables["params"]["norm2"] = {"scale": np.zeros(8), "bias": np.zeros(8)}
     np.testing.assert_array_equal(apply(block, variables, x), np.zeros_like(x))
+
+
+class Factor:
+    """Stands for a module where only its place is of interest."""
+
+    def __init__(self, factor, name=None):
+        self.factor, self.name = factor, name
+
+    def __call__(self, y):
+        return y * self.factor
+
+
+def squash(y):
+    """Neither linear nor homogeneous: a factor before it is not one behind it."""
+    return np.tanh(y)
+
+
+def test_dropout_stands_between_the_convolutions(x):
+    factors = iter((0.3, -0.7))
+    block = BasicBlock(
+        6,
+        2,
+        EVALUATING,
+        shortcuts.ZeroPad(),
+        activation=jnp.tanh,
+        num_convs=3,
+        dropout=lambda: Factor(next(factors)),
+    )
+    variables = random_variables(block.clone(dropout=None), x)
+    layers = Layers(variables)
+    y = layers.norm(layers.conv(x, "conv1", 2), "norm1")
+    y = layers.norm(layers.conv(0.3 * squash(y), "conv2"), "norm2")
+    y = layers.norm(layers.conv(-0.7 * squash(y), "conv3"), "norm3")
+    expected = squash(y + pad_shortcut(x, 2, 6))
+    ours, _ = block.apply(variables, x, mutable=["batch_stats"])
+    assert_close(ours, expected)
+    assert next(factors, None) is None
+
+
+@pytest.mark.parametrize("position", ["net", "stage"])
+def test_dropout_of_a_preactivation_block(x, position):
+    """Between the convolutions too, never where the block begins."""
+    calls = []
+    block = BasicBlock(
+        6,
+        1,
+        EVALUATING,
+        shortcuts.ZeroPad(),
+        preactivation=True,
+        position=position,
+        dropout=lambda: calls.append(1) or Factor(-0.3),
+    )
+    variables = random_variables(block.clone(dropout=None), x)
+    expected = preactivated(
+        Layers(variables), x, 1, position, "A", between=lambda y: -0.3 * y
+    )
+    assert_close(block.apply(variables, x), expected)
+    assert len(calls) == 1
+
+
+class Affine:
+    """y times and plus a number: order can be told."""
+
+    def __init__(self, times, plus, name):
+        self.times, self.plus, self.name = times, plus, name
+
+    def __call__(self, y, rate=1.0):
+        return y * self.times + self.plus * rate
+
+
+def test_gate_and_stochastic_depth_act_on_the_residual_function_in_this_order(x):
+    block = BasicBlock(
+        4,
+        1,
+        EVALUATING,
+        squeeze_excite=lambda name: Affine(3, 1, name),
+        stochastic_depth=lambda name: Affine(0.5, 10, name),
+    )
+    variables = random_variables(
+        block.clone(squeeze_excite=None, stochastic_depth=None), x
+    )
+    y = residual_function(Layers(variables), x, 1)
+    expected = relu((3 * y + 1) * 0.5 + 10 * 0.25 + x)
+    assert_close(block.apply(variables, x, 0.25), expected)
+
+
+def test_dropout_of_linen_draws_in_training_alone(x):
+    def block(train):
+        dropout = functools.partial(nn.Dropout, 0.5, deterministic=not train)
+        return BasicBlock(4, 1, EVALUATING, dropout=dropout)
+
+    variables = random_variables(block(False), x)
+    without = apply(BasicBlock(4, 1, EVALUATING), variables, x)
+    np.testing.assert_array_equal(apply(block(False), variables, x), without)
+    draws = [
+        apply(
+            block(True), variables, x, rngs={"dropout": jax.random.fold_in(KEY, seed)}
+        )
+        for seed in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert np.abs(draws[0] - draws[2]).max() > 1e-3
+    assert np.abs(draws[0] - without).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("block_class", "dilations"),
+    [
+        (BasicBlock, {"conv1": 2, "conv2": 4}),
+        (
+            functools.partial(BottleneckBlock, stride_version="v1"),
+            {"conv1": 2, "conv2": 4, "conv3": 4},
+        ),
+        (BottleneckBlock, {"conv1": 2, "conv2": 2, "conv3": 4}),
+    ],
+    ids=["basic", "v1", "v1.5"],
+)
+def test_taps_have_the_inputs_spacing_up_to_the_convolution_that_would_stride(
+    x, block_class, dilations
+):
+    block = block_class(4, 1, EVALUATING, shortcuts.ZeroPad(), dilation=(2, 4))
+    variables = random_variables(block, x)
+    layers, y = Layers(variables), x
+    for i, (name, dilation) in enumerate(dilations.items(), start=1):
+        y = layers.norm(layers.conv(y, name, dilation=dilation), f"norm{i}")
+        y = relu(y) if i < len(dilations) else y
+    expected = relu(y + pad_shortcut(x, 1, y.shape[-1]))
+    assert_close(apply(block, variables, x), expected)
+
+
+def test_a_factory_of_convolutions_needs_to_know_only_what_is_asked_of_it(x):
+    """A block without stride, dilation and groups asks for none of them."""
+
+    def conv(features, size, name):
+        return Conv(features, size, name=name)
+
+    block = BasicBlock(4, 1, EVALUATING, conv=conv)
+    variables = random_variables(block, x)
+    expected = apply(BasicBlock(4, 1, EVALUATING), variables, x)
+    np.testing.assert_array_equal(apply(block, variables, x), expected)
+
+
+def test_refusals(x):
+    block = BottleneckBlock(4, 2, EVALUATING, stride_version="v2")
+    with pytest.raises(ValueError, match=r"one of v1, v1\.5, not 'v2'"):
+        block.init(KEY, x)
+    block = BasicBlock(4, 2, EVALUATING, preactivation=True, zero_init_last=True)
+    with pytest.raises(ValueError, match="zero_init_last needs a normalisation"):
+        block.init(KEY, x)

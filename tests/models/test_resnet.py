@@ -9,7 +9,29 @@ import pytest
 from flax import traverse_util
 
 from resnet_jax.analysis.complexity import abstract_variables
-from resnet_jax.models import create_model
+from resnet_jax.models import (
+    BasicBlock,
+    BatchNorm,
+    BottleneckBlock,
+    CifarStem,
+    Conv,
+    DeepStem,
+    ImageNetStem,
+    ResNet,
+    create_model,
+    shortcuts,
+)
+from resnet_jax.models.resnet import plan_strides
+from tests.models.reference import (
+    KEY,
+    Layers,
+    apply,
+    batch_norm,
+    max_pool,
+    quick_jit,
+    random_variables,
+    relu,
+)
 
 
 def images_of(shape, seed=0):
@@ -36,12 +58,14 @@ def variables():
 def train_pass(model, variables, images):
     """Logits and new statistics."""
     apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-    logits, updated = jax.jit(apply)(variables, images)
+    logits, updated = quick_jit(apply)(variables, images)
     return logits, updated["batch_stats"]
 
 
 def features(model, variables, images):
-    return jax.jit(functools.partial(model.apply, method="features"))(variables, images)
+    return quick_jit(functools.partial(model.apply, method="features"))(
+        variables, images
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,6 +87,10 @@ def test_features_are_the_maps_of_table_1(name, size, expected, stride_version):
         jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32),
     )
     assert [m.shape for m in maps] == [(2, side, side, c) for side, c in expected]
+    assert [m.array.shape for m in maps] == [m.shape for m in maps]
+    assert [m.name for m in maps] == [f"C{i}" for i in range(1, len(expected) + 1)]
+    first = [1, 1, 2, 4] if name.startswith("cifar") else [2, 4, 8, 16, 32]
+    assert [m.stride for m in maps] == first
 
 
 def test_features_of_an_oblong_image():
@@ -79,7 +107,7 @@ def test_features_of_an_oblong_image():
 def test_pooled_features_and_logits_follow_from_the_last_map(variables):
     images = images_of((3, 8, 8, 3))
     model = create_model("cifar_resnet8")
-    last_map = np.asarray(features(model, variables, images)[-1])
+    last_map = np.asarray(features(model, variables, images)[-1].array)
     pooled = last_map.mean((1, 2), dtype=np.float64)
     head = variables["params"]["head"]
     logits = pooled @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
@@ -89,12 +117,12 @@ def test_pooled_features_and_logits_follow_from_the_last_map(variables):
     shapes = abstract_variables(headless, (8, 8, 3))["params"]
     assert jax.tree.structure(shapes) == jax.tree.structure(body)
     np.testing.assert_allclose(
-        jax.jit(headless.apply)({**variables, "params": body}, images),
+        quick_jit(headless.apply)({**variables, "params": body}, images),
         pooled,
         rtol=1e-5,
     )
     np.testing.assert_allclose(
-        jax.jit(model.apply)(variables, images), logits, rtol=1e-4, atol=1e-5
+        quick_jit(model.apply)(variables, images), logits, rtol=1e-4, atol=1e-5
     )
 
 
@@ -169,7 +197,7 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(variables):
     maps = jax.eval_shape(
         lambda v, x: half.apply(v, x, method="features"), variables, images
     )
-    assert {m.dtype for m in maps} == {jnp.dtype("bfloat16")}
+    assert {m.array.dtype for m in maps} == {jnp.dtype("bfloat16")}
     pooled = create_model("cifar_resnet8", num_classes=None, dtype=jnp.bfloat16)
     assert jax.eval_shape(pooled.apply, variables, images).dtype == jnp.float32
 
@@ -177,7 +205,7 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(variables):
 def test_evaluation_leaves_the_statistics_alone(variables):
     model = create_model("cifar_resnet8")
     images = images_of((4, 8, 8, 3))
-    apply = jax.jit(functools.partial(model.apply, mutable=["batch_stats"]))
+    apply = quick_jit(functools.partial(model.apply, mutable=["batch_stats"]))
     together, updated = apply(variables, images)
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -191,9 +219,7 @@ def test_evaluation_leaves_the_statistics_alone(variables):
 def test_the_classifier_starts_uniform_within_the_fan_in():
     model = create_model("cifar_resnet8", num_classes=1000)
     images = jnp.zeros((1, 8, 8, 3))
-    head = jax.jit(lambda key: model.init(key, images)["params"]["head"])(
-        jax.random.key(1)
-    )
+    head = quick_jit(lambda key: model.init(key, images)["params"]["head"])(KEY)
     kernel, bound = np.asarray(head["kernel"]), 1 / np.sqrt(64)
     assert kernel.shape == (64, 1000)
     assert 0.999 * bound < np.abs(kernel).max() <= bound
@@ -226,9 +252,7 @@ def test_momentum_option(variables):
     images = images_of((4, 8, 8, 3))
     for momentum in (0.9, 0.25):
         model = create_model("cifar_resnet8", batch_norm_momentum=momentum)
-        stats = jax.jit(lambda v, x, m=model: train_pass(m, v, x)[1]["stem"])(
-            variables, images
-        )
+        stats = train_pass(model, variables, images)[1]["stem"]
         kernel = np.asarray(variables["params"]["stem"]["conv"]["kernel"], np.float64)
         # The map's mean is linear in the image: sum over taps of the padded image.
         padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(np.float64)
@@ -245,7 +269,238 @@ def test_momentum_option(variables):
 def test_epsilon_option(variables):
     def stem_map(epsilon):
         model = create_model("cifar_resnet8", batch_norm_epsilon=epsilon)
-        return features(model, variables, images_of((1, 8, 8, 3)))[0]
+        return features(model, variables, images_of((1, 8, 8, 3)))[0].array
 
     # With a running variance of 1 the map is divided by sqrt(1 + epsilon).
     np.testing.assert_allclose(2 * stem_map(3.0), stem_map(0.0), rtol=1e-6)
+
+
+def test_no_statistics_move_where_the_momentum_is_one(variables):
+    model = create_model("cifar_resnet8", batch_norm_momentum=1.0)
+    _, stats = train_pass(model, variables, images_of((4, 8, 8, 3)))
+    jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
+
+
+# Stems
+
+
+@pytest.mark.parametrize(
+    ("stem_class", "options", "convs"),
+    [
+        (ImageNetStem, {}, [("conv", "norm", 2)]),
+        (CifarStem, {}, [("conv", "norm", 1)]),
+        (
+            DeepStem,
+            {"inner": (4, 6)},
+            [("conv1", "norm1", 2), ("conv2", "norm2", 1), ("conv3", "norm3", 1)],
+        ),
+    ],
+)
+@pytest.mark.parametrize("sides", [(12, 9), (7, 10)])
+def test_stems(stem_class, options, convs, sides):
+    norm = functools.partial(BatchNorm, use_running_average=True)
+    stem = stem_class(8, conv=Conv, norm=norm, **options)
+    x = images_of((2, *sides, 3))
+    variables = random_variables(stem, x)
+    layers, y = Layers(variables), x
+    for conv, normalisation, strides in convs:
+        y = relu(layers.norm(layers.conv(y, conv, strides), normalisation))
+    c1, pooled = apply(stem, variables, x)
+    np.testing.assert_allclose(c1, y, rtol=1e-4, atol=1e-4)
+    if stem_class is not CifarStem:
+        y = max_pool(y)
+    np.testing.assert_allclose(pooled, y, rtol=1e-4, atol=1e-4)
+    assert c1.shape[1:3] == tuple(-(-side // stem.strides[0]) for side in sides)
+    assert pooled.shape[1:3] == tuple(-(-side // stem.strides[1]) for side in sides)
+    kernels = [layers.params[conv]["kernel"].shape for conv, _, _ in convs]
+    if stem_class is DeepStem:
+        assert kernels == [(3, 3, 3, 4), (3, 3, 4, 6), (3, 3, 6, 8)]
+
+
+def test_a_stem_may_have_a_width_of_its_own():
+    """That of wide nets, and of timm's ResNet-S."""
+    model = create_model("cifar_wide_resnet10_4")
+    params = abstract_variables(model, (8, 8, 3))["params"]
+    assert params["stem"]["conv"]["kernel"].shape == (3, 3, 3, 16)
+    assert params["stage1"]["block1"]["conv1"]["kernel"].shape == (3, 3, 16, 64)
+    assert params["stage3"]["block1"]["conv2"]["kernel"].shape == (3, 3, 256, 256)
+
+
+def test_a_preactivation_net_in_numpy():
+    """He et al. 2016: the stem activates for the first block, and the end once more."""
+    bare = shortcuts.Projection(normalized=False)
+    model = ResNet((1, 1), BasicBlock, bare, CifarStem, width=4, num_classes=3,
+                   preactivation=True)  # fmt: skip
+    images = images_of((2, 6, 7, 3))
+    variables = random_variables(model, images)
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def block(stage):
+        collections = {"params": params[stage], "batch_stats": stats[stage]}
+        return Layers({name: tree["block1"] for name, tree in collections.items()})
+
+    stem = Layers({"params": params["stem"], "batch_stats": stats["stem"]})
+    x = relu(stem.norm(stem.conv(images, "conv"), "norm"))
+    layers = block("stage1")
+    y = layers.conv(x, "conv1")
+    x = x + layers.conv(relu(layers.norm(y, "norm2")), "conv2")
+    layers = block("stage2")
+    branch = relu(layers.norm(x, "norm1"))
+    y = layers.conv(branch, "conv1", 2)
+    y = layers.conv(relu(layers.norm(y, "norm2")), "conv2")
+    x = layers.conv(branch, "shortcut_conv", 2) + y
+    last = relu(batch_norm(x, params["norm"], stats["norm"]))
+    head = params["head"]
+    expected = last.mean((1, 2)) @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(
+        apply(model, variables, images), expected, rtol=1e-4, atol=1e-4
+    )
+    maps = features(model, variables, images)
+    np.testing.assert_allclose(maps[-1].array, last, rtol=1e-4, atol=1e-4)
+
+
+# The stride of the last map
+
+
+@pytest.mark.parametrize(
+    ("stem_stride", "output_stride", "plan"),
+    [
+        (4, None, [(1, 1, 1, 4), (2, 1, 1, 8), (2, 1, 1, 16), (2, 1, 1, 32)]),
+        (4, 32, [(1, 1, 1, 4), (2, 1, 1, 8), (2, 1, 1, 16), (2, 1, 1, 32)]),
+        (4, 16, [(1, 1, 1, 4), (2, 1, 1, 8), (2, 1, 1, 16), (1, 1, 2, 16)]),
+        (4, 8, [(1, 1, 1, 4), (2, 1, 1, 8), (1, 1, 2, 8), (1, 2, 4, 8)]),
+        (4, 4, [(1, 1, 1, 4), (1, 1, 2, 4), (1, 2, 4, 4), (1, 4, 8, 4)]),
+        (1, None, [(1, 1, 1, 1), (2, 1, 1, 2), (2, 1, 1, 4)]),
+        (1, 1, [(1, 1, 1, 1), (1, 1, 2, 1), (1, 2, 4, 1)]),
+    ],
+)
+def test_dilation_doubles_where_a_stride_is_left_out(stem_stride, output_stride, plan):
+    """Each stage's stride, spacing of taps before and behind, and output's stride."""
+    ours = plan_strides(len(plan), stem_stride, output_stride)
+    assert [(strides, *spacing, out) for strides, spacing, out in ours] == plan
+
+
+@pytest.mark.parametrize("output_stride", [1, 2, 12, 64, -8])
+def test_output_strides_that_a_net_does_not_pass_are_refused(output_stride):
+    match = rf"one of 4, 8, 16, 32, not {output_stride}$"
+    with pytest.raises(ValueError, match=match):
+        plan_strides(4, 4, output_stride)
+
+
+SMALLER = {"width": 4, "num_classes": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "sides"),
+    [
+        ("resnet18", BasicBlock, (97, 64)),
+        ("resnet18_a", BasicBlock, (64, 70)),
+        ("resnet50_v1", BottleneckBlock, (64, 97)),
+        ("resnet50", BottleneckBlock, (97, 64)),
+        ("resnet50d", BottleneckBlock, (64, 97)),
+    ],
+)
+def test_a_dilated_net_sees_at_each_place_what_the_ordinary_one_sees(
+    name, block, sides
+):
+    """The a-trous identity: the ordinary map is the dilated one's every n-th pixel."""
+    sizes = (1, 1, 2, 2) if block is BottleneckBlock else (1, 1, 2, 1)
+    model = create_model(name).clone(stage_sizes=sizes, **SMALLER)
+    images = images_of((1, *sides, 3))
+    variables = random_variables(model, images)
+
+    @quick_jit
+    def all_maps(variables, images):
+        return {
+            stride: model.clone(output_stride=stride).apply(
+                variables, images, method="features"
+            )
+            for stride in (32, 16, 8)
+        }
+
+    with jax.default_matmul_precision("highest"):
+        maps = all_maps(variables, images)
+    ordinary = maps.pop(32)
+    for output_stride, dilated in maps.items():
+        assert [m.stride for m in dilated] == [
+            min(m.stride, output_stride) for m in ordinary
+        ]
+        for sparse, dense in zip(ordinary, dilated, strict=True):
+            step = sparse.stride // dense.stride
+            sides_of = [-(-side // dense.stride) for side in sides]
+            assert list(dense.shape[1:3]) == sides_of
+            expected = np.asarray(sparse.array)
+            assert expected.std() > 0.05
+            np.testing.assert_allclose(
+                dense.array[:, ::step, ::step],
+                expected,
+                atol=1e-5 * np.abs(expected).max(),
+            )
+
+
+# Options of the whole net
+
+
+def test_zero_init_last_reaches_every_block():
+    for name, last, other in (
+        ("cifar_resnet14", "norm2", "norm1"),
+        ("cifar_bottleneck_resnet20", "norm3", "norm2"),
+    ):
+        model = create_model(name, zero_init_last=True)
+        images = jnp.zeros((1, 4, 4, 3))
+        params = quick_jit(lambda m=model, x=images: norms_only(m.init(KEY, x)))()
+        blocks = [b for s in (1, 2, 3) for b in params[f"stage{s}"].values()]
+        assert len(blocks) == 6
+        for block in blocks:
+            np.testing.assert_array_equal(block[last]["scale"], 0)
+            np.testing.assert_array_equal(block[other]["scale"], 1)
+
+
+def norms_only(variables):
+    flat = traverse_util.flatten_dict(variables["params"])
+    return traverse_util.unflatten_dict(
+        {path: leaf for path, leaf in flat.items() if path[-1] == "scale"}
+    )
+
+
+@pytest.mark.parametrize("option", ["dropout_rate", "stochastic_depth_rate"])
+def test_what_training_leaves_out_at_random_evaluation_does_not(option, variables):
+    images = images_of((4, 8, 8, 3))
+    model = create_model("cifar_resnet8", **{option: 0.5})
+    plain = create_model("cifar_resnet8")
+
+    @quick_jit
+    def logits(variables, images):
+        def train(seed):
+            return model.apply(
+                variables,
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.fold_in(KEY, seed)},
+            )[0]
+
+        evaluated = [net.apply(variables, images) for net in (model, plain)]
+        return evaluated, [train(0), train(0), train(1)]
+
+    (ours, expected), draws = logits(variables, images)
+    np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert np.abs(draws[0] - draws[2]).max() > 0.01
+    shapes = jax.eval_shape(model.init, KEY, images)
+    assert jax.tree.structure(shapes) == jax.tree.structure(variables)
+
+
+def test_the_net_computes_in_float64_where_told(variables):
+    """So that comparisons may tell a mistake from rounding."""
+    with jax.enable_x64(True):
+        model = create_model("cifar_resnet8", dtype=jnp.float64)
+        wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), variables)
+        images = images_of((2, 8, 8, 3)).astype(np.float64)
+        logits, stats = jax.eval_shape(
+            functools.partial(model.apply, train=True, mutable=["batch_stats"]),
+            wide,
+            images,
+        )
+    assert logits.dtype == np.float64
+    assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {np.dtype("float64")}

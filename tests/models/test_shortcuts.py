@@ -9,24 +9,32 @@ import pytest
 from flax import linen as nn
 
 from resnet_jax.models import BasicBlock, BatchNorm, Conv, shortcuts
+from tests.models.reference import KEY, Layers, apply, random_variables
+
+average_pool = jax.jit(shortcuts.average_pool, static_argnums=(1, 2, 3))
+EVALUATING = functools.partial(BatchNorm, use_running_average=True)
 
 
 class Shortcut(nn.Module):
     """Calls a shortcut inside a compact scope, as a block does."""
 
     shortcut: shortcuts.Shortcut
+    like: tuple[int, ...]
     strides: int
+    dilation: tuple[int, int] = (1, 1)
 
     @nn.compact
-    def __call__(self, x, like):
-        norm = functools.partial(BatchNorm, use_running_average=True)
-        return self.shortcut(x, like, self.strides, Conv, norm)
+    def __call__(self, x):
+        like = jnp.zeros(self.like)
+        return self.shortcut(x, like, self.strides, Conv, EVALUATING, self.dilation)
 
 
-def call(letter, x, like_shape, strides):
+def call(shortcut, x, like_shape, strides):
     """The result, and the names and shapes of the parameters."""
-    module = Shortcut(shortcuts.BY_NAME[letter], strides)
-    y, variables = module.init_with_output(jax.random.key(0), x, np.zeros(like_shape))
+    if isinstance(shortcut, str):
+        shortcut = shortcuts.BY_NAME[shortcut]
+    module = Shortcut(shortcut, like_shape, strides)
+    y, variables = jax.jit(module.init_with_output)(KEY, x)
     return y, jax.tree.map(np.shape, variables.get("params", {}))
 
 
@@ -75,6 +83,109 @@ def test_projections_are_a_1x1_convolution_and_its_norm(x, letter, strides, like
     }
 
 
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 4)], ids=["ordinary", "dilated"])
+@pytest.mark.parametrize("strides", [1, 2])
+@pytest.mark.parametrize("letter", ["B", "C"])
+def test_a_projection_is_w_s_x(x, letter, strides, dilation):
+    """Equation 2: a matrix for every strides-th pixel, whatever the spacing of taps."""
+    like = (2, -(-5 // strides), 4 // strides, 7)
+    module = Shortcut(shortcuts.BY_NAME[letter], like, strides, dilation)
+    variables = random_variables(module, x)
+    layers = Layers(variables)
+    matrix = layers.params["shortcut_conv"]["kernel"][0, 0]
+    expected = layers.norm(x[:, ::strides, ::strides] @ matrix, "shortcut_norm")
+    y = apply(module, variables, x)
+    assert y.shape == like
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bare_projection_has_no_normalisation(x):
+    bare = shortcuts.Projection(normalized=False)
+    y, params = call(bare, x, (2, 3, 2, 7), 2)
+    assert y.shape == (2, 3, 2, 7)
+    assert params == {"shortcut_conv": {"kernel": (1, 1, 3, 7)}}
+    assert call(bare, x, x.shape, 1)[1] == {}
+
+
+def means(x, window, strides, spacing):
+    """Of the pixels of each window that lie within the map, as loops."""
+    height, width = (-(-side // strides) for side in x.shape[1:3])
+    y = np.zeros((len(x), height, width, x.shape[-1]))
+    for i in range(height):
+        for j in range(width):
+            rows = [i * strides + p * spacing for p in range(window)]
+            columns = [j * strides + p * spacing for p in range(window)]
+            rows = [row for row in rows if row < x.shape[1]]
+            columns = [column for column in columns if column < x.shape[2]]
+            y[:, i, j] = x[:, rows][:, :, columns].mean((1, 2))
+    return y
+
+
+@pytest.mark.parametrize(
+    ("window", "strides", "spacing"), [(1, 1, 1), (2, 2, 1), (2, 1, 1), (2, 1, 2)]
+)
+@pytest.mark.parametrize("sides", [(6, 8), (7, 5), (1, 2)])
+def test_average_pool(window, strides, spacing, sides):
+    x = np.random.default_rng(0).normal(size=(2, *sides, 3)).astype(np.float32)
+    y = average_pool(x, window, strides, spacing)
+    expected = means(x, window, strides, spacing)
+    assert y.shape == expected.shape
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 8), (7, 5)])
+def test_average_pool_is_torchs(height, width):
+    """ceil_mode, and count_include_pad=False: as timm's ResNet-D has it."""
+    torch = pytest.importorskip("torch", reason="torch is the reference of this test")
+    x = np.random.default_rng(0).normal(size=(2, height, width, 3))
+    pool = torch.nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+    expected = pool(torch.from_numpy(x.transpose(0, 3, 1, 2))).numpy()
+    ours = average_pool(x.astype(np.float32), 2, 2)
+    np.testing.assert_allclose(ours, expected.transpose(0, 2, 3, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strides", "dilation", "window", "spacing"),
+    [
+        (2, (1, 1), 2, 1),
+        (1, (1, 1), 1, 1),
+        (1, (1, 2), 2, 1),
+        (1, (2, 4), 2, 2),
+        (1, (2, 2), 1, 1),
+    ],
+)
+def test_a_pooled_projection_skips_no_pixel(x, strides, dilation, window, spacing):
+    """Where dilation stands for a stride, the window stays and its pixels spread."""
+    like = (2, -(-5 // strides), 4 // strides, 7)
+    module = Shortcut(shortcuts.BY_NAME["pooled"], like, strides, dilation)
+    variables = random_variables(module, x)
+    layers = Layers(variables)
+    pooled = means(x, window, strides, spacing)
+    matrix = layers.params["shortcut_conv"]["kernel"][0, 0]
+    expected = layers.norm(pooled @ matrix, "shortcut_norm")
+    y = apply(module, variables, x)
+    assert y.shape == like
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pooled_projection_of_an_unchanged_map_is_the_identity(x):
+    y, params = call("pooled", x, x.shape, 1)
+    assert params == {}
+    np.testing.assert_array_equal(y, x)
+
+
+@pytest.mark.parametrize(("strides", "features"), [(1, 3), (2, 6)])
+def test_option_a_costs_no_parameters(x, strides, features):
+    """Section 4.1: with option A a residual net has those of the plain one."""
+
+    def params(shortcut):
+        block = BasicBlock(features, strides, EVALUATING, shortcut)
+        return jax.tree.map(np.shape, jax.eval_shape(block.init, KEY, x))
+
+    assert params(shortcuts.ZeroPad()) == params(shortcuts.NoShortcut())
+    assert params(shortcuts.ZeroPad()) != params(shortcuts.Projection(everywhere=True))
+
+
 @pytest.mark.parametrize(("strides", "like"), [(1, (2, 5, 4, 3)), (2, (2, 3, 2, 7))])
 def test_plain_nets_add_nothing(x, strides, like):
     assert call("none", x, like, strides) == (None, {})
@@ -82,10 +193,21 @@ def test_plain_nets_add_nothing(x, strides, like):
 
 def test_what_a_projection_creates_does_not_depend_on_the_size_of_the_image():
     """On a 1x1 map a stride changes no shape; the parameters must be there still."""
-    norm = functools.partial(BatchNorm, use_running_average=True)
-    block = BasicBlock(8, 2, norm, shortcuts.Projection())
-    trees = [
-        jax.tree.structure(block.init(jax.random.key(0), jnp.ones((1, side, side, 8))))
-        for side in (1, 4)
-    ]
-    assert trees[0] == trees[1]
+    for shortcut in (shortcuts.Projection(), shortcuts.Projection(pooled=True)):
+        block = BasicBlock(8, 2, EVALUATING, shortcut)
+        trees = [
+            jax.eval_shape(block.init, KEY, jnp.ones((1, side, side, 8)))
+            for side in (1, 4)
+        ]
+        assert trees[0] == trees[1]
+        assert "shortcut_conv" in trees[0]["params"]
+
+
+def test_the_names_of_the_options():
+    assert {
+        "A": shortcuts.ZeroPad(),
+        "B": shortcuts.Projection(False, True, False),
+        "C": shortcuts.Projection(True, True, False),
+        "pooled": shortcuts.Projection(False, True, True),
+        "none": shortcuts.NoShortcut(),
+    } == shortcuts.BY_NAME

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import random
@@ -127,6 +128,18 @@ def test_evaluation_is_the_same_for_every_batch_size(finished, console):
         assert found["count"] == 360
         assert found["loss"] == pytest.approx(result["test_loss"], rel=1e-5)
     assert resnet_jax.evaluate(workdir, split="train", console=console)["count"] == 1437
+
+
+def test_precise_statistics_are_averaged_over_training_batches(finished, console):
+    _, workdir, *_ = finished
+    evaluate = functools.partial(resnet_jax.evaluate, workdir, console=console)
+    running, precise = evaluate(), evaluate(precise_batches=3)
+    assert "averaged over 3 batches" in printed(console)
+    assert precise["count"] == running["count"]
+    assert precise["loss"] != running["loss"]
+    assert evaluate(precise_batches=3) == precise
+    with pytest.raises(UserError, match="precise batches must be at least 1, not 0"):
+        evaluate(precise_batches=0)
 
 
 def test_evaluate_faults_are_named(finished, tmp_path, console):

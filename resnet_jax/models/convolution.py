@@ -1,0 +1,191 @@
+"""Convolutions, padded by hand, and how they are computed on each kind of device."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+ALGORITHMS = ("auto", "xla", "products", "patches")
+
+he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+"""He initialisation with the fan-out, as the authors' released code draws it."""
+
+
+class Conv(nn.Module):
+    """A convolution, by default without bias, padded the same on every side.
+
+    'SAME' would pad a 3x3 of stride 2 on one side only, which shifts the maps by a
+    pixel against torch's and the original's.
+
+    Attributes:
+      features: output channels.
+      kernel_size: height and width, both odd.
+      strides: of both axes.
+      dilation: spacing of the taps, in pixels of the input.
+      groups: parts of the channels that are convolved apart (ResNeXt).
+      use_bias: whether a bias is added.
+      kernel_init, bias_init: initialisers.
+      dtype: of the computation; parameters are float32.
+      algorithm: how it is computed, see ``convolve``; changes no result beyond
+        rounding.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: int = 1
+    dilation: int = 1
+    groups: int = 1
+    use_bias: bool = False
+    kernel_init: Any = he_normal
+    bias_init: Any = nn.initializers.zeros
+    dtype: Any = jnp.float32
+    algorithm: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), features)."""
+        kernel = self.param(
+            "kernel",
+            self.kernel_init,
+            (*self.kernel_size, x.shape[-1] // self.groups, self.features),
+            jnp.float32,
+        )
+        y = convolve(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            self.strides,
+            self.dilation,
+            self.groups,
+            self.algorithm,
+        )
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    algorithm: str = "auto",
+) -> jax.Array:
+    """A two-dimensional convolution with symmetric padding.
+
+    "xla" leaves it to XLA's convolution. "products" writes a 1x1 convolution as a
+    matrix product, and the gradient of a 3x3's kernel as one product for each of its
+    nine taps; the rest is XLA's. On the CPU, where XLA's gradients of kernels are
+    slow, a training step of ResNet-50 takes about 0.7 of the time so
+    (benchmarks/results); "auto" is "products" there and "xla" elsewhere. "patches"
+    writes 3x3 convolutions too as one product, with the nine pixels of every output
+    side by side: for loops on the CPU, see ``loop_algorithm``.
+
+    Args:
+      x: (n, h, w, c).
+      kernel: (height, width, c / groups, features), height and width odd.
+      strides: of both axes.
+      dilation: spacing of the taps.
+      groups: parts of the channels that are convolved apart.
+      algorithm: one of ``ALGORITHMS``.
+
+    Returns:
+      (n, ceil(h / strides), ceil(w / strides), features).
+
+    Raises:
+      ValueError: an unknown algorithm.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"the convolution's algorithm is one of {', '.join(ALGORITHMS)}, "
+            f"not {algorithm!r}"
+        )
+    if algorithm == "auto":
+        algorithm = "products" if jax.default_backend() == "cpu" else "xla"
+    size = kernel.shape[:2]
+    if algorithm == "xla" or groups > 1 or size not in ((1, 1), (3, 3)):
+        return _xla_convolve(x, kernel, strides, dilation, groups)
+    if size == (1, 1):
+        return jnp.dot(x[:, ::strides, ::strides, :], kernel[0, 0])
+    if algorithm == "patches":
+        return _patches_convolve(x, kernel, strides, dilation)
+    # Measured: for few channels XLA's own gradient is the faster one.
+    if x.shape[-1] >= 32 or strides > 1:
+        return _convolve_3x3(x, kernel, strides, dilation)
+    return _xla_convolve(x, kernel, strides, dilation)
+
+
+def loop_algorithm(algorithm: str) -> str:
+    """What "auto" means for convolutions inside a compiled loop.
+
+    Outside of loops XLA:CPU calls its library of fast convolutions; gradients inside
+    one run on slow code of its own, but for matrix products.
+    """
+    in_slow_loop = algorithm == "auto" and jax.default_backend() == "cpu"
+    return "patches" if in_slow_loop else algorithm
+
+
+def _xla_convolve(x, kernel, strides, dilation, groups=1):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(strides, strides),
+        padding=[(size // 2 * dilation,) * 2 for size in kernel.shape[:2]],
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _convolve_3x3(x, kernel, strides, dilation):
+    return _xla_convolve(x, kernel, strides, dilation)
+
+
+@_convolve_3x3.defjvp
+def _convolve_3x3_jvp(strides, dilation, primals, tangents):
+    # The product form is linear in the kernel's tangent. Reverse mode transposes it
+    # and never computes it: what runs is its transpose, nine products.
+    x, kernel = primals
+    x_tangent, kernel_tangent = tangents
+    y = _xla_convolve(x, kernel, strides, dilation)
+    through_x = _xla_convolve(x_tangent, kernel, strides, dilation)
+    through_kernel = _sum_of_taps(x, kernel_tangent, y.shape, strides, dilation)
+    return y, through_x + through_kernel
+
+
+# The patches are nine times the map: made again for the gradient, not kept.
+@functools.partial(jax.checkpoint, static_argnums=(2, 3), prevent_cse=False)
+def _patches_convolve(x, kernel, strides, dilation):
+    taps = list(_taps(x, kernel.shape[:2], strides, dilation))
+    patches = jnp.concatenate([pixels for _, pixels in taps], axis=-1)
+    return jnp.dot(patches, kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _sum_of_taps(x, kernel, shape, strides, dilation):
+    """The convolution as a sum over taps: shifted pixels times the tap's matrix."""
+    features = kernel.shape[-1]
+    total = jnp.zeros((features, math.prod(shape[:3])), x.dtype)
+    for (i, j), pixels in _taps(x, kernel.shape[:2], strides, dilation):
+        # Features first: the transposed product is the faster one on the CPU.
+        total += kernel[i, j].T @ pixels.reshape(-1, x.shape[-1]).T
+    return total.T.reshape(shape)
+
+
+def _taps(x, size, strides, dilation):
+    """Each tap (i, j) with the pixels that it meets, (n, h', w', c)."""
+    reach = [side // 2 * dilation for side in size]
+    padded = jnp.pad(x, ((0, 0), (reach[0],) * 2, (reach[1],) * 2, (0, 0)))
+    rows, columns = ((side - 1) // strides * strides + 1 for side in x.shape[1:3])
+    for i in range(size[0]):
+        for j in range(size[1]):
+            top, left = i * dilation, j * dilation
+            yield (
+                (i, j),
+                padded[:, top : top + rows : strides, left : left + columns : strides],
+            )

@@ -1,0 +1,158 @@
+"""Residual and highway connections around any Flax module.
+
+The blocks of the nets are built from convolutions alone (``models.blocks``); these two
+modules bring the same idea to any other architecture::
+
+    x = Residual(nn.Dense(256))(x)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from resnet_jax.models.convolution import he_normal
+from resnet_jax.models.factories import ModuleFactory
+
+
+class Residual(nn.Module):
+    """y = activation(norm(F(x)) + W_s x), after equations 1 and 2 of He et al. 2015.
+
+    Where F keeps the shape of its input, W_s is the identity and has no parameters.
+    Elsewhere x is subsampled to the sizes of F(x), with a stride for each axis between
+    the first (the batch) and the last (the channels), and the last axis is multiplied
+    by a learned matrix: a 1x1 convolution in one, two or three dimensions alike. The
+    stride is inferred: the smallest s for which F's size is the input's over s, rounded
+    up. Whether there is a projection thus depends on the sizes of the array with which
+    the module is initialised.
+
+    The variables are ``layer``, ``norm`` and ``shortcut``. As everywhere in Linen, a
+    layer that is made within a module's compact method belongs to that module, and its
+    variables lie beside those of the Residual under the layer's own name;
+    ``parent=None`` in the layer's arguments puts them below it.
+
+    Attributes:
+      layer: F: a Linen module, or any function of an array.
+      norm: factory of a normalisation of F(x), ``norm(name=...)``; None: there is none.
+      activation: applied to the sum; None: the sum is returned.
+      project: False permits the identity only.
+      dtype: of the projection, the sum and the output; None: that to which x and F(x)
+        promote. Parameters are float32.
+    """
+
+    layer: Callable[..., Any]
+    norm: ModuleFactory | None = None
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    project: bool = True
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """Calls the layer as ``layer(x, *args, **kwargs)`` and adds the shortcut.
+
+        Args:
+          x: (n, ..., c), or (c,) without a batch.
+          *args: further arguments of the layer.
+          **kwargs: further arguments of the layer.
+
+        Returns:
+          An array of the shape of the layer's output.
+
+        Raises:
+          ValueError: no shortcut leads from the shape of x to that of F(x).
+        """
+        y = self.layer(x, *args, **kwargs)
+        if self.norm is not None:
+            y = self.norm(name="norm")(y)
+        dtype = self.dtype
+        if dtype is None:
+            dtype = jnp.promote_types(x.dtype, y.dtype)
+        shortcut = x.astype(dtype)
+        if x.shape != y.shape:
+            strides = self._strides(x.shape, y.shape)
+            shortcut = nn.Dense(
+                y.shape[-1],
+                use_bias=False,
+                dtype=dtype,
+                kernel_init=he_normal,
+                name="shortcut",
+            )(shortcut[tuple(slice(None, None, stride) for stride in strides)])
+        y = y.astype(dtype) + shortcut
+        return y if self.activation is None else self.activation(y)
+
+    def _strides(self, before, after):
+        """The stride of every axis but the last, 1 for the batch."""
+        changed = f"the layer turns the shape {before} into {after}"
+        if not self.project:
+            raise ValueError(
+                f"{changed}, but without projection (project=False) the shortcut "
+                "is the identity, for which both must be equal"
+            )
+        same_batch = len(before) == 1 or before[:1] == after[:1]
+        if len(before) != len(after) or not same_batch:
+            raise ValueError(
+                f"{changed}: a projection keeps the number of axes and the batch (the "
+                "first axis); it changes the size of the last axis, and subsamples "
+                "those between"
+            )
+        strides = []
+        sizes = zip(before[:-1], after[:-1], strict=True)
+        for axis, (size, new_size) in enumerate(sizes):
+            # No larger stride keeps more, so that there is no other candidate.
+            stride = max(1, -(-size // max(new_size, 1)))
+            if -(-size // stride) != new_size:
+                raise ValueError(
+                    f"{changed}: no stride subsamples axis {axis} from {size} to "
+                    f"{new_size}; a stride of s keeps every s-th place, that is {size} "
+                    "/ s of them, rounded up. Pad or stride the layer accordingly, or "
+                    "let it keep the sizes of all axes but the last"
+                )
+            strides.append(stride)
+        return strides
+
+
+class Highway(nn.Module):
+    """y = H(x) T(x) + x (1 - T(x)), T(x) = sigmoid(gate(x)) (Srivastava et al. 2015).
+
+    The gate decides for every element how much is transformed and how much carried
+    over. Its bias should start negative, at -1 to -4, so that a deep net starts close
+    to the identity: ``nn.Dense(256, bias_init=nn.initializers.constant(-2.0))``.
+
+    The variables are ``layer`` and ``gate``, placed as those of ``Residual``.
+
+    Attributes:
+      layer: H: a Linen module, or any function of an array.
+      gate: what precedes the sigmoid of T, likewise.
+    """
+
+    layer: Callable[..., Any]
+    gate: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        """Calls ``layer(x, *args, **kwargs)`` and ``gate(x)``.
+
+        Args:
+          x: an array of any shape.
+          *args: further arguments of the layer.
+          **kwargs: further arguments of the layer.
+
+        Returns:
+          An array of the same shape.
+
+        Raises:
+          ValueError: the layer or the gate changes the shape.
+        """
+        transformed = self.layer(x, *args, **kwargs)
+        gate = self.gate(x)
+        for name, array in (("layer", transformed), ("gate", gate)):
+            if array.shape != x.shape:
+                raise ValueError(
+                    f"the highway's {name} turns the shape {x.shape} into "
+                    f"{array.shape}: both layer and gate must keep it; change the "
+                    "number of channels before the highway layer"
+                )
+        gate = nn.sigmoid(gate)
+        return transformed * gate + x * (1 - gate)

@@ -1,0 +1,197 @@
+"""VGG nets (Simonyan & Zisserman 2014), optionally with batch normalisation.
+
+The layout is torchvision's, so that its weights can be converted.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from resnet_jax.models.convolution import Conv
+from resnet_jax.models.factories import ModuleFactory
+from resnet_jax.models.features import FeatureMap
+from resnet_jax.models.normalization import BatchNorm
+
+POOLED_SIZE = 7
+"""Side of the map before the classifier: that of a 224x224 image."""
+
+small_normal = nn.initializers.normal(0.01)
+"""The initialiser of the dense layers in torchvision: a standard deviation of 0.01."""
+
+
+class VGGStage(nn.Module):
+    """3x3 convolutions with bias on maps of one size, each with ReLU.
+
+    Attributes:
+      size: the number of convolutions.
+      features: channels of all of them.
+      norm: factory of the normalisations before the ReLUs; None: there are none.
+      dtype: of the computation.
+    """
+
+    size: int
+    features: int
+    norm: ModuleFactory | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(n, h, w, c) to (n, h, w, features)."""
+        for index in range(1, self.size + 1):
+            x = Conv(
+                self.features,
+                (3, 3),
+                use_bias=True,
+                dtype=self.dtype,
+                name=f"conv{index}",
+            )(x)
+            if self.norm is not None:
+                x = self.norm(name=f"norm{index}")(x)
+            x = nn.relu(x)
+        return x
+
+
+class VGG(nn.Module):
+    """Stages of 3x3 convolutions, each followed by 2x2 max-pooling; three dense layers.
+
+    The defaults are configuration D, VGG-16; ``stage_convs=(2, 2, 4, 4, 4)`` is
+    configuration E, VGG-19. The last map is pooled to 7x7 before the dense layers, as
+    torchvision does, so that they serve images of any size from 32x32 on; at 224x224
+    that changes nothing.
+
+    Variables: ``params``, and ``batch_stats`` with batch normalisation, float32 for
+    every ``dtype``: ``stage1/conv1``, ``stage1/norm1``, ``fc1``, ``fc2``, ``head``.
+    The rows of ``fc1``'s kernel are the flattened (7, 7, channels) of the pooled map.
+
+    Attributes:
+      stage_convs: convolutions of each stage.
+      widths: channels of each stage.
+      num_classes: classes of the classifier; None leaves out all dense layers.
+      hidden_features: features of ``fc1`` and ``fc2``.
+      dropout_rate: rate behind ``fc1`` and ``fc2``.
+      batch_norm: whether a batch normalisation follows each convolution.
+      batch_norm_groups, batch_norm_momentum, batch_norm_epsilon: see BatchNorm.
+      dtype: dtype of all layers but ``head``; bfloat16 on accelerators.
+    """
+
+    stage_convs: Sequence[int] = (2, 2, 3, 3, 3)
+    widths: Sequence[int] = (64, 128, 256, 512, 512)
+    num_classes: int | None = 1000
+    hidden_features: int = 4096
+    dropout_rate: float = 0.5
+    batch_norm: bool = False
+    batch_norm_groups: int = 1
+    batch_norm_momentum: float = 0.9
+    batch_norm_epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Class logits.
+
+        Args:
+          images: (n, h, w, channels), floating point; each stage halves both sides,
+            rounding down, and at least one pixel must remain.
+          train: whether dropout is active (pass ``rngs={"dropout": key}`` to ``apply``)
+            and batch normalisation takes the batch's statistics and updates the
+            running ones (pass ``mutable=["batch_stats"]``).
+
+        Returns:
+          (n, num_classes) float32 logits; where ``num_classes`` is None, the last map
+          behind its pooling averaged over all its pixels, (n, channels) float32.
+
+        Raises:
+          ValueError: the images are too small, or ``stage_convs`` and ``widths``
+            differ in length.
+        """
+        return self._maps_and_output(images, train)[1]
+
+    def features(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[FeatureMap, ...]:
+        """The stages' outputs C1 .. C5 before their poolings, of strides 1 to 16."""
+        return self._maps_and_output(images, train)[0]
+
+    @nn.compact
+    def _maps_and_output(self, images, train):
+        if len(self.stage_convs) != len(self.widths):
+            raise ValueError(
+                f"{len(self.stage_convs)} numbers of convolutions but "
+                f"{len(self.widths)} widths: VGG has one of each for every stage"
+            )
+        smallest = 2 ** len(self.widths)
+        if min(images.shape[1:3]) < smallest:
+            raise ValueError(
+                f"images of {images.shape[1]}x{images.shape[2]} pixels are too small: "
+                f"{len(self.widths)} poolings need at least {smallest}x{smallest}"
+            )
+        norm = functools.partial(
+            BatchNorm,
+            use_running_average=not train,
+            momentum=self.batch_norm_momentum,
+            epsilon=self.batch_norm_epsilon,
+            groups=self.batch_norm_groups,
+            dtype=self.dtype,
+        )
+        maps: list[FeatureMap] = []
+        x = images.astype(self.dtype)
+        stages = zip(self.stage_convs, self.widths, strict=True)
+        for index, (size, width) in enumerate(stages):
+            x = VGGStage(
+                size,
+                width,
+                norm if self.batch_norm else None,
+                self.dtype,
+                name=f"stage{index + 1}",
+            )(x)
+            maps.append(FeatureMap(x, f"C{index + 1}", 2**index))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        if self.num_classes is None:
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            return tuple(maps), x.mean(axis=(1, 2), dtype=wide)
+        x = adaptive_average_pool(x, POOLED_SIZE).reshape(x.shape[0], -1)
+        for name in ("fc1", "fc2"):
+            dense = nn.Dense(
+                self.hidden_features,
+                dtype=self.dtype,
+                kernel_init=small_normal,
+                name=name,
+            )
+            x = nn.relu(dense(x))
+            x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        # Without a dtype it computes in that of its float32 parameters, or a wider one.
+        return tuple(maps), nn.Dense(
+            self.num_classes, kernel_init=small_normal, name="head"
+        )(x)
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+    """Means over ``size`` x ``size`` bins that cover the map, as torch defines them.
+
+    Along an axis of h pixels bin i holds those from floor(i h / size) to
+    ceil((i + 1) h / size), the latter excluded. Neighbouring bins overlap by a pixel
+    where the division is not even; a map smaller than ``size`` repeats its pixels.
+
+    Args:
+      x: (n, h, w, c).
+      size: bins along each side.
+
+    Returns:
+      (n, size, size, c) in the dtype of ``x``, averaged in at least float32.
+    """
+    if x.shape[1:3] == (size, size):
+        return x
+    pooled = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # Bins are rectangles: the mean over rows, then columns, is that over the pixels.
+    for axis in (1, 2):
+        length = x.shape[axis]
+        means = []
+        for i in range(size):
+            start, stop = i * length // size, -(-(i + 1) * length // size)
+            pixels = jax.lax.slice_in_dim(pooled, start, stop, axis=axis)
+            means.append(pixels.mean(axis))
+        pooled = jnp.stack(means, axis)
+    return pooled.astype(x.dtype)
