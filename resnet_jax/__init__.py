@@ -1,7 +1,7 @@
 """Deep residual learning (He et al. 2015) in JAX and Flax.
 
-``create_model`` and ``list_models`` need jax and flax alone; ``train`` and
-``evaluate`` import the data and checkpoint libraries when they are first used.
+``create_model`` and ``list_models`` need jax and flax alone; the others import the
+libraries of data, weights and checkpoints when they are first used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from resnet_jax.training.evaluate import evaluate
     from resnet_jax.training.loop import train
     from resnet_jax.training.report import report
+    from resnet_jax.weights import load_weights, save_weights
 
 __all__ = [
     "UserError",
@@ -22,7 +23,9 @@ __all__ = [
     "evaluate",
     "list_models",
     "load_config",
+    "load_weights",
     "report",
+    "save_weights",
     "train",
 ]
 
@@ -32,6 +35,8 @@ _LAZY = {
     "train": "resnet_jax.training.loop",
     "evaluate": "resnet_jax.training.evaluate",
     "report": "resnet_jax.training.report",
+    "load_weights": "resnet_jax.weights",
+    "save_weights": "resnet_jax.weights",
 }
 
 

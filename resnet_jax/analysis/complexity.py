@@ -1,12 +1,51 @@
 """Parameters and multiply-adds, counted from the traced program."""
 
+import collections
+import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+Path = tuple[str, ...]
+"""Where a module stands in its net, ("stage1", "block2"); () is the net itself."""
+
+_MARK = re.compile(r"resnet_jax_module_(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a model computes for one image, as equations, and by which module.
+
+    Attributes:
+      jaxpr: of the abstract variables' leaves, then the image (1, h, w, c).
+      variables: the abstract variables.
+      paths: the modules in the order in which they are first called; a module comes
+        before those inside it.
+    """
+
+    jaxpr: Any
+    variables: Any
+    paths: tuple[Path, ...]
+
+    def computed_by(self, equation: Any) -> Path | None:
+        """The innermost module around an equation.
+
+        None where the equation alone does not tell: it is then one of an inner
+        program (a jit, a loop) that belongs to the module around the outer equation.
+        """
+        marks = _MARK.findall(str(equation.source_info.name_stack))
+        return self.paths[int(marks[-1])] if marks else None
+
+    def returned_by(self, equation: Any) -> Path | None:
+        """The module that returns the equation's result, if the equation tells so."""
+        match = _MARK.fullmatch(str(equation.params.get("name", "")))
+        return self.paths[int(match[1])] if match else None
 
 
 def count_parameters(params: Any) -> int:
@@ -25,6 +64,33 @@ def abstract_variables(model: nn.Module, image_shape: tuple[int, ...]) -> Any:
     )
 
 
+def trace(model: nn.Module, image_shape: tuple[int, ...]) -> Program:
+    """The program of ``model(images, train=False)`` for one image (h, w, c)."""
+    variables = abstract_variables(model, image_shape)
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    indices: dict[Path, int] = {}
+
+    # Flax names its scopes too, but by method as well as by module. These marks are
+    # unmistakable, and survive loops, branches and rematerialisation.
+    def mark(method, args, kwargs, context):
+        if context.module.scope is None:
+            return method(*args, **kwargs)
+        index = indices.setdefault(context.module.path, len(indices))
+        name = f"resnet_jax_module_{index}"
+        with jax.named_scope(name):
+            return jax.tree.map(
+                lambda x: checkpoint_name(x, name) if isinstance(x, jax.Array) else x,
+                method(*args, **kwargs),
+            )
+
+    def apply(variables, images):
+        with nn.intercept_methods(mark):
+            return model.apply(variables, images, train=False)
+
+    traced = jax.make_jaxpr(apply)(variables, images)
+    return Program(traced.jaxpr, variables, tuple(indices))
+
+
 def count_multiply_adds(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Multiply-adds of one image (h, w, c) through convolutions and dense layers.
 
@@ -34,42 +100,57 @@ def count_multiply_adds(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     Raises:
       ValueError: a loop whose length is not known when the program is traced.
     """
-    variables = abstract_variables(model, image_shape)
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(
-        variables, images
-    )
-    return _multiply_adds(traced.jaxpr)
+    return multiply_adds_by_module(trace(model, image_shape)).total()
 
 
-def _multiply_adds(jaxpr: Any) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            out_features = equation.params["dimension_numbers"].rhs_spec[0]
-            taps = math.prod(kernel) // kernel[out_features]
-            total += math.prod(equation.outvars[0].aval.shape) * taps
-        elif equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            taps = math.prod(shape[axis] for axis in contracted)
-            total += math.prod(equation.outvars[0].aval.shape) * taps
-        inner = [_multiply_adds(nested) for nested in _inner(equation)]
-        if equation.primitive.name == "while" and any(inner):
-            raise ValueError("the multiply-adds of a while loop are not known")
-        if equation.primitive.name == "cond":
-            total += max(inner)
-        elif equation.primitive.name == "scan":
-            total += equation.params["length"] * sum(inner)
-        else:
-            total += sum(inner)
-    return total
+def multiply_adds_by_module(program: Program) -> collections.Counter[Path]:
+    """The multiply-adds of ``count_multiply_adds``, each with its innermost module.
+
+    Raises:
+      ValueError: a loop whose length is not known when the program is traced.
+    """
+    return _multiply_adds(program, program.jaxpr, ())
 
 
-def _inner(equation: Any) -> Iterator[Any]:
+def inner_programs(equation: Any) -> Iterator[Any]:
+    """The jaxprs that an equation calls: of a jit, a loop, the branches of a cond."""
     for value in equation.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             inner = getattr(item, "jaxpr", item)
             if hasattr(inner, "eqns"):
                 yield inner
+
+
+def _multiply_adds(program, jaxpr, caller):
+    total: collections.Counter[Path] = collections.Counter()
+    for equation in jaxpr.eqns:
+        path = program.computed_by(equation)
+        path = caller if path is None else path
+        total[path] += _own_multiply_adds(equation)
+        inner = [
+            _multiply_adds(program, nested, path) for nested in inner_programs(equation)
+        ]
+        if equation.primitive.name == "while" and any(part.total() for part in inner):
+            raise ValueError("the multiply-adds of a while loop are not known")
+        if equation.primitive.name == "cond":
+            inner = [max(inner, key=collections.Counter.total)]
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for part in inner:
+            for inner_path, count in part.items():
+                total[inner_path] += times * count
+    return total
+
+
+def _own_multiply_adds(equation: Any) -> int:
+    """Those of a convolution or a product of matrices; 0 of anything else."""
+    if equation.primitive.name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        out_features = equation.params["dimension_numbers"].rhs_spec[0]
+        taps = math.prod(kernel) // kernel[out_features]
+    elif equation.primitive.name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        taps = math.prod(shape[axis] for axis in contracted)
+    else:
+        return 0
+    return math.prod(equation.outvars[0].aval.shape) * taps

@@ -13,13 +13,15 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax train --config configs/digits.py --workdir runs/digits
   resnet-jax evaluate --workdir runs/digits
   resnet-jax report --workdir runs/digits --figure digits.png
+  resnet-jax summary --compare resnet34 plain34
+  resnet-jax convert resnet50.pth resnet50.safetensors --model resnet50
   resnet-jax benchmark step --model cifar_resnet20 --batch 128
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status: 0, 1 for a fault, 130 stopped."""
-    from resnet_jax.cli import benchmark, evaluate, report, train
+    from resnet_jax.cli import benchmark, convert, evaluate, report, summary, train
 
     parser = argparse.ArgumentParser(
         prog="resnet-jax",
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (train, evaluate, report, benchmark):
+    for module in (train, evaluate, report, summary, convert, benchmark):
         module.add_parser(commands)
     # Overrides of config fields have names that argparse cannot list.
     options, rest = parser.parse_known_args(

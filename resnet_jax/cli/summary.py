@@ -1,0 +1,88 @@
+"""``resnet-jax summary``."""
+
+import argparse
+from typing import Any
+
+_DESCRIPTION = """Print what nets are, stage by stage; without a name, list all nets.
+
+  resnet-jax summary
+  resnet-jax summary resnet50 --blocks
+  resnet-jax summary resnet34 --compare plain34
+
+For each stage: the shape of its output, its stride and receptive field in pixels of
+the image, its parameters and its multiply-adds. Nothing is computed on data.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand to the parser of ``resnet-jax``."""
+    parser = commands.add_parser(
+        "summary",
+        help="print shapes, sizes, costs and receptive fields of nets by stage",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="names of resnet_jax.list_models(); a table for each",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="*",
+        metavar="NAME",
+        help="two nets side by side: those named here and before",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the images (default: the net's own)",
+    )
+    parser.add_argument(
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="of the classifier (default: those of the net's data set)",
+    )
+    parser.add_argument(
+        "--blocks", action="store_true", help="a row for every block too"
+    )
+    parser.add_argument(
+        "--shortcut",
+        metavar="OPTION",
+        help="A, B, C, pooled or none, not the nets' own; plain nets stay plain",
+    )
+    parser.add_argument(
+        "--stride-version",
+        metavar="VERSION",
+        help="where a bottleneck strides: v1 (the paper) or v1.5",
+    )
+    parser.add_argument(
+        "--output-stride",
+        type=int,
+        metavar="PIXELS",
+        help="of the last map: 8, 16 or 32 of an ImageNet net",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the figures here")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from resnet_jax.analysis.summary import print_catalog, print_summaries
+
+    if not options.names and options.compare is None:
+        print_catalog()
+        return
+    print_summaries(
+        [*options.names, *(options.compare or ())],
+        compare=options.compare is not None,
+        image_size=options.image_size,
+        num_classes=options.num_classes,
+        depth=2 if options.blocks else 1,
+        shortcut=options.shortcut,
+        stride_version=options.stride_version,
+        output_stride=options.output_stride,
+        json_path=options.json,
+    )

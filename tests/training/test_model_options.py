@@ -1,0 +1,148 @@
+"""What a config says of the net reaches the step: freezing, weights, regularisation."""
+
+import jax
+import numpy as np
+import pytest
+
+from resnet_jax import load_weights, parallel, save_weights
+from resnet_jax.config import model_options, resolve
+from resnet_jax.errors import UserError
+from resnet_jax.models import create_model, stack_blocks, unstack_blocks
+from resnet_jax.training.setup import prepare
+
+
+def run(config, steps, devices=1):
+    """The states before and after so many steps, on the host."""
+    setup = prepare(resolve(config), parallel.data_mesh(devices))
+    feed = setup.feed(setup.dataset.train)
+    state, train_step = setup.fresh_state(), setup.train_step()
+    before = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+    batches = feed.training_batches(0, config.training.global_batch_size, config.seed)
+    for _, batch in zip(range(steps), batches):
+        state = train_step(state, feed.resident, batch)
+    assert int(state.first_bad_step) < 0
+    after = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+    return before, after
+
+
+def equal(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in leaves)
+
+
+def assert_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def test_frozen_parts_stay_with_their_statistics_and_the_others_learn(tiny_config):
+    tiny_config.model.frozen = ("stem", "stage1")
+    before, after = run(tiny_config, 3)
+    for collection in ("params", "batch_stats"):
+        for part in ("stem", "stage1"):
+            assert equal(before[collection][part], after[collection][part])
+        for part in ("stage2", "stage3"):
+            assert not equal(before[collection][part], after[collection][part])
+    assert not equal(before["params"]["head"], after["params"]["head"])
+
+
+def test_a_part_that_the_net_has_not_cannot_be_frozen(tiny_config):
+    tiny_config.model.frozen = ("stem", "stage9")
+    with pytest.raises(UserError, match=r"no part 'stage9'.*did you mean stage"):
+        prepare(resolve(tiny_config)).abstract_state()
+
+
+def test_a_run_starts_from_given_weights(tiny_config, tmp_path):
+    model = create_model("cifar_resnet8")
+    rng = np.random.default_rng(0)
+    shapes = prepare(resolve(tiny_config)).abstract_state()
+    given = jax.tree.map(
+        lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32),
+        {"params": shapes.params, "batch_stats": shapes.batch_stats},
+    )
+    file = tmp_path / "given.safetensors"
+    save_weights(file, given, model)
+    tiny_config.model.weights = str(file)
+    tiny_config.optimizer.ema_decay = 0.9
+    # Averages and parameters start equal, and must not share what the step donates.
+    before, after = run(tiny_config, 1)
+    assert equal(before, given)
+    assert not equal(before, after)
+
+    tiny_config.model.new_head = True
+    before, _ = run(tiny_config, 0)
+    assert equal(before["params"]["stage3"], given["params"]["stage3"])
+    assert not equal(before["params"]["head"], given["params"]["head"])
+
+    tiny_config.model.name = "cifar_resnet14"
+    with pytest.raises(UserError, match=r"given\.safetensors does not fit"):
+        prepare(resolve(tiny_config)).fresh_state()
+
+
+def test_stochastic_depth_is_the_same_on_eight_devices(tiny_config):
+    tiny_config.model.stochastic_depth_rate = 0.5
+    _, one = run(tiny_config, 2)
+    _, eight = run(tiny_config, 2, devices=8)
+    assert_close(one, eight, atol=2e-4)
+    tiny_config.model.stochastic_depth_rate = None
+    _, plain = run(tiny_config, 2)
+    with pytest.raises(AssertionError):
+        assert_close(one, plain, atol=2e-3)
+
+
+def test_a_scanned_net_trains_as_the_unrolled_one(tiny_config, tmp_path):
+    tiny_config.model.name = "cifar_resnet14"
+    start, unrolled = run(tiny_config, 2)
+    file = tmp_path / "start.safetensors"
+    save_weights(file, start, create_model("cifar_resnet14"))
+    tiny_config.model.weights = str(file)
+    tiny_config.model.scan = tiny_config.model.remat = True
+    before, scanned = run(tiny_config, 2)
+    assert equal(before["params"], stack_blocks(start["params"]))
+    assert_close(unstack_blocks(scanned), unrolled, atol=2e-4)
+
+
+def test_nets_without_batch_normalisation_train(tiny_config):
+    tiny_config.model.name = "cifar_highway19"
+    tiny_config.model.dropout_rate = 0.2
+    tiny_config.optimizer.learning_rate = 0.01
+    before, after = run(tiny_config, 1)
+    assert before["batch_stats"] == after["batch_stats"] == {}
+    assert not equal(before["params"], after["params"])
+
+
+def test_only_what_is_set_reaches_create_model(tiny_config):
+    assert model_options(resolve(tiny_config).model) == {}
+    tiny_config.model.shortcut = "B"
+    tiny_config.model.zero_init_last = True
+    tiny_config.model.frozen = ("stem",)
+    options = model_options(resolve(tiny_config).model)
+    assert options == {"shortcut": "B", "zero_init_last": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("cifar_highway19", "batch_norm_groups", 2),
+        ("cifar_resnet20", "gate_bias", -1.0),
+        ("vgg16", "scan", True),
+    ],
+)
+def test_options_that_a_net_has_not_are_refused(tiny_config, name, option, value):
+    tiny_config.model.name = name
+    tiny_config.model[option] = value
+    with pytest.raises(UserError, match=f"model {name} has no option {option}"):
+        resolve(tiny_config)
+
+
+def test_a_fresh_head_needs_weights(tiny_config):
+    tiny_config.model.new_head = True
+    with pytest.raises(UserError, match=r"model\.new_head .* model\.weights"):
+        resolve(tiny_config)
+
+
+def test_weights_of_a_run_can_be_loaded(tiny_config, tmp_path):
+    """What a notebook does with a trained net, by way of a file."""
+    _, after = run(tiny_config, 2)
+    model = create_model("cifar_resnet8")
+    save_weights(tmp_path / "run.safetensors", after, model)
+    assert equal(load_weights(tmp_path / "run.safetensors", model), after)
