@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import peers, train_step
+from benchmarks import contest, peers
 from resnet_jax.analysis.complexity import (
     abstract_variables,
     count_multiply_adds,
@@ -53,9 +53,9 @@ def test_torch_peer_has_the_same_parameters(name):
 
 def test_ratios_are_medians_of_the_rounds_ratios():
     def contender(name):
-        return train_step.Contender(name, 1, 1, lambda steps: None, lambda: True)
+        return contest.Contender(name, 1, 1, lambda steps: None, lambda: True)
 
-    rows = train_step.summarize(
+    rows = contest.summarize(
         [contender("resnet_jax"), contender("other")],
         # The machine slows down tenfold: the medians' ratio would be 20.
         {"resnet_jax": [1.0, 1.0, 10.0], "other": [2.0, 20.0, 20.0]},
