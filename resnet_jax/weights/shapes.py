@@ -4,6 +4,7 @@ A net that runs its blocks as a loop has the names of the unrolled one here, so 
 files do not depend on how a net is computed.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -79,20 +80,17 @@ def abstract_arrays(
     Raises:
       UserError: it is unknown what the model is called with.
     """
-    key = jax.random.key(0)
-
-    def init(model: nn.Module, example: Any) -> dict[str, Any]:
-        return jax.eval_shape(lambda x: flatten(model.init(key, x), model), example)
-
     if example is not None:
-        return init(model, example)
+        return _trace(model, example)
     if not is_image_net(model):
         raise UserError(
             f"it is unknown what a {type(model).__name__} is called with; give "
             "example, an input of it or a jax.ShapeDtypeStruct"
         )
     # All blocks behind a stage's first are equal, and tracing them is slow.
-    arrays = init(_with_blocks(model, 2), _images(channels))
+    small = _with_blocks(model, 2)
+    trace = _trace_again if _is_hashable(small) else _trace
+    arrays = trace(small, _images(channels))
     return {
         copy: leaf for name, leaf in arrays.items() for copy in _copies(model, name)
     }
@@ -231,6 +229,25 @@ def _with_blocks(model: Any, most: int) -> Any:
         return model
     sizes = tuple(min(size, most) for size in model.stage_sizes)
     return model.clone(stage_sizes=sizes, scan=False, remat=False)
+
+
+def _trace(model: nn.Module, example: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what ``init`` gives for an example; computes nothing."""
+    key = jax.random.key(0)
+    return jax.eval_shape(lambda x: flatten(model.init(key, x), model), example)
+
+
+# A net is often saved again, and a file that does not fit is compared with several.
+_trace_again = functools.lru_cache(maxsize=64)(_trace)
+
+
+def _is_hashable(model: nn.Module) -> bool:
+    """Whether no field of the model is a list or the like."""
+    try:
+        hash(model)
+    except TypeError:
+        return False
+    return True
 
 
 def _images(channels: int) -> jax.ShapeDtypeStruct:

@@ -4,8 +4,9 @@ The reference (tests/torch_reference.py) computes in float64. The catalog's nets
 compared twice: their forward passes as they are, in float32, and three steps of
 training in float64. A gradient jumps where rounding carries the input of one ReLU
 across zero, so that in float32 the gradients of two faithful deep nets differ by
-percents, whichever library computes them; in float64 they agree to ten digits. Nets of
-each kind that are so small that no ReLU comes near zero are trained in float32 too.
+percents, whichever library computes them (ResNet-50 at 65 pixels: ours by 13 from the
+truth, torch's by 7); in float64 they agree to ten digits. Nets of each kind that are so
+small that no ReLU comes near zero are trained in float32 too.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ from tests.torch_reference import relative_error
 BATCH = 2
 STEPS = 3
 NUM_CLASSES = 10
+# For programs that take longer to compile than to run.
 UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 EIGHTEEN = {"stage_sizes": (2, 2, 2, 2), "stem": "imagenet"}
 THIRTY_FOUR = {"stage_sizes": (3, 4, 6, 3), "stem": "imagenet"}
@@ -74,7 +76,7 @@ class Case:
 def published(name, reference, size, training_size, **options):
     """A net of the catalog, for training in float64."""
     make = functools.partial(create_model, name, num_classes=NUM_CLASSES, **options)
-    words = [name, *(f"{key}={value}" for key, value in options.items()), f"{size}px"]
+    words = [name, *(f"{key}={value}" for key, value in options.items())]
     return Case("-".join(words), make, reference, size, training_size, 0.001)
 
 
@@ -83,8 +85,6 @@ PUBLISHED = [
     published("cifar_resnet20", CIFAR20 | {"shortcut": "A"}, 33, 32),
     published("resnet18", EIGHTEEN, 97, 64),
     published("resnet50", FIFTY, 225, 65),
-]
-SLOW_TO_TRAIN = [
     published("resnet34", THIRTY_FOUR, 97, 64),
     published("resnet50", FIFTY | {"stride_version": "v1"}, 97, 64,
               stride_version="v1"),
@@ -137,7 +137,7 @@ SMALL_NETS = [
     small("cifar_wide_resnet10_2",
           SMALL | {"preactivation": True, "width": 32, "stem_width": 16}),
     small("wide_bottleneck", SMALL | V15 | {"base_width": 128},
-          small_net(functools.partial(BottleneckBlock, base_width=128))),
+          small_net(functools.partial(BottleneckBlock, base_width=128)), size=11),
     small("grouped_dilated",
           SMALL | V15 | {"groups": 4, "base_width": 32, "output_stride": 2},
           small_net(functools.partial(BottleneckBlock, groups=4, base_width=32)),
@@ -149,6 +149,14 @@ SMALL_NETS = [
                     DeepStem, "pooled"), size=49, output_stride=8),
 ]
 # fmt: on
+
+
+def slow_but(names, cases):
+    """The cases, of which only the named ones are not marked as slow."""
+    return [
+        case if case.name in names else pytest.param(case, marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 @dataclasses.dataclass
@@ -207,7 +215,6 @@ def normal(rng, shape, deviation=1.0):
 def forward(model, variables, images, quick):
     """Our maps and logits by the running statistics, and logits by the batch's."""
 
-    # Compiling takes longer than running, but for large images.
     @functools.partial(jax.jit, compiler_options=UNOPTIMIZED if quick else None)
     def compute(variables, images):
         maps = model.apply(variables, images, method="features")
@@ -288,9 +295,7 @@ def problem(request):
     return pose(request.param)
 
 
-@pytest.mark.parametrize(
-    "problem", PUBLISHED + SLOW_TO_TRAIN, ids=str, indirect=True, scope="module"
-)
+@pytest.mark.parametrize("problem", PUBLISHED, ids=str, indirect=True, scope="module")
 def test_maps_and_logits_in_float32(problem):
     net = problem.reference()
     expected = torch_reference.evaluate(net, problem.images)
@@ -310,7 +315,7 @@ def test_maps_and_logits_in_float32(problem):
     assert relative_error(logits, expected["logits"]) < 1e-5
 
     # Statistics of few numbers magnify rounding errors, in 53 normalisations to more
-    # than 1e-5: in torch's float32 as well, and in float64 (below) they are gone.
+    # than 1e-5: in torch's float32 as well. In float64 (below) the errors are gone.
     single = torch_reference.training_logits(
         problem.reference(np.float32), problem.images
     )
@@ -320,7 +325,7 @@ def test_maps_and_logits_in_float32(problem):
 
 @pytest.mark.parametrize(
     "problem",
-    PUBLISHED + [pytest.param(case, marks=pytest.mark.slow) for case in SLOW_TO_TRAIN],
+    slow_but(["cifar_resnet20", "resnet50"], PUBLISHED),
     ids=str,
     indirect=True,
     scope="module",
@@ -337,13 +342,13 @@ def test_three_training_steps_in_float64(problem):
 
 @functools.cache
 def clear_problem(case):
-    """A problem in which no ReLU comes near zero, as far as rounding could carry it."""
-    for seed in itertools.count():
-        problem = pose(case, seed)
-        expected = problem.expected()
-        if expected.pop("clearance") > 5e-6:
-            return problem, expected
-    raise AssertionError
+    """The first problem in which nothing is near to switching, and its solution.
+
+    Float32 moves the numbers of these nets by less than 1e-6.
+    """
+    problems = (pose(case, seed) for seed in itertools.count())
+    solved = ((problem, problem.expected()) for problem in problems)
+    return next(pair for pair in solved if pair[1].pop("clearance") > 5e-6)
 
 
 @pytest.mark.parametrize("case", SMALL_NETS, ids=str)
@@ -354,7 +359,15 @@ def test_three_training_steps_in_float32(case):
     assert all(error < 1e-5 for error, _ in worst.values()), worst
 
 
-@pytest.mark.parametrize("case", SMALL_NETS[1:], ids=str)
+# The first is among the published nets.
+@pytest.mark.parametrize(
+    "case",
+    slow_but(
+        ["cifar_resnet8_b", "cifar_bottleneck_resnet11", "gated_deep_stem_dilated"],
+        SMALL_NETS[1:],
+    ),
+    ids=str,
+)
 def test_three_training_steps_with_the_other_algorithm(case):
     problem, expected = clear_problem(case)
     model = case.make(dtype=jnp.float64, conv_algorithm="xla")
