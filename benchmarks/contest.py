@@ -1,11 +1,23 @@
 """Contenders that take turns in one process, and the table of their times."""
 
+import argparse
 import dataclasses
 import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from benchmarks import peers, record
+
+BATCH_SIZES = {
+    "cifar_resnet8": 128,
+    "cifar_resnet20": 128,
+    "resnet18": 16,
+    "resnet34": 16,
+    "resnet50": 8,
+}
+"""The batch of each net where the command line names none."""
 
 OURS = "resnet_jax"
 """The contender that the others' times are divided by."""
@@ -107,3 +119,71 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['multiply_adds'] / 1e6:>13,.1f}{row['milliseconds']:>10.1f}  "
             f"{spread:<22}{row['images_per_second']:>10,.1f}{row['time_ratio']:>11.3f}"
         )
+
+
+def add_options(parser: argparse.ArgumentParser, model: str, steps: int) -> None:
+    """Adds what all contests take: the net, the batch, rounds, steps and the result.
+
+    Args:
+      parser: of the script.
+      model: the default net.
+      steps: the default timed steps a round.
+    """
+    parser.add_argument("--model", default=model, choices=peers.LAYOUTS)
+    parser.add_argument(
+        "--batch", type=record.positive, metavar="N", help=f"default: {BATCH_SIZES}"
+    )
+    parser.add_argument(
+        "--rounds", type=record.positive, default=9, metavar="N", help="default: 9"
+    )
+    parser.add_argument(
+        "--steps",
+        type=record.positive,
+        default=steps,
+        metavar="N",
+        help=f"timed steps a round and contender (default: {steps})",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the result here")
+
+
+def hold(
+    content: dict[str, Any],
+    options: argparse.Namespace,
+    what: str,
+    dtype: str,
+    contenders: Sequence[Contender],
+    absent: Sequence[dict[str, Any]],
+) -> None:
+    """Measures, prints the table and writes the JSON.
+
+    Args:
+      content: the record's circumstances, taken before the contenders were made.
+      options: of ``add_options``, with ``batch`` set.
+      what: is measured, for the table's head.
+      dtype: of the convolutions.
+      contenders: ours first.
+      absent: rows of those that cannot take part.
+    """
+    milliseconds = measure(contenders, options.rounds, options.steps)
+    rows = [*summarize(contenders, milliseconds, options.batch), *absent]
+    environment = content["environment"] | torch_version()
+    size = peers.LAYOUTS[options.model].image_size
+    print(
+        f"{options.model}, batch {options.batch}, {size} px, {dtype}; "
+        f"{environment['devices']}, {environment['cpu']}, "
+        f"{environment['cpu_cores']} cores; torch threads: "
+        f"{environment['torch_threads']}\n"
+        f"{what}, medians of {options.rounds} rounds of {options.steps}"
+    )
+    print_table(rows)
+    result = {
+        "environment": environment,
+        "model": options.model,
+        "batch_size": options.batch,
+        "image_size": size,
+        "dtype": dtype,
+        "rounds": options.rounds,
+        "steps_a_round": options.steps,
+        "contenders": rows,
+    }
+    record.write(options.json, content | result)

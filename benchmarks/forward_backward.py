@@ -32,25 +32,10 @@ import numpy as np
 from flax import linen as nn
 
 from benchmarks import peers, record
-from benchmarks.contest import (
-    OURS,
-    Contender,
-    measure,
-    print_table,
-    summarize,
-    torch_version,
-)
+from benchmarks.contest import BATCH_SIZES, OURS, Contender, add_options, hold
 from resnet_jax.analysis.complexity import count_multiply_adds, count_parameters
 from resnet_jax.evaluation.metrics import cross_entropy
 from resnet_jax.models import create_model
-
-BATCH_SIZES = {
-    "cifar_resnet8": 128,
-    "cifar_resnet20": 128,
-    "resnet18": 16,
-    "resnet34": 16,
-    "resnet50": 8,
-}
 
 
 def jax_contender(
@@ -169,35 +154,14 @@ def main(arguments: Sequence[str]) -> None:
     """Measures, prints the table and writes the JSON."""
     options = _parse(arguments)
     if jax.device_count() != 1:
+        # The peers are written for one device.
         raise SystemExit(f"needs one device, not {jax.device_count()}")
-    batch_size = options.batch or BATCH_SIZES[options.model]
+    options.batch = options.batch or BATCH_SIZES[options.model]
     content = record.circumstances("forward_backward", arguments)
-    content["environment"] |= torch_version()
     contenders, absent = make_contenders(
-        options.model, batch_size, options.dtype, options.compile
+        options.model, options.batch, options.dtype, options.compile
     )
-    milliseconds = measure(contenders, options.rounds, options.steps)
-    rows = summarize(contenders, milliseconds, batch_size) + absent
-    environment = content["environment"]
-    size = peers.LAYOUTS[options.model].image_size
-    print(
-        f"{options.model}, batch {batch_size}, {size} px, {options.dtype}; "
-        f"{environment['devices']}, {environment['cpu']}, "
-        f"{environment['cpu_cores']} cores; torch threads: "
-        f"{environment['torch_threads']}\n"
-        f"forward and backward, medians of {options.rounds} rounds of {options.steps}"
-    )
-    print_table(rows)
-    content |= {
-        "model": options.model,
-        "batch_size": batch_size,
-        "image_size": size,
-        "dtype": options.dtype,
-        "rounds": options.rounds,
-        "steps_a_round": options.steps,
-        "contenders": rows,
-    }
-    record.write(options.json, content)
+    hold(content, options, "forward and backward", options.dtype, contenders, absent)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -206,17 +170,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default="resnet50", choices=peers.LAYOUTS)
-    parser.add_argument(
-        "--batch", type=record.positive, metavar="N", help=f"default: {BATCH_SIZES}"
-    )
+    add_options(parser, model="resnet50", steps=3)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rounds", type=record.positive, default=9, metavar="N")
-    parser.add_argument("--steps", type=record.positive, default=3, metavar="N")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile on the CPU too"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the result here")
     return parser.parse_args(arguments)
 
 

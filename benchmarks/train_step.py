@@ -33,28 +33,13 @@ import numpy as np
 import optax
 
 from benchmarks import peers, record
-from benchmarks.contest import (
-    OURS,
-    Contender,
-    measure,
-    print_table,
-    summarize,
-    torch_version,
-)
+from benchmarks.contest import BATCH_SIZES, OURS, Contender, add_options, hold
 from resnet_jax.analysis.complexity import count_multiply_adds, count_parameters
 from resnet_jax.config import Config
 from resnet_jax.config.schema import AugmentationConfig
 from resnet_jax.data.transforms import PixelStatistics, normalize, to_unit
 from resnet_jax.models import create_model
 from resnet_jax.training.benchmark import synthetic_step
-
-BATCH_SIZES = {
-    "cifar_resnet8": 128,
-    "cifar_resnet20": 128,
-    "resnet18": 16,
-    "resnet34": 16,
-    "resnet50": 8,
-}
 
 _RECIPE = Config().optimizer
 """Learning rate 0.1, momentum 0.9, weight decay 1e-4."""
@@ -236,34 +221,12 @@ def main(arguments: Sequence[str]) -> None:
     """Measures, prints the table and writes the JSON."""
     options = _parse(arguments)
     if jax.device_count() != 1:
-        # The peers' steps are written for one device.
+        # The peers are written for one device.
         raise SystemExit(f"needs one device, not {jax.device_count()}")
-    batch_size = options.batch or BATCH_SIZES[options.model]
+    options.batch = options.batch or BATCH_SIZES[options.model]
     content = record.circumstances("train_step", arguments)
-    content["environment"] |= torch_version()
-    contenders, absent = make_contenders(options.model, batch_size)
-    milliseconds = measure(contenders, options.rounds, options.steps)
-    rows = summarize(contenders, milliseconds, batch_size) + absent
-    environment = content["environment"]
-    size = peers.LAYOUTS[options.model].image_size
-    print(
-        f"{options.model}, batch {batch_size}, {size} px, float32; "
-        f"{environment['devices']}, {environment['cpu']}, "
-        f"{environment['cpu_cores']} cores; torch threads: "
-        f"{environment['torch_threads']}\n"
-        f"medians of {options.rounds} rounds of {options.steps} steps"
-    )
-    print_table(rows)
-    content |= {
-        "model": options.model,
-        "batch_size": batch_size,
-        "image_size": size,
-        "dtype": "float32",
-        "rounds": options.rounds,
-        "steps_a_round": options.steps,
-        "contenders": rows,
-    }
-    record.write(options.json, content)
+    contenders, absent = make_contenders(options.model, options.batch)
+    hold(content, options, "training step", "float32", contenders, absent)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -272,21 +235,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default="cifar_resnet20", choices=peers.LAYOUTS)
-    parser.add_argument(
-        "--batch", type=record.positive, metavar="N", help=f"default: {BATCH_SIZES}"
-    )
-    parser.add_argument(
-        "--rounds", type=record.positive, default=9, metavar="N", help="default: 9"
-    )
-    parser.add_argument(
-        "--steps",
-        type=record.positive,
-        default=10,
-        metavar="N",
-        help="timed steps a round and contender (default: 10)",
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write the result here")
+    add_options(parser, model="cifar_resnet20", steps=10)
     return parser.parse_args(arguments)
 
 

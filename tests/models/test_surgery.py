@@ -32,6 +32,14 @@ BARE = shortcuts.Projection(normalized=False)
 tiny = functools.partial(ResNet, stem=CifarStem, width=4, num_classes=3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def full_compilation(quick_compilation):
+    """Bit for bit as users compile it: fusions could round otherwise."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 class Case(NamedTuple):
     """A net, the stages of the deeper one, and the layer that silences a block."""
 
