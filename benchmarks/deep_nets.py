@@ -57,15 +57,14 @@ def measure_apart(depth: int, form: str, options: argparse.Namespace) -> dict[st
     """``measure`` in a process of its own, within the limits."""
     command = [sys.executable, "-m", "benchmarks.deep_nets", "--one", str(depth), form]
     command += ["--batch", str(options.batch), "--steps", str(options.steps)]
+    command += ["--gigabytes", str(options.gigabytes)]
     row: dict[str, Any] = {"depth": depth, "form": form, "batch_size": options.batch}
-    limit = int(options.gigabytes * 1e9)
     try:
         done = subprocess.run(
             command,
             capture_output=True,
             text=True,
             timeout=options.limit,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
         )
     except subprocess.TimeoutExpired:
         return row | {"status": f"stopped after {options.limit} s"}
@@ -79,6 +78,8 @@ def main(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     if options.one:
         depth, form = options.one
+        limit = int(options.gigabytes * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         result = measure(int(depth), form, options.batch, options.steps)
         print(json.dumps(result))
         return

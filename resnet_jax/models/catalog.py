@@ -15,7 +15,6 @@ import re
 from collections.abc import Container, Iterable, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -458,12 +457,14 @@ def create_model(
 def scans_by_default(blocks: int) -> bool:
     """Whether a net of so many blocks runs them as loops unless told otherwise.
 
-    The time to compile an unrolled net grows with the square of its depth. On the CPU
-    a step is several times slower in a loop (benchmarks/results), so that only nets
-    which hardly compile are scanned there; on accelerators, where it is not, the
-    deeper CIFAR nets are.
+    The time to compile an unrolled net grows faster than its depth: on a CPU 22 s for
+    110 layers (54 blocks) and more than 120 s for 302 (150 blocks), against 9 s as a
+    loop. A step of depth 110 takes about as long in a loop at batch 8, and 1.4 (with
+    remat) to 2.5 times as long at batch 128 (benchmarks/results/deep_nets*.json; with
+    convolutions as ``loop_algorithm`` says). Accelerators: not measured. The rule is
+    one for all of them, since a run's checkpoints hold the tree that it chooses.
     """
-    return blocks > (200 if jax.default_backend() == "cpu" else 100)
+    return blocks > 100
 
 
 def _with_options(name: str, block: Any, options: dict[str, Any]) -> Any:

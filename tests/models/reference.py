@@ -9,11 +9,6 @@ import pytest
 
 EPSILON = 1e-5
 
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
-"""Compiles a net in a quarter of the time, for tests that run it once."""
-
 KEY = jax.random.key(0, impl="unsafe_rbg")
 """Of a generator that compiles in half the time; the library takes any."""
 
@@ -97,7 +92,7 @@ def apply(module, variables, x, **options):
     """The output, convolved in full float32 on every device."""
     call = functools.partial(module.apply, mutable=["batch_stats"], **options)
     with jax.default_matmul_precision("highest"):
-        return quick_jit(call)(variables, x)[0]
+        return jax.jit(call)(variables, x)[0]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from resnet_jax.models import BasicBlock, BatchNorm, BottleneckBlock, Conv, shortcuts
-from tests.models.reference import KEY, Layers, apply, quick_jit, random_variables, relu
+from tests.models.reference import KEY, Layers, apply, random_variables, relu
 
 EVALUATING = functools.partial(BatchNorm, use_running_average=True)
 TRAINING = functools.partial(BatchNorm, use_running_average=False)
@@ -198,7 +198,7 @@ def test_zero_init_last_starts_a_block_as_the_identity(block_class, features, le
         "shortcut": shortcuts.BY_NAME[letter],
     }
 
-    @quick_jit
+    @jax.jit
     def start(x):
         outputs = []
         for norm in (TRAINING, EVALUATING):
@@ -224,7 +224,7 @@ def test_zero_init_last_starts_a_block_as_the_identity(block_class, features, le
 
 def test_zero_init_last_starts_a_projecting_block_as_its_shortcut(x):
     block = BasicBlock(6, 2, EVALUATING, zero_init_last=True)
-    y, variables = quick_jit(block.init_with_output)(KEY, x)
+    y, variables = jax.jit(block.init_with_output)(KEY, x)
     layers = Layers(variables)
     expected = layers.norm(layers.conv(x, "shortcut_conv", 2), "shortcut_norm")
     assert_close(y, relu(expected))

@@ -14,7 +14,6 @@ from tests.models.reference import (
     apply,
     convolution,
     double_precision,
-    quick_jit,
     torch_or_skip,
 )
 
@@ -97,10 +96,10 @@ def test_every_algorithm_has_the_gradients_of_the_definition(
         convolve, strides=strides, dilation=dilation, algorithm=algorithm
     )
     with double_precision():
-        gradients = quick_jit(
+        gradients = jax.jit(
             jax.grad(lambda x, k: jnp.vdot(conv(x, k), dy), argnums=(0, 1))
         )(x, kernel)
-        _, tangent = quick_jit(functools.partial(jax.jvp, conv))(
+        _, tangent = jax.jit(functools.partial(jax.jvp, conv))(
             (x, kernel), (dx, dkernel)
         )
     np.testing.assert_allclose(gradients[0], dx, atol=1e-11)
@@ -127,7 +126,7 @@ def test_auto_is_another_algorithm_in_a_loop_on_the_cpu(monkeypatch):
 def fresh_kernel(channels, features, size, groups=1):
     x = jnp.zeros((1, 8, 8, channels))
     conv = Conv(features, (size, size), groups=groups)
-    kernel = quick_jit(conv.init)(KEY, x)["params"]["kernel"]
+    kernel = jax.jit(conv.init)(KEY, x)["params"]["kernel"]
     return np.asarray(kernel, np.float64)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from resnet_jax.models import CifarStem, FeatureMap, ResNet
-from tests.models.reference import double_precision, quick_jit, random_variables
+from tests.models.reference import double_precision, random_variables
 
 
 @pytest.fixture
@@ -71,13 +71,13 @@ def test_maps_of_a_net_through_jit_grad_and_vmap():
         return jnp.stack([jnp.mean(m.array) for m in maps(images)])
 
     with double_precision():
-        alone = quick_jit(maps)(images[:1])
-        together = quick_jit(jax.vmap(maps))(images[:, None])
+        alone = jax.jit(maps)(images[:1])
+        together = jax.jit(jax.vmap(maps))(images[:, None])
         # The slope along a direction, backwards and by a difference.
         step = 1e-6 * direction
-        value = quick_jit(means)
+        value = jax.jit(means)
         difference = (value(images + step) - value(images - step)) / 2
-        slopes = quick_jit(jax.jacrev(means))(images) * step
+        slopes = jax.jit(jax.jacrev(means))(images) * step
     assert [(m.name, m.stride) for m in together] == [("C1", 1), ("C2", 1), ("C3", 2)]
     sizes = [(2, 1, 6, 6, 4), (2, 1, 6, 6, 4), (2, 1, 3, 3, 8)]
     assert [m.shape for m in together] == sizes

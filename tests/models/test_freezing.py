@@ -12,7 +12,6 @@ from resnet_jax.errors import UserError
 from resnet_jax.models import CifarStem, ResNet, trainable_mask
 from tests.models.reference import (
     assert_trees_equal,
-    quick_jit,
     random_variables,
 )
 
@@ -36,14 +35,14 @@ def trained(model, frozen):
         method="features",
         mutable=["batch_stats"],
     )
-    maps, updated = quick_jit(call)(variables, IMAGES)
+    maps, updated = jax.jit(call)(variables, IMAGES)
     return maps, {**variables, **updated}["batch_stats"]
 
 
 @functools.cache
 def evaluated(model):
     call = functools.partial(model.apply, method="features")
-    return quick_jit(call)(random_variables(model, IMAGES), IMAGES)
+    return jax.jit(call)(random_variables(model, IMAGES), IMAGES)
 
 
 @pytest.mark.parametrize("model", [MODEL, PREACTIVATED], ids=["net", "preactivated"])
@@ -154,7 +153,7 @@ def test_frozen_parameters_stay_through_momentum_and_weight_decay(variables):
     optimizer = optax.multi_transform({True: sgd, False: optax.set_to_zero()}, mask)
     labels = np.array([0, 1, 2, 0])
 
-    @quick_jit
+    @jax.jit
     def step(params, stats, state):
         def loss(params):
             logits, updated = model.apply(

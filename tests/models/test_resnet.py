@@ -28,7 +28,6 @@ from tests.models.reference import (
     apply,
     batch_norm,
     max_pool,
-    quick_jit,
     random_variables,
     relu,
 )
@@ -58,14 +57,12 @@ def variables():
 def train_pass(model, variables, images):
     """Logits and new statistics."""
     apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
-    logits, updated = quick_jit(apply)(variables, images)
+    logits, updated = jax.jit(apply)(variables, images)
     return logits, updated["batch_stats"]
 
 
 def features(model, variables, images):
-    return quick_jit(functools.partial(model.apply, method="features"))(
-        variables, images
-    )
+    return jax.jit(functools.partial(model.apply, method="features"))(variables, images)
 
 
 @pytest.mark.parametrize(
@@ -117,12 +114,12 @@ def test_pooled_features_and_logits_follow_from_the_last_map(variables):
     shapes = abstract_variables(headless, (8, 8, 3))["params"]
     assert jax.tree.structure(shapes) == jax.tree.structure(body)
     np.testing.assert_allclose(
-        quick_jit(headless.apply)({**variables, "params": body}, images),
+        jax.jit(headless.apply)({**variables, "params": body}, images),
         pooled,
         rtol=1e-5,
     )
     np.testing.assert_allclose(
-        quick_jit(model.apply)(variables, images), logits, rtol=1e-4, atol=1e-5
+        jax.jit(model.apply)(variables, images), logits, rtol=1e-4, atol=1e-5
     )
 
 
@@ -205,7 +202,7 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(variables):
 def test_evaluation_leaves_the_statistics_alone(variables):
     model = create_model("cifar_resnet8")
     images = images_of((4, 8, 8, 3))
-    apply = quick_jit(functools.partial(model.apply, mutable=["batch_stats"]))
+    apply = jax.jit(functools.partial(model.apply, mutable=["batch_stats"]))
     together, updated = apply(variables, images)
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -219,7 +216,7 @@ def test_evaluation_leaves_the_statistics_alone(variables):
 def test_the_classifier_starts_uniform_within_the_fan_in():
     model = create_model("cifar_resnet8", num_classes=1000)
     images = jnp.zeros((1, 8, 8, 3))
-    head = quick_jit(lambda key: model.init(key, images)["params"]["head"])(KEY)
+    head = jax.jit(lambda key: model.init(key, images)["params"]["head"])(KEY)
     kernel, bound = np.asarray(head["kernel"]), 1 / np.sqrt(64)
     assert kernel.shape == (64, 1000)
     assert 0.999 * bound < np.abs(kernel).max() <= bound
@@ -409,7 +406,7 @@ def test_a_dilated_net_sees_at_each_place_what_the_ordinary_one_sees(
     images = images_of((1, *sides, 3))
     variables = random_variables(model, images)
 
-    @quick_jit
+    @jax.jit
     def all_maps(variables, images):
         return {
             stride: model.clone(output_stride=stride).apply(
@@ -448,7 +445,7 @@ def test_zero_init_last_reaches_every_block():
     ):
         model = create_model(name, zero_init_last=True)
         images = jnp.zeros((1, 4, 4, 3))
-        params = quick_jit(lambda m=model, x=images: norms_only(m.init(KEY, x)))()
+        params = jax.jit(lambda m=model, x=images: norms_only(m.init(KEY, x)))()
         blocks = [b for s in (1, 2, 3) for b in params[f"stage{s}"].values()]
         assert len(blocks) == 6
         for block in blocks:
@@ -469,7 +466,7 @@ def test_what_training_leaves_out_at_random_evaluation_does_not(option, variable
     model = create_model("cifar_resnet8", **{option: 0.5})
     plain = create_model("cifar_resnet8")
 
-    @quick_jit
+    @jax.jit
     def logits(variables, images):
         def train(seed):
             return model.apply(

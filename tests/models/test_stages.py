@@ -31,7 +31,6 @@ from tests.models.reference import (
     apply,
     assert_trees_close,
     double_precision,
-    quick_jit,
     random_variables,
     relu,
 )
@@ -279,7 +278,7 @@ def evaluated(net, scan, remat):
         }
 
     with double_precision():
-        results = quick_jit(run)(variables, images)
+        results = jax.jit(run)(variables, images)
         assert results["logits"].dtype == np.float64
         return jax.tree.map(np.asarray, results)
 
@@ -439,7 +438,7 @@ def test_remat_draws_the_same_again(small, scan):
             rngs = {"dropout": jax.random.key(1)}
             return jnp.sin(stage.apply(variables, x, rngs=rngs)).sum()
 
-        step, compiled = 1e-6 * direction, quick_jit(total)
-        slope = jnp.vdot(quick_jit(jax.grad(total))(x), step)
+        step, compiled = 1e-6 * direction, jax.jit(total)
+        slope = jnp.vdot(jax.jit(jax.grad(total))(x), step)
         difference = compiled(x + step) - compiled(x - step)
     assert float(difference) / 2 == pytest.approx(float(slope), rel=1e-5)

@@ -23,7 +23,7 @@ from resnet_jax.models import (
     shortcuts,
     unstack_blocks,
 )
-from tests.models.reference import KEY, assert_trees_equal, quick_jit, random_variables
+from tests.models.reference import KEY, assert_trees_equal, random_variables
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
 LABELS = np.array([0, 1, 2, 1])
@@ -32,12 +32,14 @@ BARE = shortcuts.Projection(normalized=False)
 tiny = functools.partial(ResNet, stem=CifarStem, width=4, num_classes=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def full_compilation(quick_compilation):
-    """Bit for bit as users compile it: fusions could round otherwise."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+as_users_compile = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 3,
+        "xla_llvm_disable_expensive_passes": False,
+    },
+)
+"""With all optimisations, which could round otherwise in a deeper net."""
 
 
 class Case(NamedTuple):
@@ -98,10 +100,10 @@ def train_step(model):
         params = jax.tree.map(lambda p, g: p - 0.05 * g, params, gradient)
         return {"params": params, **updated}, gradient, logits
 
-    return quick_jit(step)
+    return jax.jit(step)
 
 
-def logits_of(model, variables, compiler=quick_jit):
+def logits_of(model, variables):
     """In evaluation; and in training, with the new statistics."""
     # What is left out at random differs between nets of different depths.
     sure = model.clone(dropout_rate=0.0, stochastic_depth_rate=0.0)
@@ -112,7 +114,7 @@ def logits_of(model, variables, compiler=quick_jit):
         )
         return sure.apply(variables, IMAGES), logits, updated["batch_stats"]
 
-    return compiler(run)(variables)
+    return as_users_compile(run)(variables)
 
 
 TRAINED = ("basic", "gated bottlenecks")
@@ -161,10 +163,8 @@ def test_the_deeper_net_computes_the_same_bit_for_bit(net):
     model, sizes, _ = NETS[net]
     deeper, variables = deepened(net)
     assert deeper == model.clone(stage_sizes=sizes)
-    # One of them as everyone compiles it.
-    compiler = jax.jit if net == "basic" else quick_jit
-    evaluated, in_training, stats = logits_of(model, trained(net), compiler)
-    ours = logits_of(deeper, variables, compiler)
+    evaluated, in_training, stats = logits_of(model, trained(net))
+    ours = logits_of(deeper, variables)
     np.testing.assert_array_equal(ours[0], evaluated)
     np.testing.assert_array_equal(ours[1], in_training)
     assert np.abs(evaluated - in_training).max() > 1e-3
