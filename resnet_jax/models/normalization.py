@@ -1,6 +1,6 @@
 """Batch normalisation with global or per-group (ghost) statistics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -83,6 +83,11 @@ class BatchNorm(nn.Module):
     def _normalize(self, x, mean, var, scale, bias):
         y = (_widen(x) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale)
         return (y + bias).astype(self.dtype)
+
+
+def is_frozen(frozen: bool | Sequence[str], part: str) -> bool:
+    """Whether a net's ``batch_norm_frozen`` holds for one of its parts."""
+    return frozen if isinstance(frozen, bool) else part in frozen
 
 
 def _widen(x):

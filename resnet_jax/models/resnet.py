@@ -17,7 +17,7 @@ from resnet_jax.models.blocks import BasicBlock
 from resnet_jax.models.convolution import Conv, loop_algorithm
 from resnet_jax.models.factories import ModuleFactory
 from resnet_jax.models.features import FeatureMap
-from resnet_jax.models.normalization import BatchNorm
+from resnet_jax.models.normalization import BatchNorm, is_frozen
 from resnet_jax.models.regularization import StochasticDepth, linear_rates
 from resnet_jax.models.shortcuts import Projection, Shortcut
 from resnet_jax.models.stages import Stage
@@ -216,11 +216,9 @@ class ResNet(nn.Module):
         return tuple(maps), output
 
     def _norm(self, part, train):
-        frozen = self.batch_norm_frozen
-        is_frozen = frozen if isinstance(frozen, bool) else part in frozen
         return functools.partial(
             BatchNorm,
-            use_running_average=not train or is_frozen,
+            use_running_average=not train or is_frozen(self.batch_norm_frozen, part),
             momentum=self.batch_norm_momentum,
             epsilon=self.batch_norm_epsilon,
             groups=self.batch_norm_groups,

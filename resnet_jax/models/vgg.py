@@ -14,7 +14,7 @@ from flax import linen as nn
 from resnet_jax.models.convolution import Conv
 from resnet_jax.models.factories import ModuleFactory
 from resnet_jax.models.features import FeatureMap
-from resnet_jax.models.normalization import BatchNorm
+from resnet_jax.models.normalization import BatchNorm, is_frozen
 
 POOLED_SIZE = 7
 """Side of the map before the classifier: that of a 224x224 image."""
@@ -75,6 +75,7 @@ class VGG(nn.Module):
       dropout_rate: rate behind ``fc1`` and ``fc2``.
       batch_norm: whether a batch normalisation follows each convolution.
       batch_norm_groups, batch_norm_momentum, batch_norm_epsilon: see BatchNorm.
+      batch_norm_frozen: see ``ResNet``.
       dtype: dtype of all layers but ``head``; bfloat16 on accelerators.
     """
 
@@ -87,6 +88,7 @@ class VGG(nn.Module):
     batch_norm_groups: int = 1
     batch_norm_momentum: float = 0.9
     batch_norm_epsilon: float = 1e-5
+    batch_norm_frozen: bool | Sequence[str] = False
     dtype: Any = jnp.float32
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
@@ -130,7 +132,6 @@ class VGG(nn.Module):
             )
         norm = functools.partial(
             BatchNorm,
-            use_running_average=not train,
             momentum=self.batch_norm_momentum,
             epsilon=self.batch_norm_epsilon,
             groups=self.batch_norm_groups,
@@ -140,12 +141,15 @@ class VGG(nn.Module):
         x = images.astype(self.dtype)
         stages = zip(self.stage_convs, self.widths, strict=True)
         for index, (size, width) in enumerate(stages):
+            name = f"stage{index + 1}"
+            average = not train or is_frozen(self.batch_norm_frozen, name)
+            stage_norm = functools.partial(norm, use_running_average=average)
             x = VGGStage(
                 size,
                 width,
-                norm if self.batch_norm else None,
+                stage_norm if self.batch_norm else None,
                 self.dtype,
-                name=f"stage{index + 1}",
+                name=name,
             )(x)
             maps.append(FeatureMap(x, f"C{index + 1}", 2**index))
             x = nn.max_pool(x, (2, 2), (2, 2))

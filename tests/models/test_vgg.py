@@ -439,3 +439,18 @@ def test_features_are_the_stages_outputs_before_their_poolings():
     last = np.asarray(maps[-1].array).reshape(2, 8, 2, 10, 2, 5).max((2, 4))
     pooled = model.clone(num_classes=None).apply(variables, images)
     np.testing.assert_allclose(last.mean((1, 2)), pooled, rtol=1e-5)
+
+
+def test_frozen_stages_keep_their_statistics_in_training():
+    model = VGG(**TINY, batch_norm=True, batch_norm_frozen=("stage1",))
+    images = np.random.default_rng(1).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    _, updated = jax.jit(
+        functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    )(variables, images, rngs={"dropout": jax.random.key(1)})
+    before, after = variables["batch_stats"], updated["batch_stats"]
+    for name, is_kept in (("stage1", True), ("stage2", False)):
+        same = jax.tree.map(
+            lambda a, b: bool((a == b).all()), before[name], after[name]
+        )
+        assert set(jax.tree.leaves(same)) == {is_kept}

@@ -11,7 +11,6 @@ import functools
 import jax
 import numpy as np
 import pytest
-import safetensors.torch
 
 from resnet_jax.errors import UserError
 from resnet_jax.models import (
@@ -32,7 +31,9 @@ from resnet_jax.weights.torch_layout import counters, torch_layout
 
 torch = pytest.importorskip("torch", reason="torch is the reference of these tests")
 
-from tests import torch_reference  # noqa: E402  (needs torch)
+import safetensors.torch  # noqa: E402  (needs torch)
+
+from tests import torch_reference  # noqa: E402
 from tests.torch_peers import import_peer  # noqa: E402
 
 TORCHVISION = (
