@@ -30,7 +30,8 @@ def deepen(
     The residual function of a new block is zero: the scale and bias of its last
     normalisation are, or with pre-activation its last kernel. So its output is its
     input, bit for bit, in evaluation and in training; its other weights are fresh, and
-    it can learn.
+    it can learn. Compiled as a whole, two nets of different depth are two programs, and
+    XLA may fuse and so round what is around the blocks differently, in the last bits.
 
     Args:
       variables: of ``model``, trained or not.

@@ -817,7 +817,6 @@ def test_other_kinds_of_net_take_the_options_they_have():
         ("vgg16", "zero_init_last", True),
         ("vgg16_bn", "stochastic_depth_rate", 0.1),
         ("vgg16", "output_stride", 16),
-        ("vgg16_bn", "batch_norm_frozen", True),
         ("vgg16", "scan", True),
         ("vgg16", "remat", True),
         ("vgg16", "conv_algorithm", "xla"),

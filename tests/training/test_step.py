@@ -110,7 +110,7 @@ def test_bfloat16_leaves_state_and_logits_in_float32(tiny_config):
     variables = state.evaluation_variables()
     assert setup.model.apply(variables, images, train=False).dtype == jnp.float32
     maps = setup.model.apply(variables, images, train=False, method="features")
-    assert {m.dtype for m in maps} == {jnp.dtype(jnp.bfloat16)}
+    assert {m.array.dtype for m in maps} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_the_first_bad_step_is_remembered(tiny_config):
