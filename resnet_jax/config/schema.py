@@ -13,7 +13,14 @@ from resnet_jax.models.convolution import ALGORITHMS
 if TYPE_CHECKING:
     import ml_collections
 
-NORMALIZATIONS = ("per_pixel_mean", "per_channel", "none")
+NORMALIZATIONS = ("per_pixel_mean", "per_channel", "imagenet", "none")
+INTERPOLATIONS = ("bilinear", "bicubic")
+PARTIAL_BATCHES = ("span", "drop")
+ON_ERROR = ("stop", "skip")
+POLICIES = ("randaugment", "trivialaugment")
+OPTIMIZERS = ("sgd", "lamb")
+DECAY_SCOPES = ("all", "all_but_norm", "kernels")
+LOSSES = ("softmax", "sigmoid")
 SCHEDULES = ("constant", "piecewise", "cosine", "plateau")
 
 
@@ -129,10 +136,13 @@ class ModelConfig:
 class DataConfig:
     """The data set and its preparation."""
 
-    name: str = option("digits", "a tfds name; with a path, the name in reports")
+    name: str = option(
+        "digits", "a tfds name, or name:version; with a path, the name in reports"
+    )
     path: str | None = option(
         None,
-        "folder of train/CLASS/IMAGE, CIFAR binary or idx files; None: tfds",
+        "folder that prepare made, or of train/CLASS/IMAGE, CIFAR binary or idx files; "
+        "None: tfds",
         operational=True,
     )
     data_dir: str | None = option(
@@ -140,23 +150,42 @@ class DataConfig:
         "where tfds data sets are prepared; None: ~/tensorflow_datasets",
         operational=True,
     )
-    train_split: str = option("train", "split or subfolder to train on")
-    test_split: str = option("test", "split or subfolder for the reported error")
+    train_split: str = option("train", "split to train on, or a part: train[:90%]")
+    test_split: str = option("test", "split for the reported error")
+    holdout_split: str | None = option(
+        None, "split for choosing, never trained on: train[90%:]"
+    )
     holdout_examples: int = option(
-        0, "training examples kept aside for choosing, never trained on", at_least=0
+        0,
+        "so many examples drawn from train_split are kept aside for choosing instead",
+        at_least=0,
+    )
+    partial_batch: str = option(
+        "span",
+        "what an epoch's last examples do where they fill no batch: span shares a "
+        "batch with the next epoch, drop leaves them out",
+        choices=PARTIAL_BATCHES,
     )
     image_size: int | None = option(
         None, "side of the net's input; None: as stored", at_least=1
     )
+    eval_image_size: int | None = option(
+        None, "side of the net's input in evaluation; None: image_size", at_least=1
+    )
     eval_shorter_side: int | None = option(
         None,
-        "shorter side before the centre crop of evaluation; None: image_size",
+        "shorter side before the centre crop of evaluation; None: its image size",
         at_least=1,
+    )
+    eval_interpolation: str = option(
+        "bilinear",
+        "of that resizing, antialiased; as PIL's",
+        choices=INTERPOLATIONS,
     )
     normalization: str = option(
         "per_pixel_mean",
         "of pixels in [0, 1]: subtract the training set's mean image; or its channels' "
-        "mean and divide by their standard deviation; or nothing",
+        "mean and divide by their standard deviation; or ImageNet's; or nothing",
         choices=NORMALIZATIONS,
     )
     statistics_examples: int | None = option(
@@ -171,10 +200,26 @@ class DataConfig:
         1024, "size up to which a data set is kept there", at_least=0, operational=True
     )
     num_threads: int = option(
-        16, "threads that read and decode", at_least=1, operational=True
+        16,
+        "threads that read and decode, in each process",
+        at_least=1,
+        operational=True,
+    )
+    num_processes: int = option(
+        0,
+        "processes that read and decode, where one's threads are not enough; 0: none "
+        "beside the run's own",
+        at_least=0,
+        operational=True,
     )
     prefetch_batches: int = option(
         4, "batches made ahead of the step", at_least=1, operational=True
+    )
+    on_error: str = option(
+        "stop",
+        "at a broken image: stop the run, or skip: replace it by another, and tell",
+        choices=ON_ERROR,
+        operational=True,
     )
 
 
@@ -187,20 +232,82 @@ class AugmentationConfig:
     shorter_side: tuple[int, ...] | None = option(
         None, "(low, high): shorter side drawn from it before a random crop"
     )
+    crop_area: tuple[float, ...] | None = option(
+        None, "(low, high): share of the image that a random crop has (Inception's)"
+    )
+    crop_aspect: tuple[float, ...] = option(
+        (3 / 4, 4 / 3), "(low, high): width over height of that crop"
+    )
+    policy: str | None = option(
+        None, "random operations on the host's crops", choices=POLICIES
+    )
+    policy_operations: int = option(2, "randaugment: operations an image", at_least=0)
+    policy_magnitude: float = option(
+        9.0, "randaugment: their strength, of 10", at_least=0, below=10.001
+    )
+    policy_magnitude_std: float = option(
+        0.5, "randaugment: standard deviation of the strength", at_least=0
+    )
+    repeats: int = option(
+        1, "differently augmented copies of an image in its batch", at_least=1
+    )
+    color_jitter: tuple[float, ...] | None = option(
+        None, "(brightness, contrast, saturation): largest relative change of each"
+    )
     color_noise: float = option(
         0.0, "standard deviation of the PCA colour noise (AlexNet's: 0.1)", at_least=0
+    )
+    erasing_probability: float = option(
+        0.0, "with which a rectangle of an image is erased", at_least=0, below=1.001
+    )
+    mixup_alpha: float = option(
+        0.0,
+        "of the beta distribution that mixes pairs of images; 0: no mixup. With cutmix "
+        "too, each batch takes one of both",
+        at_least=0,
+    )
+    cutmix_alpha: float = option(
+        0.0, "the same for pasted rectangles; 0: no cutmix", at_least=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is minimised."""
+
+    kind: str = option(
+        "softmax",
+        "cross-entropy of the softmax, or binary ones of each class's sigmoid",
+        choices=LOSSES,
+    )
+    label_smoothing: float = option(
+        0.0, "probability spread evenly over all classes", at_least=0, below=1
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Stochastic gradient descent as in the paper."""
+    """Stochastic gradient descent as in the paper, or LAMB."""
 
+    kind: str = option("sgd", "the rule of the update", choices=OPTIMIZERS)
     learning_rate: float = option(0.1, "its highest value", at_least=0)
-    momentum: float = option(0.9, "decay of the velocity", at_least=0, below=1)
-    nesterov: bool = option(False, "Nesterov's momentum (the paper: no)")
+    momentum: float = option(
+        0.9, "decay of the velocity; lamb: of the first moment", at_least=0, below=1
+    )
+    nesterov: bool = option(False, "sgd: Nesterov's momentum (the paper: no)")
     weight_decay: float = option(
-        1e-4, "times each parameter, added to its gradient", at_least=0
+        1e-4,
+        "times each parameter, added to its gradient; lamb: to its update",
+        at_least=0,
+    )
+    weight_decay_scope: str = option(
+        "all",
+        "what decays: all parameters, all but those of normalisation, or the kernels "
+        "of convolutions and dense layers",
+        choices=DECAY_SCOPES,
+    )
+    max_grad_norm: float | None = option(
+        None, "longer gradients are scaled down to this global norm", at_least=0
     )
     ema_decay: float | None = option(
         None,
@@ -208,6 +315,7 @@ class OptimizerConfig:
         at_least=0,
         below=1,
     )
+    ema_every_steps: int = option(1, "steps between these averagings", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,10 +330,16 @@ class ScheduleConfig:
         None, "piecewise: the same in epochs"
     )
     factor: float = option(0.1, "piecewise, plateau: the multiplier", at_least=0)
+    final_learning_rate: float = option(
+        0.0, "cosine: the rate at the end of the run", at_least=0
+    )
     warmup_steps: int | None = option(
-        None, "the rate rises linearly from zero over these steps", at_least=1
+        None, "the rate rises linearly over these steps", at_least=1
     )
     warmup_epochs: float | None = option(None, "the same in epochs", at_least=0)
+    warmup_initial_learning_rate: float = option(
+        0.0, "the rate before the first step of that rise", at_least=0
+    )
     warmup_learning_rate: float | None = option(
         None, "rate until the training error is below warmup_until_error", at_least=0
     )
@@ -289,6 +403,7 @@ class Config:
     augmentation: AugmentationConfig = dataclasses.field(
         default_factory=AugmentationConfig
     )
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
