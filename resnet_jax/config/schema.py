@@ -270,6 +270,15 @@ class AugmentationConfig:
         0.0, "the same for pasted rectangles; 0: no cutmix", at_least=0
     )
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the host changes images one by one; it then flips them too."""
+        return (
+            self.shorter_side is not None
+            or self.crop_area is not None
+            or self.policy is not None
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
@@ -283,6 +292,13 @@ class LossConfig:
     label_smoothing: float = option(
         0.0, "probability spread evenly over all classes", at_least=0, below=1
     )
+    target_threshold: float | None = option(
+        None,
+        "sigmoid: a class of larger weight in a mixed image has target 1, every other "
+        "0; None: the weights are the targets",
+        at_least=0,
+        below=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +310,10 @@ class OptimizerConfig:
     momentum: float = option(
         0.9, "decay of the velocity; lamb: of the first moment", at_least=0, below=1
     )
+    second_momentum: float = option(
+        0.999, "lamb: decay of the second moment", at_least=0, below=1
+    )
+    epsilon: float = option(1e-6, "lamb: added to that moment's root", at_least=0)
     nesterov: bool = option(False, "sgd: Nesterov's momentum (the paper: no)")
     weight_decay: float = option(
         1e-4,

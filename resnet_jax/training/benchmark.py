@@ -1,5 +1,6 @@
 """Measures the training step; see ``benchmark_step``."""
 
+import dataclasses
 import json
 import resource
 import statistics
@@ -22,9 +23,10 @@ from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.errors import UserError
 from resnet_jax.models import catalog_entry, create_model
 from resnet_jax.training.environment import environment
+from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.progress import say
 from resnet_jax.training.schedule import Schedule
-from resnet_jax.training.state import TrainState, init_state, make_optimizer
+from resnet_jax.training.state import TrainState, init_state
 from resnet_jax.training.step import TrainStep, make_train_step
 
 CIFAR_AUGMENTATION = AugmentationConfig(pad=4, flip=True)
@@ -122,17 +124,14 @@ def synthetic_step(
     entry = catalog_entry(model)
     is_cifar = entry.image_size == 32
     net = create_model(model, dtype=jnp.dtype(dtype), **model_options)
-    config = Config()
+    config = dataclasses.replace(
+        Config(),
+        augmentation=augmentation
+        or (CIFAR_AUGMENTATION if is_cifar else IMAGENET_AUGMENTATION),
+    )
     schedule = Schedule(config.optimizer, config.schedule, derive(config, batch_size))
     optimizer = make_optimizer(config.optimizer)
-    train_step = make_train_step(
-        net,
-        optimizer,
-        schedule,
-        augmentation or (CIFAR_AUGMENTATION if is_cifar else IMAGENET_AUGMENTATION),
-        ema_decay=None,
-        mesh=mesh,
-    )
+    train_step = make_train_step(net, optimizer, schedule, config, mesh)
     shape = (image_size, image_size, 3)
     rng = np.random.default_rng(0)
     statistics_shape = shape if is_cifar else (1, 1, 3)

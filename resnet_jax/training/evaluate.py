@@ -10,7 +10,7 @@ import jax
 import rich.console
 
 from resnet_jax.data.batch import gather
-from resnet_jax.data.transforms import PixelStatistics, augment
+from resnet_jax.data.transforms import PixelStatistics, augment_and_mix
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import describe_error, evaluate_split
 from resnet_jax.models.statistics import precise_batch_stats
@@ -118,7 +118,7 @@ def _training_images(
     @jax.jit
     def prepare_images(key, resident, batch):
         images, _ = gather(resident, batch)
-        return augment(key, images, pixels, config.augmentation)
+        return augment_and_mix(key, images, pixels, config.augmentation)[0]
 
     batches = feed.training_batches(0, config.training.global_batch_size, config.seed)
     with contextlib.closing(batches):

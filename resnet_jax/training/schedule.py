@@ -58,10 +58,16 @@ class Schedule:
         rate = self._by_step(step) * state.scale
         warmup = self.derived.warmup_steps
         if warmup:
-            rate = rate * jnp.minimum(1.0, (step + 1) / warmup)
+            rate = self._warmed_up(rate, jnp.minimum(1.0, (step + 1) / warmup))
         if self.config.warmup_learning_rate is not None:
             rate = jnp.where(state.warming, self.config.warmup_learning_rate, rate)
         return jnp.asarray(rate, jnp.float32)
+
+    def _warmed_up(self, rate: jax.Array, progress: jax.Array) -> jax.Array:
+        initial = self.config.warmup_initial_learning_rate
+        if not initial:
+            return rate * progress
+        return jnp.where(progress < 1, initial + (rate - initial) * progress, rate)
 
     def _by_step(self, step: jax.Array) -> jax.Array:
         peak = self.optimizer.learning_rate
@@ -71,7 +77,8 @@ class Schedule:
         if self.config.kind == "cosine":
             warmup = self.derived.warmup_steps
             length = max(1, self.derived.steps - warmup)
-            return optax.cosine_decay_schedule(peak, length)(
+            final = self.config.final_learning_rate / peak if peak else 0.0
+            return optax.cosine_decay_schedule(peak, length, alpha=final)(
                 jnp.maximum(step - warmup, 0)
             )
         return jnp.asarray(peak)

@@ -16,8 +16,9 @@ from resnet_jax.data.feeds import Feed, make_feed
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.evaluation.evaluator import EvalStep, make_eval_step
 from resnet_jax.models import create_model
+from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.schedule import Schedule
-from resnet_jax.training.state import TrainState, init_state, make_optimizer
+from resnet_jax.training.state import TrainState, init_state
 from resnet_jax.training.step import TrainStep, make_train_step
 
 
@@ -51,8 +52,7 @@ class Setup:
             self.model,
             self.optimizer,
             self.schedule,
-            self.config.augmentation,
-            self.config.optimizer.ema_decay,
+            self.config,
             self.mesh,
         )
 

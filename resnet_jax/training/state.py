@@ -1,6 +1,5 @@
 """The state of a run on the devices: all that a step changes."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -9,10 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from resnet_jax.config.schema import OptimizerConfig
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.evaluation.metrics import Sums
-from resnet_jax.models.freezing import trainable_mask
 from resnet_jax.training.schedule import Schedule, ScheduleState
 
 
@@ -50,27 +47,6 @@ class TrainState:
         if self.ema is not None:
             return self.ema
         return {"params": self.params, "batch_stats": self.batch_stats}
-
-
-def make_optimizer(
-    config: OptimizerConfig, frozen: Sequence[str] = ()
-) -> optax.GradientTransformation:
-    """The paper's SGD up to its learning rate, by which the step multiplies.
-
-    Weight decay is added to the gradient of every parameter; the rate comes after the
-    momentum, as in Torch: v = m v + g + wd w, w -= rate v. The parameters of ``frozen``
-    parts (see ``trainable_mask``) stay as they are.
-    """
-    optimizer = optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.trace(decay=config.momentum, nesterov=config.nesterov),
-    )
-    if not frozen:
-        return optimizer
-    return optax.multi_transform(
-        {True: optimizer, False: optax.set_to_zero()},
-        lambda params: trainable_mask(params, frozen),
-    )
 
 
 def init_state(

@@ -7,10 +7,11 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from resnet_jax import parallel
-from resnet_jax.config.schema import AugmentationConfig
+from resnet_jax.config import Config
 from resnet_jax.data.batch import gather
-from resnet_jax.data.transforms import augment
-from resnet_jax.evaluation.metrics import batch_sums, cross_entropy
+from resnet_jax.data.transforms import augment_and_mix, mixed_targets
+from resnet_jax.evaluation.metrics import batch_sums
+from resnet_jax.training.losses import main_labels, training_loss
 from resnet_jax.training.schedule import Schedule
 
 _DROPOUT = 1
@@ -25,8 +26,7 @@ def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
-    augmentation: AugmentationConfig,
-    ema_decay: float | None,
+    config: Config,
     mesh: Mesh,
 ) -> TrainStep:
     """A jitted function of (state, resident, batch) to the next state.
@@ -34,12 +34,24 @@ def make_train_step(
     It is written for the whole batch: the mean loss and, unless the model has batch
     normalisation groups, the batch statistics are global on any number of devices.
     The old state is donated: its buffers are gone after the call.
+
+    The loss in the state's sums is the one minimised. Where images are mixed, its
+    errors are those against the label of the larger part.
+
+    Args:
+      model: the net.
+      optimizer: see ``make_optimizer``.
+      schedule: of the learning rate.
+      config: its sections ``augmentation``, ``loss`` and ``optimizer``.
+      mesh: the devices.
     """
 
     def train_step(state, resident, batch):
         images, labels = gather(resident, batch)
         key = jax.random.fold_in(state.rng, state.step)
-        images = augment(key, images, state.statistics, augmentation)
+        images, share = augment_and_mix(
+            key, images, state.statistics, config.augmentation
+        )
 
         def loss_fn(params):
             logits, updates = model.apply(
@@ -49,16 +61,21 @@ def make_train_step(
                 mutable=["batch_stats"],
                 rngs={"dropout": jax.random.fold_in(key, _DROPOUT)},
             )
-            losses = cross_entropy(logits, labels)
-            return losses.mean(), (logits, losses, updates.get("batch_stats", {}))
+            targets = labels
+            if share is not None:
+                targets = mixed_targets(labels, share, logits.shape[-1])
+            losses = training_loss(config.loss, logits, targets)
+            sums = batch_sums(
+                logits, main_labels(targets), losses, jnp.ones(labels.shape)
+            )
+            return losses.mean(), (sums, updates.get("batch_stats", {}))
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (logits, losses, batch_stats)), gradients = grad_fn(state.params)
+        (loss, (sums, batch_stats)), gradients = grad_fn(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = schedule.rate(state.schedule, state.step)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
 
-        sums = batch_sums(logits, labels, losses, jnp.ones(labels.shape))
         step = state.step + 1
         newly_bad = (state.first_bad_step < 0) & ~jnp.isfinite(loss)
         return state.replace(
@@ -66,7 +83,7 @@ def make_train_step(
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            ema=_averaged(state.ema, params, batch_stats, ema_decay),
+            ema=_averaged(state.ema, params, batch_stats, step, config.optimizer),
             schedule=schedule.after_batch(state.schedule, sums.errors / sums.count),
             learning_rate=rate,
             sums=state.sums + sums,
@@ -79,8 +96,15 @@ def make_train_step(
     )
 
 
-def _averaged(ema, params, batch_stats, decay):
+def _averaged(ema, params, batch_stats, step, config):
+    """The moving averages after so many steps."""
     if ema is None:
         return None
     new = {"params": params, "batch_stats": batch_stats}
-    return optax.incremental_update(new, ema, 1 - decay)
+
+    def average():
+        return optax.incremental_update(new, ema, 1 - config.ema_decay)
+
+    if config.ema_every_steps == 1:
+        return average()
+    return jax.lax.cond(step % config.ema_every_steps == 0, average, lambda: ema)

@@ -210,8 +210,9 @@ def _abstract_state(config: Any, checkpoint: Path) -> tuple[Any, Any]:
 
     from resnet_jax.config import derive, model_options
     from resnet_jax.data.transforms import PixelStatistics
+    from resnet_jax.training.optimizer import make_optimizer
     from resnet_jax.training.schedule import Schedule
-    from resnet_jax.training.state import init_state, make_optimizer
+    from resnet_jax.training.state import init_state
 
     try:
         with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:

@@ -1,7 +1,12 @@
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from resnet_jax import parallel
 from resnet_jax.config.schema import AugmentationConfig
 from resnet_jax.data import transforms
 from resnet_jax.data.transforms import PixelStatistics
@@ -80,3 +85,237 @@ def test_padding_is_the_mean_pixel():
     np.testing.assert_allclose(pixels, np.round(pixels), atol=1e-3)
     # A pixel is 0.3 itself only where 76.5 were a byte: every zero is padding.
     assert padding.mean() > 0.2
+
+
+def random_images(count=6, height=7, width=5):
+    return RNG.random((count, height, width, 3)).astype(np.float32)
+
+
+def grey_of(image):
+    return image @ np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def jittered(image, factors, order):
+    """By the definition of each operation, one image at a time."""
+    brightness, contrast, saturation = factors
+    for kind in order:
+        if kind == 0:
+            image = brightness * image
+        elif kind == 1:
+            image = contrast * image + (1 - contrast) * grey_of(image).mean()
+        else:
+            grey = grey_of(image)[..., None]
+            image = saturation * image + (1 - saturation) * grey
+    return image
+
+
+def test_jitter_blends_in_the_given_order():
+    orders = np.array(list(itertools.permutations(range(3))))
+    images = random_images(len(orders))
+    factors = RNG.uniform(0.2, 1.8, (len(orders), 3)).astype(np.float32)
+    found = transforms.jitter_colors(images, jnp.asarray(factors), jnp.asarray(orders))
+    expected = [jittered(*each) for each in zip(images, factors, orders)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_jitter_draws_factors_and_orders_uniformly():
+    """Grey images show brightness times a constant; their contrast, both factors."""
+    images = np.ones((4000, 1, 2, 3), np.float32) * [[0.25], [0.75]]
+    only_brightness = transforms.color_jitter(jax.random.key(0), images, (0.4, 0, 0))
+    factors = np.asarray(only_brightness)[:, 0, 0, 0] / 0.25
+    assert 0.6 < factors.min() < 0.61
+    assert 1.39 < factors.max() < 1.4
+    np.testing.assert_allclose(factors.std(), 0.8 / np.sqrt(12), rtol=0.05)
+    # Of grey images saturation changes nothing, nor does contrast the mean.
+    rest = transforms.color_jitter(jax.random.key(1), images, (0, 0.4, 0.4))
+    np.testing.assert_allclose(np.mean(rest, (1, 2, 3)), 0.5, atol=1e-5)
+    contrasts = np.ptp(np.asarray(rest)[..., 0], axis=2)[:, 0] / 0.5
+    np.testing.assert_allclose(contrasts.mean(), 1, atol=0.02)
+    np.testing.assert_allclose(contrasts.std(), 0.8 / np.sqrt(12), rtol=0.05)
+
+
+def test_jitter_of_strength_zero_changes_nothing():
+    images = random_images()
+    found = transforms.color_jitter(jax.random.key(0), images, (0.0, 0.0, 0.0))
+    np.testing.assert_allclose(found, images, atol=1e-6)
+
+
+def test_jitter_takes_every_order():
+    """A pixel that is not grey ends elsewhere for each order of the operations."""
+    images = np.tile(random_images(1), (300, 1, 1, 1))
+    factors = np.tile(np.float32([0.5, 1.5, 0.3]), (300, 1))
+    one_by_one = {
+        order: jittered(images[0], factors[0], order)[0, 0]
+        for order in itertools.permutations(range(3))
+    }
+    keys = jax.random.split(jax.random.key(3))
+    order = jnp.argsort(jax.random.uniform(keys[1], (300, 3)), axis=1)
+    found = np.asarray(transforms.jitter_colors(images, factors, order))[:, 0, 0]
+    counts = [
+        int((np.abs(found - pixel).max(1) < 1e-5).sum())
+        for pixel in one_by_one.values()
+    ]
+    # Brightness commutes with both others: two ends, of three orders each.
+    assert sum(count > 100 for count in counts) == 6
+
+
+def erased_pixels(images, found):
+    """Where an image of pixels other than zero was set to zero."""
+    assert np.array_equal(found[found != 0], images[found != 0])
+    return (np.asarray(found) == 0).all(-1)
+
+
+def test_erasing_takes_a_rectangle_of_the_published_size():
+    images = 1 + random_images(2000, 40, 30)
+    found = np.asarray(transforms.erase(jax.random.key(0), images, 1.0))
+    erased = erased_pixels(images, found)
+    rows, columns = erased.any(2).sum(1), erased.any(1).sum(1)
+    # All of each bounding box is erased: it is a rectangle.
+    np.testing.assert_array_equal(erased.sum((1, 2)), rows * columns)
+    share = rows * columns / (40 * 30)
+    # Rounding to whole pixels moves the ends a little.
+    assert 0.012 < share.min() < 0.03
+    assert 0.31 < share.max() < 0.35
+    # A few high or wide ones do not fit and are drawn again.
+    np.testing.assert_allclose(share.mean(), 0.175, atol=0.01)
+    aspects = rows / columns
+    assert np.quantile(aspects, 0.01) < 0.35
+    assert np.quantile(aspects, 0.99) > 2.8
+    # The logarithm is symmetric about 1 but for what does not fit.
+    assert 0.8 < np.median(aspects) < 1.25
+
+
+def test_erasing_reaches_every_border_and_place():
+    images = np.ones((2000, 12, 12, 1), np.float32)
+    found = transforms.erase(jax.random.key(5), images, 1.0)
+    often = (np.asarray(found)[..., 0] == 0).mean(0)
+    assert often.min() > 0.01
+    np.testing.assert_allclose(often, often[::-1], atol=0.07)
+    np.testing.assert_allclose(often, often[:, ::-1], atol=0.07)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_erasing_is_done_with_its_probability(probability):
+    images = 1 + random_images(1000, 16, 16)
+    found = np.asarray(transforms.erase(jax.random.key(1), images, probability))
+    share = erased_pixels(images, found).any((1, 2)).mean()
+    tolerance = 0 if probability in (0, 1) else 0.05
+    assert abs(share - probability) <= tolerance
+
+
+def test_erasing_leaves_images_alone_in_which_nothing_fits():
+    boxes = transforms.erasing_boxes(jax.random.key(0), 50, 1, 1)
+    np.testing.assert_array_equal(boxes[:, 2:], boxes[:, :2])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_mixup_adds_the_flipped_batch(share):
+    images = random_images(5)
+    found = transforms.mixup(images, jnp.float32(share))
+    expected = share * images + (1 - share) * np.flip(images, 0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("share", "center", "box"),
+    [
+        # Of 8 x 12 pixels: the sides are sqrt(1 - share) of them, rounded down.
+        (0.75, (4, 6), (2, 3, 6, 9)),
+        (0.75, (0, 0), (0, 0, 2, 3)),
+        (0.75, (7, 11), (5, 8, 8, 12)),
+        (0.5, (4, 6), (2, 2, 7, 10)),
+        (1.0, (4, 6), (4, 6, 4, 6)),
+        (0.0, (4, 6), (0, 0, 8, 12)),
+        (0.0, (0, 0), (0, 0, 4, 6)),
+    ],
+)
+def test_cutmix_cuts_its_box_at_the_borders(share, center, box):
+    found = transforms.cutmix_box(jnp.float32(share), jnp.array(center), 8, 12)
+    assert tuple(map(int, found)) == box
+
+
+@pytest.mark.parametrize("box", [(2, 3, 6, 9), (0, 0, 2, 3), (4, 6, 4, 6)])
+def test_cutmix_pastes_the_flipped_batch_and_corrects_the_share(box):
+    images = random_images(4, 8, 12)
+    found, share = transforms.cutmix(images, jnp.array(box))
+    top, left, bottom, right = box
+    expected = images.copy()
+    expected[:, top:bottom, left:right] = images[::-1, top:bottom, left:right]
+    np.testing.assert_array_equal(found, expected)
+    assert float(share) == pytest.approx(1 - (bottom - top) * (right - left) / 96)
+
+
+def test_targets_have_the_shares_of_the_images():
+    targets = transforms.mixed_targets(jnp.array([0, 2, 1]), jnp.float32(0.7), 4)
+    expected = [[0.7, 0.3, 0, 0], [0, 0, 1, 0], [0.3, 0.7, 0, 0]]
+    np.testing.assert_allclose(targets, expected, atol=1e-6)
+
+
+def mixtures(mixup_alpha, cutmix_alpha, count=2000):
+    """Images of ones and zeros, half of each, mixed; and the shares."""
+    images = jnp.concatenate([jnp.ones((1, 8, 8, 1)), jnp.zeros((1, 8, 8, 1))])
+    mixed = jax.vmap(lambda key: transforms.mix(key, images, mixup_alpha, cutmix_alpha))
+    found, shares = jax.jit(mixed)(jax.random.split(jax.random.key(0), count))
+    # Whatever was done, an image of ones holds its own share on average.
+    np.testing.assert_allclose(found[:, 0].mean((1, 2, 3)), shares, atol=1e-5)
+    np.testing.assert_allclose(found[:, 1].mean((1, 2, 3)), 1 - shares, atol=1e-5)
+    pasted = np.isin(np.asarray(found[:, 0]), (0, 1)).all((1, 2, 3))
+    return np.asarray(shares), pasted
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+def test_mixup_draws_lambda_from_the_beta_distribution(alpha):
+    shares, _ = mixtures(alpha, 0.0)
+    expected = 1 / (4 * (2 * alpha + 1))  # the variance of Beta(alpha, alpha)
+    np.testing.assert_allclose(shares.mean(), 0.5, atol=0.04)
+    np.testing.assert_allclose(shares.var(), expected, rtol=0.1)
+
+
+def test_cutmix_alone_always_pastes():
+    shares, pasted = mixtures(0.0, 1.0)
+    assert pasted.all()
+    # Boxes are cut at the borders: more than half of an image is its own.
+    assert 0.55 < shares.mean() < 0.75
+
+
+def test_with_both_each_batch_takes_one():
+    shares, pasted = mixtures(5.0, 1.0)
+    assert 0.45 < pasted.mean() < 0.55
+    assert shares[~pasted].std() == pytest.approx((1 / 44) ** 0.5, rel=0.1)
+
+
+def test_mixing_is_the_same_on_eight_devices():
+    images = jnp.asarray(random_images(16, 8, 8))
+    config = AugmentationConfig(
+        color_jitter=(0.4, 0.4, 0.4),
+        erasing_probability=0.5,
+        mixup_alpha=0.2,
+        cutmix_alpha=1.0,
+    )
+    pixels = PixelStatistics(np.float32(0.5), np.float32(0.2))
+
+    def prepared(devices, seed):
+        sharding = parallel.batch_sharding(parallel.data_mesh(devices))
+        run = jax.jit(
+            lambda key, x: transforms.augment_and_mix(key, x, pixels, config),
+            in_shardings=(None, sharding),
+        )
+        return run(jax.random.key(seed), jax.device_put(images, sharding))
+
+    for seed in range(3):
+        (one, share), (eight, same_share) = prepared(1, seed), prepared(8, seed)
+        np.testing.assert_allclose(eight, one, atol=1e-4)
+        assert float(share) == pytest.approx(float(same_share))
+
+
+def test_new_operations_leave_the_numbers_of_older_ones():
+    """Flip and crop draw the same whether an image is erased or not."""
+    images = jnp.asarray(IMAGES)
+    pixels = PixelStatistics(np.float32(0), np.float32(1))
+    key = jax.random.key(7)
+    plain = AugmentationConfig(pad=1, flip=True)
+    more = dataclasses.replace(plain, erasing_probability=1.0)
+    before = np.asarray(transforms.augment(key, images, pixels, plain))
+    after = np.asarray(transforms.augment(key, images, pixels, more))
+    assert np.array_equal(after[after != 0], before[after != 0])
+    assert (after != before).any()

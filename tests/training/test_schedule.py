@@ -36,6 +36,27 @@ def test_cosine_after_a_linear_warm_up():
     np.testing.assert_allclose(rates(of, steps), expected, atol=1e-7)
 
 
+def test_cosine_ends_at_the_final_rate():
+    of = schedule(kind="cosine", final_learning_rate=0.01)
+    steps = np.arange(101)
+    expected = 0.01 + 0.09 / 2 * (1 + np.cos(np.pi * steps / 100))
+    np.testing.assert_allclose(rates(of, steps), expected, rtol=1e-6)
+    assert rates(of, [100])[0] == pytest.approx(0.01)
+
+
+def test_warm_up_starts_at_its_initial_rate():
+    of = schedule(
+        kind="piecewise",
+        boundaries_steps=(60,),
+        warmup_steps=20,
+        warmup_initial_learning_rate=0.02,
+    )
+    steps = np.array([0, 9, 18, 19, 20, 59, 60])
+    # One twentieth of the way is gone in the first step, all of it in the twentieth.
+    expected = [0.024, 0.06, 0.096, 0.1, 0.1, 0.1, 0.01]
+    np.testing.assert_allclose(rates(of, steps), expected, rtol=1e-6)
+
+
 def test_warm_up_ends_once_the_averaged_error_is_below_and_never_returns():
     of = schedule(warmup_learning_rate=0.01, warmup_until_error=0.8)
     state, average, seen = of.init(), 1.0, []

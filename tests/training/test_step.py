@@ -5,7 +5,8 @@ import pytest
 
 from resnet_jax import parallel
 from resnet_jax.config import resolve
-from resnet_jax.data.transforms import normalize, to_unit
+from resnet_jax.data.batch import gather
+from resnet_jax.data.transforms import augment_and_mix, normalize, to_unit
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.metrics import batch_sums, cross_entropy
 from resnet_jax.training.setup import prepare
@@ -35,6 +36,81 @@ def test_eight_devices_train_as_one_does(tiny_config, groups):
         jax.tree.leaves(one.batch_stats), jax.tree.leaves(eight.batch_stats)
     ):
         np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def use_modern_options(config):
+    """What the recipes of 2021 have: mixing, binary losses, LAMB, averages."""
+    config.augmentation.mixup_alpha = 0.2
+    config.augmentation.cutmix_alpha = 1.0
+    config.loss.kind = "sigmoid"
+    config.loss.target_threshold = 0.2
+    config.loss.label_smoothing = 0.1
+    config.optimizer.kind = "lamb"
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.weight_decay_scope = "kernels"
+    config.optimizer.max_grad_norm = 1.0
+    config.optimizer.ema_decay = 0.5
+    config.optimizer.ema_every_steps = 2
+
+
+def test_modern_options_train_alike_on_eight_devices(tiny_config):
+    use_modern_options(tiny_config)
+    one, losses_of_one = run(tiny_config, 1, 4)
+    eight, losses_of_eight = run(tiny_config, 8, 4)
+    np.testing.assert_allclose(losses_of_eight, losses_of_one, rtol=1e-3)
+    for a, b in zip(jax.tree.leaves(one.ema), jax.tree.leaves(eight.ema)):
+        # A gradient of nearly zero may differ in sign: Adam moves by the rate.
+        np.testing.assert_allclose(a, b, atol=4e-2)
+
+
+def test_the_loss_and_errors_are_those_of_the_mixed_images(tiny_config):
+    """By NumPy from the logits; the first net is known, and so are the drawn images."""
+    use_modern_options(tiny_config)
+    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
+    feed = setup.feed(setup.dataset.train)
+    state, train_step = setup.fresh_state(), setup.train_step()
+    batch = next(iter(feed.training_batches(0, 32, 0)))
+    pixels, labels = gather(feed.resident, batch)
+    images, share = augment_and_mix(
+        jax.random.fold_in(state.rng, 0),
+        pixels,
+        state.statistics,
+        setup.config.augmentation,
+    )
+    assert 0 < share < 1
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits, _ = jax.jit(
+        lambda v, x: setup.model.apply(v, x, train=True, mutable=["batch_stats"])
+    )(variables, images)
+    logits = np.asarray(logits, np.float64)
+    state = train_step(state, feed.resident, batch)
+
+    labels = np.asarray(labels)
+    weights = np.zeros((32, 10))
+    weights[np.arange(32), labels] += float(share)
+    weights[np.arange(32), labels[::-1]] += 1 - float(share)
+    targets = 0.9 * (weights > 0.2) + 0.01
+    per_class = np.log1p(np.exp(logits)) - targets * logits
+    expected = per_class.mean(1).sum()
+    assert float(state.sums.loss) == pytest.approx(expected, rel=1e-4)
+    errors = (logits.argmax(1) != weights.argmax(1)).sum()
+    assert int(state.sums.errors) == errors
+
+
+def test_averages_are_taken_every_so_many_steps(tiny_config):
+    tiny_config.optimizer.ema_decay = 0.9
+    tiny_config.optimizer.ema_every_steps = 3
+    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
+    feed = setup.feed(setup.dataset.train)
+    state, train_step = setup.fresh_state(), setup.train_step()
+    expected = np.asarray(state.params["head"]["kernel"])
+    for step, batch in zip(range(1, 8), feed.training_batches(0, 32, 0)):
+        state = train_step(state, feed.resident, batch)
+        if step in (3, 6):
+            new = np.asarray(state.params["head"]["kernel"])
+            expected = 0.9 * expected + 0.1 * new
+        found = state.evaluation_variables()["params"]["head"]["kernel"]
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_those_that_do(tiny_config):

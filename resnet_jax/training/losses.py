@@ -1,0 +1,81 @@
+"""The losses that training minimises; evaluation reports ``metrics.cross_entropy``.
+
+Targets are labels (n,) or, where images are mixed, soft labels (n, k) of rows that sum
+to 1. Each function gives the loss of every example, (n,) float32.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from resnet_jax.config.schema import LossConfig
+from resnet_jax.evaluation.metrics import cross_entropy
+
+
+def training_loss(
+    config: LossConfig, logits: jax.Array, targets: jax.Array
+) -> jax.Array:
+    """The loss (n,) that a config names, of logits (n, k)."""
+    if config.kind == "sigmoid":
+        return sigmoid_cross_entropy(
+            logits, targets, config.label_smoothing, config.target_threshold
+        )
+    return softmax_cross_entropy(logits, targets, config.label_smoothing)
+
+
+def softmax_cross_entropy(
+    logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+    """Minus the sum over classes of target times logarithm of the softmax.
+
+    ``label_smoothing`` spreads so much of a target's probability evenly over all
+    classes, its own included (Szegedy et al. 2015, section 7).
+    """
+    if targets.ndim == 1 and not label_smoothing:
+        return cross_entropy(logits, targets)
+    logits = logits.astype(jnp.float32)
+    soft = smooth(soft_labels(targets, logits.shape[-1]), label_smoothing)
+    return optax.softmax_cross_entropy(logits, soft)
+
+
+def sigmoid_cross_entropy(
+    logits: jax.Array,
+    targets: jax.Array,
+    label_smoothing: float = 0.0,
+    threshold: float | None = None,
+) -> jax.Array:
+    """The mean over classes of the binary cross-entropies of their sigmoids.
+
+    Each class is a question of its own, as in "ResNet strikes back" (Wightman et al.
+    2021, section 3): of an image mixed of two classes both are to be found. With a
+    ``threshold`` a class whose weight is above it has target 1 and every other 0;
+    ``label_smoothing`` is applied to what comes out. timm's ``BinaryCrossEntropy`` has
+    the same mean over classes.
+    """
+    logits = logits.astype(jnp.float32)
+    soft = soft_labels(targets, logits.shape[-1])
+    if threshold is not None:
+        soft = (soft > threshold).astype(jnp.float32)
+    soft = smooth(soft, label_smoothing)
+    return optax.sigmoid_binary_cross_entropy(logits, soft).mean(-1)
+
+
+def soft_labels(targets: jax.Array, num_classes: int) -> jax.Array:
+    """Targets (n,) as one-hot rows (n, num_classes); soft ones stay as they are."""
+    return jax.nn.one_hot(targets, num_classes) if targets.ndim == 1 else targets
+
+
+def smooth(targets: jax.Array, amount: float) -> jax.Array:
+    """(1 - amount) of the targets (n, k), and amount / k to every class."""
+    if not amount:
+        return targets
+    return (1 - amount) * targets + amount / targets.shape[-1]
+
+
+def main_labels(targets: jax.Array) -> jax.Array:
+    """Labels (n,): of soft targets the class of largest weight.
+
+    The training error counts these: of an image mixed of two, the label of the larger
+    part.
+    """
+    return targets if targets.ndim == 1 else jnp.argmax(targets, axis=-1)

@@ -1,0 +1,84 @@
+"""The rules of the update, up to the learning rate, by which the step multiplies."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from resnet_jax.config.schema import OptimizerConfig
+from resnet_jax.models.freezing import trainable_mask
+
+
+def make_optimizer(
+    config: OptimizerConfig, frozen: Sequence[str] = ()
+) -> optax.GradientTransformation:
+    """The update that the step multiplies by the learning rate and subtracts.
+
+    ``max_grad_norm`` scales down longer gradients first, by the norm over all
+    parameters that are trained. The parameters of ``frozen`` parts (see
+    ``trainable_mask``) stay as they are.
+    """
+    steps = _lamb(config) if config.kind == "lamb" else _sgd(config)
+    if config.max_grad_norm is not None:
+        steps = (optax.clip_by_global_norm(config.max_grad_norm), *steps)
+    optimizer = optax.chain(*steps)
+    if not frozen:
+        return optimizer
+    return optax.multi_transform(
+        {True: optimizer, False: optax.set_to_zero()},
+        lambda params: trainable_mask(params, frozen),
+    )
+
+
+def _sgd(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
+    """The paper's: v = m v + g + wd w, w -= rate v, as in Torch."""
+    return (
+        optax.add_decayed_weights(config.weight_decay, _mask(config)),
+        optax.trace(decay=config.momentum, nesterov=config.nesterov),
+    )
+
+
+def _lamb(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
+    """LAMB (You et al. 2019, algorithm 2), as in timm and NVIDIA's NVLAMB.
+
+    u = m / (sqrt(v) + epsilon) + wd w, of Adam's two moments with their biases
+    corrected; w -= rate |w| / |u| u. Parameters that do not decay are not adapted
+    either: theirs is Adam's update. Where a norm is zero, the ratio is 1.
+    """
+    mask = _mask(config)
+    adapted = optax.scale_by_trust_ratio()
+    return (
+        optax.scale_by_adam(
+            b1=config.momentum, b2=config.second_momentum, eps=config.epsilon
+        ),
+        optax.add_decayed_weights(config.weight_decay, mask),
+        adapted if mask is None else optax.masked(adapted, mask),
+    )
+
+
+def _mask(config: OptimizerConfig) -> Any:
+    scope = config.weight_decay_scope
+    return None if scope == "all" else lambda params: decay_mask(params, scope)
+
+
+def decay_mask(params: Any, scope: str) -> Any:
+    """A tree of booleans like ``params``: whether weight decay holds for each.
+
+    Args:
+      params: the net's; a module that has a ``scale`` is a normalisation.
+      scope: ``all``, ``all_but_norm`` or ``kernels``.
+    """
+
+    def inside(tree: Any, name: str, is_norm: bool) -> Any:
+        if isinstance(tree, Mapping):
+            return {key: inside(tree[key], key, "scale" in tree) for key in tree}
+        decays = {
+            "all": True,
+            "all_but_norm": not is_norm,
+            "kernels": name == "kernel",
+        }[scope]
+        # Frozen parts come as empty nodes, and stay so.
+        return jax.tree.map(lambda leaf: decays, tree)
+
+    return inside(params, "", False)

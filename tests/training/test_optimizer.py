@@ -1,0 +1,187 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from resnet_jax.config.schema import OptimizerConfig
+from resnet_jax.models import create_model
+from resnet_jax.training.optimizer import decay_mask, make_optimizer
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    "conv": {"kernel": RNG.normal(size=(3, 4)), "bias": RNG.normal(size=4)},
+    "norm": {"scale": RNG.normal(size=4), "bias": np.zeros(4)},
+}
+PARAMS = jax.tree.map(np.float32, PARAMS)
+GRADIENTS = [
+    jax.tree.map(lambda p: (3 * RNG.normal(size=p.shape)).astype(np.float32), PARAMS)
+    for _ in range(5)
+]
+RATES = (0.1, 0.2, 0.1, 0.05, 0.1)
+KERNELS = {("conv", "kernel")}
+NO_NORM = KERNELS | {("conv", "bias")}
+ALL = NO_NORM | {("norm", "scale"), ("norm", "bias")}
+SCOPES = {"kernels": KERNELS, "all_but_norm": NO_NORM, "all": ALL}
+
+
+def leaves(tree):
+    return {
+        (module, name): np.asarray(value)
+        for module, parameters in tree.items()
+        for name, value in parameters.items()
+    }
+
+
+def run(config, frozen=()):
+    optimizer = make_optimizer(config, frozen)
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = optimizer.init(params)
+    for gradients, rate in zip(GRADIENTS, RATES):
+        updates, state = optimizer.update(gradients, state, params)
+        params = jax.tree.map(lambda p, u, rate=rate: p - rate * u, params, updates)
+    return leaves(params)
+
+
+def clipped(gradients, limit, parts):
+    norm = np.sqrt(sum((gradients[part] ** 2).sum() for part in parts))
+    factor = 1 if limit is None else min(1, limit / norm)
+    return {part: factor * gradients[part] for part in parts}
+
+
+def sgd(decays, weight_decay=0.0, limit=None, parts=ALL):
+    """v = m v + g + wd w, w -= rate v."""
+    params = leaves(PARAMS)
+    velocity = dict.fromkeys(parts, 0)
+    for gradients, rate in zip(GRADIENTS, RATES):
+        gradients = clipped(leaves(gradients), limit, parts)
+        for part in parts:
+            decay = weight_decay * params[part] if part in decays else 0
+            velocity[part] = 0.9 * velocity[part] + gradients[part] + decay
+            params[part] = params[part] - rate * velocity[part]
+    return params
+
+
+def lamb(decays, weight_decay, limit=None, parts=ALL):
+    """Algorithm 2 of You et al. 2019 with bias correction, where there is decay."""
+    params = leaves(PARAMS)
+    first = dict.fromkeys(parts, 0)
+    second = dict.fromkeys(parts, 0)
+    for step, (gradients, rate) in enumerate(zip(GRADIENTS, RATES), start=1):
+        gradients = clipped(leaves(gradients), limit, parts)
+        for part in parts:
+            g, w = gradients[part], params[part]
+            first[part] = 0.9 * first[part] + 0.1 * g
+            second[part] = 0.999 * second[part] + 0.001 * g**2
+            m, v = first[part] / (1 - 0.9**step), second[part] / (1 - 0.999**step)
+            update = m / (np.sqrt(v) + 1e-6)
+            if part in decays:
+                update = update + weight_decay * w
+                norms = np.linalg.norm(w), np.linalg.norm(update)
+                update = update * (norms[0] / norms[1] if min(norms) > 0 else 1)
+            params[part] = w - rate * update
+    return params
+
+
+def assert_same(found, expected):
+    for part, value in expected.items():
+        np.testing.assert_allclose(found[part], value, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("scope", list(SCOPES))
+@pytest.mark.parametrize("limit", [None, 1.0, 1e6])
+def test_sgd_decays_its_scope_and_clips(scope, limit):
+    config = OptimizerConfig(
+        weight_decay=0.1, weight_decay_scope=scope, max_grad_norm=limit
+    )
+    assert_same(run(config), sgd(SCOPES[scope], 0.1, limit))
+
+
+@pytest.mark.parametrize("scope", list(SCOPES))
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_lamb_follows_its_equations(scope, limit):
+    config = OptimizerConfig(
+        kind="lamb", weight_decay=0.02, weight_decay_scope=scope, max_grad_norm=limit
+    )
+    assert_same(run(config), lamb(SCOPES[scope], 0.02, limit))
+
+
+def test_lamb_is_timms():
+    torch = pytest.importorskip("torch")
+    from tests.torch_peers import import_peer
+
+    peer = import_peer("timm.optim")
+    parameters = {
+        part: torch.nn.Parameter(torch.from_numpy(value.copy()))
+        for part, value in leaves(PARAMS).items()
+    }
+    groups = [
+        {
+            "params": [p for part, p in parameters.items() if (part in KERNELS) == own],
+            "weight_decay": 0.02 if own else 0.0,
+        }
+        for own in (True, False)
+    ]
+    optimizer = peer.Lamb(groups, lr=0.1)
+    for gradients, rate in zip(GRADIENTS, RATES):
+        for part, gradient in leaves(gradients).items():
+            parameters[part].grad = torch.from_numpy(gradient.copy())
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    config = OptimizerConfig(
+        kind="lamb",
+        weight_decay=0.02,
+        weight_decay_scope="kernels",
+        max_grad_norm=1.0,
+    )
+    expected = {part: p.detach().numpy() for part, p in parameters.items()}
+    assert_same(run(config), expected)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lamb"])
+def test_frozen_parts_stay_and_count_for_no_norm(kind):
+    config = OptimizerConfig(
+        kind=kind,
+        weight_decay=0.02,
+        weight_decay_scope="kernels",
+        max_grad_norm=1.0,
+    )
+    rule = lamb if kind == "lamb" else sgd
+    expected = rule(KERNELS, 0.02, 1.0, parts=NO_NORM)
+    found = run(config, frozen=("norm",))
+    assert_same(found, expected)
+    for part in ALL - NO_NORM:
+        np.testing.assert_array_equal(found[part], leaves(PARAMS)[part])
+
+
+def test_the_default_is_the_papers_chain():
+    """The state's tree is in every checkpoint: it may not change."""
+    ours = make_optimizer(OptimizerConfig()).init(PARAMS)
+    chain = optax.chain(optax.add_decayed_weights(1e-4), optax.trace(decay=0.9)).init(
+        PARAMS
+    )
+    assert jax.tree.structure(ours) == jax.tree.structure(chain)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_highway19", "seresnet50"])
+def test_scopes_know_the_parameters_of_the_nets(name):
+    """Kernels have two axes or more, all else one: as timm tells them apart."""
+    model = create_model(name)
+    shape = (1, 32, 32, 3)
+    params = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), jnp.zeros(shape), train=False)
+    )["params"]
+    kernels = decay_mask(params, "kernels")
+    jax.tree.map(
+        lambda leaf, decays: _assert(decays == (leaf.ndim > 1)), params, kernels
+    )
+    flat = jax.tree_util.tree_flatten_with_path(decay_mask(params, "all_but_norm"))[0]
+    for path, decays in flat:
+        names = [entry.key for entry in path]
+        is_norm = any(part.startswith("norm") or "_norm" in part for part in names)
+        assert decays != is_norm, names
+
+
+def _assert(condition):
+    assert condition
