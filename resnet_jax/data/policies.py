@@ -1,0 +1,338 @@
+"""Random operations on the host's crops: RandAugment and TrivialAugment Wide.
+
+A policy draws steps, each an operation with its argument; Pillow carries them out, as
+it does in the published recipes:
+
+- ``randaugment`` (Cubuk et al. 2019, arXiv:1909.13719) as timm's
+  ``rand-m7-mstd0.5-inc1`` and its kin, the policy of "ResNet strikes back" (Wightman
+  et al. 2021, arXiv:2110.00476): operations whose effect grows with their magnitude.
+- ``trivialaugment`` (Müller & Hutter 2021, arXiv:2103.10158) as torchvision's
+  ``TrivialAugmentWide``: one operation an image at a magnitude drawn anew.
+
+Drawing and carrying out are apart: ``draw_steps`` uses the given generator and nothing
+else, ``apply_steps`` is a function of its arguments alone.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from math import ceil
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from resnet_jax.config.schema import AugmentationConfig
+from resnet_jax.errors import UserError
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How an operation that moves pixels makes new ones.
+
+    Attributes:
+      resampling: Pillow's filter between pixels.
+      fill: colour (red, green, blue) of what lies outside of the image; a grey image
+        is filled with its luma.
+    """
+
+    resampling: Image.Resampling
+    fill: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One drawn operation.
+
+    Attributes:
+      operation: a name in ``COLOR_OPERATIONS`` or ``MOVES``.
+      argument: its argument, in the unit that the operation has there.
+      sampling: of the operations that move pixels; others pass it over.
+    """
+
+    operation: str
+    argument: float
+    sampling: Sampling
+
+
+def apply_policy(
+    image: np.ndarray, rng: np.random.Generator, config: AugmentationConfig
+) -> np.ndarray:
+    """The image after the operations that ``config.policy`` draws.
+
+    Args:
+      image: uint8 (h, w, 3), or (h, w, 1) for a grey one. It is not changed.
+      rng: the only source of random numbers.
+      config: its fields ``policy`` and ``policy_*``.
+
+    Returns:
+      Contiguous uint8 of the same shape; the given array itself where nothing was
+      drawn.
+
+    Raises:
+      UserError: the image has neither one nor three channels.
+    """
+    return apply_steps(image, draw_steps(rng, config))
+
+
+def draw_steps(rng: np.random.Generator, config: AugmentationConfig) -> list[Step]:
+    """The steps of one image, in the order in which they are applied."""
+    if config.policy is None:
+        return []
+    return _DRAWS[config.policy](rng, config)
+
+
+def apply_steps(image: np.ndarray, steps: Sequence[Step]) -> np.ndarray:
+    """A uint8 image (h, w, 1 or 3) after the steps; see ``apply_policy``."""
+    if not steps:
+        return np.ascontiguousarray(image)
+    changed = to_pillow(image)
+    for step in steps:
+        if step.operation in MOVES:
+            move = MOVES[step.operation]
+            changed = move(changed, step.argument, step.sampling)
+        else:
+            changed = COLOR_OPERATIONS[step.operation](changed, step.argument)
+    return to_array(changed)
+
+
+def to_pillow(image: np.ndarray) -> Image.Image:
+    """A uint8 image (h, w, 1 or 3) as Pillow's of mode L or RGB.
+
+    Raises:
+      UserError: it has another dtype or number of channels.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in _MODES:
+        raise UserError(
+            f"an image of {image.dtype} {image.shape} was given where Pillow needs "
+            "uint8 of one or three channels (h, w, 1 or 3)"
+        )
+    grey = image.shape[2] == 1
+    return Image.fromarray(image[..., 0] if grey else image)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """Pillow's image of mode L or RGB as contiguous uint8 (h, w, 1 or 3)."""
+    pixels = np.array(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+# What changes colours: name -> function of image and argument.
+
+
+def _solarize_add(image: Image.Image, amount: float) -> Image.Image:
+    """Makes pixels of the darker half brighter by ``amount`` of 255."""
+    table = [min(255, i + int(amount)) if i < 128 else i for i in range(256)]
+    return image.point(table * len(image.getbands()))
+
+
+def _posterize(image: Image.Image, bits: float) -> Image.Image:
+    """Keeps the leading ``bits`` of 8.
+
+    None leaves a black image, as in the recipes. ImageOps.posterize did so up to
+    Pillow 12, and refuses it since.
+    """
+    mask = 256 - 2 ** (8 - int(bits))
+    return image.point([i & mask for i in range(256)] * len(image.getbands()))
+
+
+COLOR_OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+    # These have no argument.
+    "Identity": lambda image, _: image,
+    "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
+    "Equalize": lambda image, _: ImageOps.equalize(image),
+    "Invert": lambda image, _: ImageOps.invert(image),
+    # The number of bits that stay.
+    "Posterize": _posterize,
+    # The threshold from which pixels are inverted.
+    "Solarize": lambda image, threshold: ImageOps.solarize(image, ceil(threshold)),
+    "SolarizeAdd": _solarize_add,
+    # A factor: 0 is black, flat grey, grey or blurred; 1 is the image; more is more.
+    "Brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
+    "Contrast": lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
+    "Color": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
+    "Sharpness": lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor),
+}
+
+
+# What moves pixels: name -> function of image, argument and sampling.
+
+
+def _affine(
+    image: Image.Image, coefficients: tuple[float, ...], sampling: Sampling
+) -> Image.Image:
+    """The pixel at (x, y) comes from (a x + b y + c, d x + e y + f)."""
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        coefficients,
+        resample=sampling.resampling,
+        fillcolor=_fill(image, sampling),
+    )
+
+
+def _rotate(image: Image.Image, degrees: float, sampling: Sampling) -> Image.Image:
+    return image.rotate(
+        degrees, resample=sampling.resampling, fillcolor=_fill(image, sampling)
+    )
+
+
+def _fill(image: Image.Image, sampling: Sampling) -> int | tuple[int, int, int]:
+    if image.mode == "RGB":
+        return sampling.fill
+    red, green, blue = sampling.fill
+    return round(0.299 * red + 0.587 * green + 0.114 * blue)
+
+
+MOVES: dict[str, Callable[[Image.Image, float, Sampling], Image.Image]] = {
+    # Pixels to the left for each row further down, or upwards for each column.
+    "ShearX": lambda image, slope, sampling: _affine(
+        image, (1, slope, 0, 0, 1, 0), sampling
+    ),
+    "ShearY": lambda image, slope, sampling: _affine(
+        image, (1, 0, 0, slope, 1, 0), sampling
+    ),
+    # Pixels to the right or downwards.
+    "TranslateX": lambda image, pixels, sampling: _affine(
+        image, (1, 0, -pixels, 0, 1, 0), sampling
+    ),
+    "TranslateY": lambda image, pixels, sampling: _affine(
+        image, (1, 0, 0, 0, 1, -pixels), sampling
+    ),
+    # Shares of the width to the left or of the height upwards.
+    "TranslateXRelative": lambda image, share, sampling: _affine(
+        image, (1, 0, share * image.width, 0, 1, 0), sampling
+    ),
+    "TranslateYRelative": lambda image, share, sampling: _affine(
+        image, (1, 0, 0, 0, 1, share * image.height), sampling
+    ),
+    # Degrees against the clock, about the middle.
+    "Rotate": _rotate,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """From a policy's magnitude to an operation's argument.
+
+    Attributes:
+      argument: of the magnitude.
+      signed: the magnitude is negated for half of the images before.
+    """
+
+    argument: Callable[[float], float] = lambda magnitude: 0.0
+    signed: bool = False
+
+
+# RandAugment.
+
+STRONGEST = 10.0
+"""RandAugment's magnitudes are in [0, STRONGEST]."""
+
+_PROBABILITY = 0.5
+"""That a drawn operation is applied; timm's default."""
+
+_IMAGENET_MEAN = (124, 116, 104)
+"""What timm fills with: 255 times the mean colour that it normalises with."""
+
+_FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+"""One of these is drawn for each operation: timm's "random" interpolation."""
+
+_ENHANCE = Scale(lambda magnitude: max(0.1, 1 + magnitude / STRONGEST * 0.9), True)
+_SHEAR = Scale(lambda magnitude: magnitude / STRONGEST * 0.3, True)
+_TRANSLATE = Scale(lambda magnitude: magnitude / STRONGEST * 0.45, True)
+
+RANDAUGMENT = {
+    "AutoContrast": Scale(),
+    "Equalize": Scale(),
+    "Invert": Scale(),
+    "Rotate": Scale(lambda magnitude: magnitude / STRONGEST * 30, True),
+    "Posterize": Scale(lambda magnitude: 4 - int(magnitude / STRONGEST * 4)),
+    "Solarize": Scale(lambda magnitude: 256 - int(magnitude / STRONGEST * 256)),
+    "SolarizeAdd": Scale(lambda magnitude: int(magnitude / STRONGEST * 110)),
+    "Color": _ENHANCE,
+    "Contrast": _ENHANCE,
+    "Brightness": _ENHANCE,
+    "Sharpness": _ENHANCE,
+    "ShearX": _SHEAR,
+    "ShearY": _SHEAR,
+    "TranslateXRelative": _TRANSLATE,
+    "TranslateYRelative": _TRANSLATE,
+}
+"""timm's "increasing" operations and their arguments of magnitudes in [-10, 10]."""
+
+
+def _draw_randaugment(
+    rng: np.random.Generator, config: AugmentationConfig
+) -> list[Step]:
+    """``policy_operations`` with replacement, each applied or not.
+
+    The magnitude is normal around ``policy_magnitude`` and cut to [0, STRONGEST].
+    """
+    names = list(RANDAUGMENT)
+    steps = []
+    for place in rng.integers(len(names), size=config.policy_operations):
+        if rng.random() >= _PROBABILITY:
+            continue
+        magnitude = rng.normal(config.policy_magnitude, config.policy_magnitude_std)
+        magnitude = min(max(magnitude, 0.0), STRONGEST)
+        sampling = Sampling(_FILTERS[rng.integers(len(_FILTERS))], _IMAGENET_MEAN)
+        argument = _argument(RANDAUGMENT[names[place]], magnitude, rng)
+        steps.append(Step(names[place], argument, sampling))
+    return steps
+
+
+# TrivialAugment Wide.
+
+LAST_BIN = 30
+"""TrivialAugment's magnitudes are the 31 integers 0 .. LAST_BIN."""
+
+_TRIVIALAUGMENT_SAMPLING = Sampling(Image.Resampling.NEAREST, (0, 0, 0))
+"""The paper's, and what ``TrivialAugmentWide()`` does. torchvision's training script
+passes the interpolation of its crops instead, by default bilinear."""
+
+_ENHANCE_WIDE = Scale(lambda magnitude: 1 + 0.99 * magnitude / LAST_BIN, True)
+_SHEAR_WIDE = Scale(lambda magnitude: 0.99 * magnitude / LAST_BIN, True)
+_TRANSLATE_WIDE = Scale(lambda magnitude: int(32 * magnitude / LAST_BIN), True)
+
+TRIVIALAUGMENT = {
+    "Identity": Scale(),
+    "ShearX": _SHEAR_WIDE,
+    "ShearY": _SHEAR_WIDE,
+    "TranslateX": _TRANSLATE_WIDE,
+    "TranslateY": _TRANSLATE_WIDE,
+    "Rotate": Scale(lambda magnitude: 135 * magnitude / LAST_BIN, True),
+    "Brightness": _ENHANCE_WIDE,
+    "Color": _ENHANCE_WIDE,
+    "Contrast": _ENHANCE_WIDE,
+    "Sharpness": _ENHANCE_WIDE,
+    "Posterize": Scale(lambda magnitude: 8 - round(6 * magnitude / LAST_BIN)),
+    "Solarize": Scale(lambda magnitude: 255 - 255 * magnitude / LAST_BIN),
+    "AutoContrast": Scale(),
+    "Equalize": Scale(),
+}
+"""The wide space and its arguments of magnitudes in -30 .. 30.
+
+torchvision computes the same in float32, with the rounding of the processor's vectors:
+its arguments may differ in the seventh digit, and a translation by 16 pixels be 15."""
+
+
+def _draw_trivialaugment(
+    rng: np.random.Generator, config: AugmentationConfig
+) -> list[Step]:
+    """One operation, always applied, at a magnitude uniform over the bins."""
+    del config  # nothing is left to choose: hence the name
+    names = list(TRIVIALAUGMENT)
+    name = names[rng.integers(len(names))]
+    magnitude = float(rng.integers(LAST_BIN, endpoint=True))
+    argument = _argument(TRIVIALAUGMENT[name], magnitude, rng)
+    return [Step(name, argument, _TRIVIALAUGMENT_SAMPLING)]
+
+
+def _argument(scale: Scale, magnitude: float, rng: np.random.Generator) -> float:
+    if scale.signed and rng.random() < 0.5:
+        magnitude = -magnitude
+    return scale.argument(magnitude)
+
+
+_DRAWS = {"randaugment": _draw_randaugment, "trivialaugment": _draw_trivialaugment}
