@@ -244,11 +244,16 @@ def _refuse_contradictions(config: Config) -> None:
         )
     if config.optimizer.nesterov and not config.optimizer.momentum:
         raise UserError("optimizer.nesterov needs optimizer.momentum above 0")
-    if config.checkpoint.best and not config.data.holdout_examples:
+    if config.checkpoint.best and not _holds_out(config):
         raise UserError(
             "checkpoint.best chooses by the held-out error, never on the test set: "
-            "set data.holdout_examples"
+            "set data.holdout_examples or data.holdout_split"
         )
+
+
+def _holds_out(config: Config) -> bool:
+    """Whether there is a held-out part to choose by."""
+    return bool(config.data.holdout_examples or config.data.holdout_split)
 
 
 def model_options(config: ModelConfig) -> dict[str, Any]:
@@ -307,15 +312,20 @@ def _refuse_schedule(config: Config) -> None:
         raise UserError(
             "schedule has a linear warm-up and one by the training error; give one"
         )
-    if schedule.kind == "plateau" and not config.data.holdout_examples:
+    if schedule.kind == "plateau" and not _holds_out(config):
         raise UserError(
             "schedule.kind=plateau watches the held-out error, never the test set: "
-            "set data.holdout_examples"
+            "set data.holdout_examples or data.holdout_split"
         )
 
 
 def _refuse_data(config: Config) -> None:
     data, augmentation = config.data, config.augmentation
+    if data.holdout_split is not None and data.holdout_examples:
+        raise UserError(
+            f"data.holdout_split={data.holdout_split} and data.holdout_examples="
+            f"{data.holdout_examples} are two ways to hold examples out; give one"
+        )
     sides = augmentation.shorter_side
     if sides is not None:
         if len(sides) != 2 or sides[0] > sides[1]:

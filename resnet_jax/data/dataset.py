@@ -165,8 +165,8 @@ def open_dataset(config: Config) -> Dataset:
       UserError: data are missing or contradict the config.
     """
     data = config.data
-    train, test = open_sources(config)
-    holdout = None
+    train, test, chosen_by = open_sources(data)
+    holdout = None if chosen_by is None else Split("holdout", chosen_by, data)
     if data.holdout_examples:
         if data.holdout_examples >= len(train):
             raise UserError(

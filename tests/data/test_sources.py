@@ -22,7 +22,8 @@ def sources(**data):
     config = default_config()
     config.training.steps = 1
     config.data.update(data)
-    return open_sources(resolve(config))
+    train, test, _ = open_sources(resolve(config).data)
+    return train, test
 
 
 def pixels(source):
@@ -63,6 +64,33 @@ def test_sub_splits_of_tfds_are_read(tfds_dir):
     assert (len(train), len(test)) == (144, 144)
 
 
+def test_a_part_held_out_shares_no_example_with_the_others(tfds_dir):
+    config = default_config()
+    config.training.steps = 1
+    config.data.data_dir = tfds_dir
+    config.data.train_split, config.data.holdout_split = "train[:90%]", "train[90%:]"
+    train, test, holdout = open_sources(resolve(config).data)
+    assert (len(train), len(holdout), len(test)) == (1293, 144, 360)
+    for split, others in (("train[80%:]", "train"), ("test[:1]", "test_split=test")):
+        config.data.holdout_split = split
+        with pytest.raises(UserError, match=rf"{others}.* share"):
+            open_sources(resolve(config).data)
+    config.data.holdout_examples = 5
+    with pytest.raises(UserError, match=r"two ways to hold examples out; give one"):
+        resolve(config)
+
+
+def test_a_part_held_out_may_choose(tfds_dir):
+    config = default_config()
+    config.training.steps = 1
+    config.checkpoint.best = True
+    with pytest.raises(UserError, match=r"data.holdout_examples or data.holdout_split"):
+        resolve(config)
+    config.data.train_split, config.data.holdout_split = "train[:90%]", "train[90%:]"
+    config.schedule.kind = "plateau"
+    assert resolve(config).checkpoint.best
+
+
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
@@ -78,7 +106,7 @@ def test_tfds_faults_are_named(tfds_dir, data, sentence):
 
 
 def test_what_needs_tensorflow_says_which_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr("resnet_jax.data.sources._has_tensorflow", lambda: False)
+    monkeypatch.setattr("resnet_jax.data.sources.tfds._has_tensorflow", lambda: False)
     with pytest.raises(UserError, match=r"resnet_jax\[tensorflow\]"):
         sources(name="cifar10", data_dir=str(tmp_path))
 
@@ -94,7 +122,7 @@ def test_folder_reads_classes_in_order(image_folder):
 def test_folder_faults_are_named(image_folder, tmp_path):
     with pytest.raises(UserError, match=r"nowhere does not exist"):
         sources(path=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"no folder val; it holds test, train"):
+    with pytest.raises(UserError, match=r"no split 'val'; its splits are test, train"):
         sources(path=str(image_folder), test_split="val")
     file = tmp_path / "data.tar"
     file.write_bytes(b"")
@@ -243,5 +271,6 @@ def test_a_tfds_data_set_prepared_as_tfrecord_says_what_to_do(shapes_dir):
     text = info.read_text()
     assert '"array_record"' in text
     info.write_text(text.replace('"array_record"', '"tfrecord"'))
-    with pytest.raises(UserError, match=r"is prepared as tfrecord"):
+    command = r"resnet-jax prepare tfds:tiny_shapes OUTPUT --data-dir .*prepared"
+    with pytest.raises(UserError, match=command):
         sources(name="tiny_shapes", data_dir=str(shapes_dir), test_split="validation")

@@ -1,0 +1,167 @@
+"""Small data sets in files of raw pixels: CIFAR's binary version, and idx files."""
+
+import gzip
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from resnet_jax.data.sources.base import Description, Example
+from resnet_jax.data.sources.splits import SplitCollection
+from resnet_jax.errors import UserError
+
+
+class ArraySource:
+    """Images that are already in memory, uint8 (n, h, w, c).
+
+    Attributes:
+      class_names: in the order of the labels.
+      channels: c.
+      image_shape: (h, w, c).
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        class_names: Sequence[str],
+        name: str,
+    ):
+        if len(images) != len(labels):
+            raise UserError(f"{name} has {len(images)} images and {len(labels)} labels")
+        self._images, self._labels, self._name = images, labels, name
+        self.class_names, self.channels = class_names, images.shape[-1]
+        self.image_shape = images.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Example:
+        label = int(self._labels[index])
+        return Example(self._images[index], label, f"{self._name}[{index}]")
+
+
+class ArrayCollection(SplitCollection):
+    """Splits that are in memory, read from the files of ``folder``."""
+
+    def __init__(self, folder: Path, sources: Mapping[str, ArraySource]):
+        self._sources = dict(sources)
+        first = next(iter(sources.values()))
+        height, width, channels = first.image_shape
+        self.description = Description(
+            name=str(folder),
+            class_names=tuple(first.class_names),
+            channels=channels,
+            num_examples={split: len(source) for split, source in sources.items()},
+            image_shape=(height, width, channels),
+        )
+
+    def _open(self, split: str) -> ArraySource:
+        return self._sources[split]
+
+
+# (files of the training set, file of the test set, label bytes, names' file)
+_CIFAR_LAYOUTS = (
+    (
+        [f"data_batch_{i}.bin" for i in range(1, 6)],
+        "test_batch.bin",
+        1,
+        "batches.meta.txt",
+    ),
+    (["train.bin"], "test.bin", 2, "fine_label_names.txt"),
+)
+
+
+def open_cifar(root: Path) -> ArrayCollection | None:
+    """CIFAR-10 or CIFAR-100 in the binary version, or None where ``root`` has neither.
+
+    Raises:
+      UserError: files are missing or damaged.
+    """
+    for folder in (root, root / "cifar-10-batches-bin", root / "cifar-100-binary"):
+        for train_files, test_file, label_bytes, names_file in _CIFAR_LAYOUTS:
+            if not (folder / test_file).is_file():
+                continue
+            num_classes = 10 if label_bytes == 1 else 100
+            names = [str(label) for label in range(num_classes)]
+            if (folder / names_file).is_file():
+                names = (folder / names_file).read_text().split()
+            parts = [_read_cifar(folder / file, label_bytes) for file in train_files]
+            images, labels = map(np.concatenate, zip(*parts, strict=True))
+            test_images, test_labels = _read_cifar(folder / test_file, label_bytes)
+            return ArrayCollection(
+                folder,
+                {
+                    "train": ArraySource(images, labels, names, f"{folder}/train"),
+                    "test": ArraySource(
+                        test_images, test_labels, names, f"{folder}/test"
+                    ),
+                },
+            )
+    return None
+
+
+def _read_cifar(file: Path, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 32, 32, 3) and labels; the last label byte is the fine class."""
+    if not file.is_file():
+        raise UserError(f"{file} is missing beside the other CIFAR binary files")
+    record = label_bytes + 32 * 32 * 3
+    raw = np.fromfile(file, np.uint8)
+    if not raw.size or raw.size % record:
+        raise UserError(
+            f"{file} has {raw.size} bytes, not a multiple of {record}: it is damaged "
+            "or not a CIFAR binary file"
+        )
+    rows = raw.reshape(-1, record)
+    images = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), rows[:, label_bytes - 1]
+
+
+def open_idx(root: Path) -> ArrayCollection | None:
+    """MNIST, Fashion-MNIST and their like: the four idx files, gzipped or not.
+
+    None where ``root`` has no such files.
+
+    Raises:
+      UserError: files are missing or damaged.
+    """
+    arrays: list[np.ndarray] = []
+    for split in ("train", "t10k"):
+        for content in ("images-idx3", "labels-idx1"):
+            stems = (
+                f"{split}-{content}-ubyte",
+                f"{split}-{content}".replace("-idx", ".idx"),
+            )
+            candidates = [root / (stem + end) for stem in stems for end in ("", ".gz")]
+            file = next((path for path in candidates if path.is_file()), None)
+            if file is None:
+                if not arrays:
+                    return None
+                raise UserError(
+                    f"{candidates[0]} is missing beside the other idx files"
+                )
+            arrays.append(_read_idx(file))
+    train_images, train_labels, test_images, test_labels = arrays
+    highest = max(int(train_labels.max()), int(test_labels.max()))
+    names = [str(label) for label in range(highest + 1)]
+    train = ArraySource(train_images[..., None], train_labels, names, f"{root}/train")
+    test = ArraySource(test_images[..., None], test_labels, names, f"{root}/t10k")
+    return ArrayCollection(root, {"train": train, "test": test})
+
+
+def _read_idx(file: Path) -> np.ndarray:
+    """An idx file of unsigned bytes."""
+    try:
+        raw = file.read_bytes()
+        if file.suffix == ".gz":
+            raw = gzip.decompress(raw)
+        zeros, dtype_code, ndim = struct.unpack_from(">HBB", raw)
+        shape = struct.unpack_from(f">{ndim}I", raw, 4)
+        values = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim)
+        if zeros or dtype_code != 8:
+            raise ValueError("not an idx file of unsigned bytes")
+        return values.reshape(shape)
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        raise UserError(f"{file} is damaged or not an idx file: {error}") from error

@@ -1,0 +1,69 @@
+"""ImageNet's thousand classes and the labels of its validation images.
+
+The classes are WordNet synsets. Their order, of the labels 0 to 999, is that of their
+identifiers (wnids), as in torchvision, tensorflow_datasets and most released weights;
+the numbers of the challenge's own development kit are others.
+"""
+
+import functools
+import importlib.resources
+import importlib.util
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from resnet_jax.errors import UserError
+
+VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"
+"""File name of validation image 1 to 50,000."""
+
+
+@functools.cache
+def _table() -> dict[str, tuple[str, ...]]:
+    """Identifiers to names, in the order of the labels."""
+    file = importlib.resources.files("resnet_jax.data") / "imagenet_classes.txt"
+    lines = file.read_text("utf-8").splitlines()
+    rows = (line.split("\t") for line in lines)
+    return {wnid: tuple(names.split(", ")) for wnid, names in rows}
+
+
+def class_ids() -> tuple[str, ...]:
+    """The identifiers of the 1,000 classes in the order of the labels."""
+    return tuple(_table())
+
+
+def readable_names(class_names: Sequence[str]) -> tuple[str, ...]:
+    """Names for people, such as "golden retriever" for n02099601.
+
+    A class that is none of ImageNet's keeps its name. Names are the first of WordNet's;
+    where two classes share it, all of them.
+    """
+    table = _table()
+    first = Counter(names[0] for names in table.values())
+
+    def readable(name: str) -> str:
+        if name not in table:
+            return name
+        names = table[name]
+        return names[0] if first[names[0]] == 1 else ", ".join(names)
+
+    return tuple(readable(name) for name in class_names)
+
+
+def validation_list() -> Path:
+    """The list that tensorflow_datasets carries: line i is the class of image i.
+
+    Raises:
+      UserError: this version of tensorflow_datasets has it elsewhere.
+    """
+    # Found without importing tensorflow_datasets, which takes a second.
+    spec = importlib.util.find_spec("tensorflow_datasets")
+    if spec is not None and spec.submodule_search_locations:
+        for folder in spec.submodule_search_locations:
+            file = Path(folder, "datasets", "imagenet2012", "validation_labels.txt")
+            if file.is_file():
+                return file
+    raise UserError(
+        "tensorflow_datasets has no list of ImageNet's validation labels here; put one "
+        "beside the images, as docs/data.md says"
+    )

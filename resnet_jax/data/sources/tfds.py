@@ -1,0 +1,189 @@
+"""Data sets of tensorflow_datasets, by name, prepared as ArrayRecord."""
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from resnet_jax.data.sources.base import Description, Example
+from resnet_jax.data.sources.splits import SplitCollection
+from resnet_jax.errors import UserError
+
+
+class TfdsFeatures:
+    """Which features of a tfds data set are the image and the label.
+
+    Attributes:
+      features: tfds's own description; it decodes records.
+      image, label: names of the features.
+    """
+
+    def __init__(self, builder: Any):
+        """Finds them.
+
+        Raises:
+          UserError: there is no image or no class label.
+        """
+        import tensorflow_datasets as tfds
+
+        features = dict(builder.info.features)
+
+        def first(kind: type) -> str | None:
+            return next((k for k, f in features.items() if isinstance(f, kind)), None)
+
+        image, label = first(tfds.features.Image), first(tfds.features.ClassLabel)
+        if image is None or label is None:
+            raise UserError(
+                f"tfds data set {builder.info.name} has the features "
+                f"{', '.join(features)}: expected an image and a class label"
+            )
+        self.features, self.image, self.label = builder.info.features, image, label
+
+    def describe(self, builder: Any) -> Description:
+        """The data set's description, from what tfds wrote beside it."""
+        shape = self.features[self.image].shape
+        channels = shape[-1] or 3
+        known = all(side is not None for side in shape)
+        splits = builder.info.splits
+        return Description(
+            name=f"tfds data set {builder.info.full_name}",
+            class_names=tuple(self.features[self.label].names),
+            channels=channels,
+            num_examples={name: split.num_examples for name, split in splits.items()},
+            image_shape=tuple(shape) if known else None,
+            version=str(builder.info.version),
+        )
+
+    def decoders(self) -> dict[str, Any]:
+        """What makes tfds hand out the image as it is stored."""
+        import tensorflow_datasets as tfds
+
+        return {self.image: tfds.decode.SkipDecoding()}
+
+
+class TfdsSource:
+    """A split of a tfds image classification data set, prepared as ArrayRecord."""
+
+    def __init__(
+        self, builder: Any, split: str, features: TfdsFeatures, described: Description
+    ):
+        """Opens a base split."""
+        self._image_key, self._label_key = features.image, features.label
+        self._name = f"{builder.info.full_name}/{split}"
+        self._records = builder.as_data_source(
+            split=split, decoders=features.decoders()
+        )
+        self.class_names: Sequence[str] = described.class_names
+        self.channels = described.channels
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        label = int(record[self._label_key])
+        return Example(record[self._image_key], label, f"{self._name}[{index}]")
+
+
+class TfdsCollection(SplitCollection):
+    """A tfds data set that is prepared as ArrayRecord, or is prepared now."""
+
+    def __init__(self, name: str, data_dir: str | None):
+        """Opens ``NAME`` or ``NAME:VERSION`` below ``data_dir``, a folder or gs:// URL.
+
+        Raises:
+          UserError: there is no such data set, or it has to be prepared otherwise.
+        """
+        self._builder = _prepared_builder(name, data_dir)
+        self._features = TfdsFeatures(self._builder)
+        self.description = self._features.describe(self._builder)
+
+    def _open(self, split: str) -> TfdsSource:
+        return TfdsSource(self._builder, split, self._features, self.description)
+
+
+def find_builder(name: str, data_dir: str | None) -> Any:
+    """The builder of a data set, prepared or not.
+
+    Raises:
+      UserError: there is no such data set.
+    """
+    import absl.logging
+    import tensorflow_datasets as tfds
+
+    from resnet_jax.data import digits  # noqa: F401 - makes the name known to tfds
+
+    # tfds warns of every data set that is not prepared yet.
+    quiet = min(absl.logging.get_verbosity(), absl.logging.ERROR)
+    absl.logging.set_verbosity(quiet)
+    where = None if data_dir is None else os.path.expanduser(data_dir)
+    try:
+        return tfds.builder(name, data_dir=where)
+    except tfds.core.DatasetNotFoundError:
+        known = tfds.list_builders(with_community_datasets=False)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(
+            f"there is no tfds data set {name}; {hint}For files of your own give "
+            "data.path"
+        ) from None
+    except (AssertionError, ValueError) as error:
+        # tfds says so where a version does not exist, and much else beside.
+        reason = str(error).strip().splitlines() or ["unknown"]
+        raise UserError(
+            f"tfds data set {name} cannot be opened: {reason[0]}; expected NAME or "
+            "NAME:VERSION"
+        ) from error
+
+
+def _prepared_builder(name: str, data_dir: str | None) -> Any:
+    builder = find_builder(name, data_dir)
+    if not builder.is_prepared():
+        _prepare(builder, name)
+        return builder
+    stored_as = builder.info.file_format.value
+    if stored_as == "tfrecord":
+        raise UserError(
+            f"tfds data set {name} under {builder.data_dir} is prepared as TFRecord, "
+            f"which has no random access; run resnet-jax prepare tfds:{name} OUTPUT "
+            f"--data-dir {builder._data_dir_root} and set data.path=OUTPUT"
+        )
+    if stored_as != "array_record":
+        raise UserError(
+            f"tfds data set {name} under {builder.data_dir} is prepared as "
+            f"{stored_as}; prepare it as ArrayRecord in another data.data_dir "
+            "(tfds build --file_format=array_record)"
+        )
+    return builder
+
+
+def _prepare(builder: Any, name: str) -> None:
+    import tensorflow_datasets as tfds
+
+    from resnet_jax.data import digits
+
+    is_ours = isinstance(builder, digits.Digits)
+    if not is_ours and not _has_tensorflow():
+        raise UserError(
+            f"tfds data set {name} is not prepared under {builder.data_dir}; "
+            "pip install 'resnet_jax[tensorflow]' to prepare it here, or give its "
+            "files with data.path"
+        )
+    # tfds speaks of a download of unknown size where there is none.
+    silence = contextlib.redirect_stdout(io.StringIO())
+    try:
+        with silence if is_ours else contextlib.nullcontext():
+            (tfds.disable_progress_bar if is_ours else tfds.enable_progress_bar)()
+            builder.download_and_prepare(file_format="array_record")
+    except OSError as error:
+        raise UserError(
+            f"tfds data set {name} cannot be prepared in {builder.data_dir}: {error}; "
+            "set data.data_dir to a folder you can write to"
+        ) from error
+
+
+def _has_tensorflow() -> bool:
+    return importlib.util.find_spec("tensorflow") is not None
