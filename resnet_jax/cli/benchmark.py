@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from resnet_jax.cli.overrides import parse_overrides
+
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand to the parser of ``resnet-jax``."""
@@ -45,6 +47,25 @@ def add_parser(commands: Any) -> None:
     )
     step.add_argument("--json", metavar="FILE", help="also write the result here")
     step.set_defaults(run=_run_step)
+    reading = kinds.add_parser(
+        "input",
+        help="the input pipeline of a config, up to the device",
+        description="Times the training batches of a config, without any step: read, "
+        "decoded, cropped and placed on the devices. Any field may be overridden: "
+        "--config.data.num_threads=4",
+        allow_abbrev=False,
+    )
+    reading.add_argument(
+        "--config", required=True, metavar="FILE.py[:ARG]", help="config file"
+    )
+    reading.add_argument(
+        "--batches", type=int, default=50, metavar="N", help="a round (default: 50)"
+    )
+    reading.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="(default: 5)"
+    )
+    reading.add_argument("--json", metavar="FILE", help="also write the result here")
+    reading.set_defaults(run=_run_input, takes_overrides=True)
 
 
 def _run_step(options: argparse.Namespace) -> None:
@@ -56,5 +77,17 @@ def _run_step(options: argparse.Namespace) -> None:
         image_size=options.image_size,
         dtype=options.dtype,
         steps=options.steps,
+        json_path=options.json,
+    )
+
+
+def _run_input(options: argparse.Namespace) -> None:
+    from resnet_jax.config import load_config
+    from resnet_jax.training.input_benchmark import benchmark_input
+
+    benchmark_input(
+        load_config(options.config, parse_overrides(options.rest)),
+        batches=options.batches,
+        rounds=options.rounds,
         json_path=options.json,
     )

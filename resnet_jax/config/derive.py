@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from resnet_jax.config.schema import Config
+from resnet_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Derived:
       training_examples: examples trained on, the held-out part taken off.
       global_batch_size: examples a step.
       steps_per_epoch: not a whole number where the batch does not divide the set:
-        a batch may span two epochs, and no example is dropped.
+        a batch may span two epochs; with data.partial_batch=drop none does.
       steps, epochs: length of the run.
       boundaries: completed steps at which the learning rate falls.
       warmup_steps: steps of a linear warm-up.
@@ -49,9 +50,20 @@ class Derived:
 
 
 def derive(config: Config, training_examples: int) -> Derived:
-    """Counts a run's steps; see ``Derived``."""
+    """Counts a run's steps; see ``Derived``.
+
+    Raises:
+      UserError: an epoch has no whole batch and others are to be dropped.
+    """
     batch = config.training.global_batch_size
     per_epoch = training_examples / batch
+    if config.data.partial_batch == "drop":
+        per_epoch = float(training_examples // batch)
+        if not per_epoch:
+            raise UserError(
+                f"data.partial_batch=drop leaves nothing of {training_examples} training "
+                f"examples in batches of {batch}: lower training.global_batch_size"
+            )
     schedule = config.schedule
 
     def in_steps(epochs: float) -> int:

@@ -20,7 +20,14 @@ class Feed(Protocol):
 
     @property
     def num_examples(self) -> int:
-        """Examples in the split."""
+        """Examples that an evaluation counts, broken ones that are skipped included
+        where only reading tells them.
+        """
+        ...
+
+    @property
+    def skipped(self) -> list[str]:
+        """A sentence each time that a broken image was skipped so far."""
         ...
 
     def training_batches(

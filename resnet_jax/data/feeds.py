@@ -1,23 +1,46 @@
 """Feeds: batches on the devices, in the order of the run.
 
 A small data set is resident: it lies on the devices whole, and a batch is a handful of
-indices. A large one is streamed: threads read, decode and crop ahead of the step. Both
-give the same examples; inside the jitted step, ``batch.gather`` makes them look alike.
+indices. A large one is streamed: threads, or processes of threads, read, decode and
+crop ahead of the step. Both give the same examples; inside the jitted step,
+``batch.gather`` makes them look alike.
 """
 
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax import parallel
 from resnet_jax.config.schema import AugmentationConfig, DataConfig
-from resnet_jax.data import order
 from resnet_jax.data.batch import Batch, Feed
-from resnet_jax.data.dataset import Split
+from resnet_jax.data.chunks import Chunk, EvaluationChunks, Layout, TrainingChunks, join
+from resnet_jax.data.order import Order
+from resnet_jax.data.split import Split
+from resnet_jax.errors import UserError
+
+_ENDLESS = 2**62
+_READY_BATCHES = 2  # joined and waiting for their transfer
+
+
+def training_order(
+    num_examples: int,
+    seed: int,
+    batch_size: int,
+    data: DataConfig,
+    augmentation: AugmentationConfig,
+) -> Order:
+    """The order of a run's training examples, as its config says."""
+    return Order.of(
+        num_examples,
+        seed,
+        augmentation.repeats,
+        batch_size if data.partial_batch == "drop" else None,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,29 +48,71 @@ class ResidentFeed:
     """A split that lies on every device whole; see ``Feed``."""
 
     resident: Batch
-    num_examples: int
+    broken: np.ndarray
+    skipped: list[str]
     mesh: Mesh
+    data: DataConfig
+    augmentation: AugmentationConfig
 
     @classmethod
-    def load(cls, split: Split, mesh: Mesh, num_threads: int) -> "ResidentFeed":
-        """Decodes the split and puts it on the devices."""
-        images, labels = split.arrays(num_threads)
+    def load(
+        cls,
+        split: Split,
+        mesh: Mesh,
+        data: DataConfig,
+        augmentation: AugmentationConfig,
+    ) -> "ResidentFeed":
+        """Decodes the split and puts it on the devices.
+
+        Raises:
+          UserError: an image is broken and none is to be skipped, or all are broken.
+        """
+        images, labels, skipped = split.arrays(data.num_threads)
+        broken = labels < 0
+        if broken.all():
+            raise UserError(f"no image of the {split.name} split can be decoded")
+        # The next whole one stands in for a broken one, in training.
+        whole = np.flatnonzero(~broken)
+        place = np.searchsorted(whole, np.flatnonzero(broken)) % len(whole)
+        images[broken], labels[broken] = images[whole[place]], labels[whole[place]]
         arrays = {"image": images, "label": labels}
         resident = parallel.place(arrays, parallel.replicated(mesh))
-        return cls(resident, len(split), mesh)
+        return cls(resident, broken, skipped, mesh, data, augmentation)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in the split, without broken ones."""
+        return int((~self.broken).sum())
 
     def training_batches(self, position, batch_size, seed):
         """See ``Feed``."""
+        order = training_order(
+            len(self.broken), seed, batch_size, self.data, self.augmentation
+        )
         sharding = parallel.batch_sharding(self.mesh)
+        rows = _local_rows(batch_size)
         for start in itertools.count(position, batch_size):
-            indices = order.examples_at(start, batch_size, self.num_examples, seed)
+            indices = order.examples(start + rows.start, len(rows))
             yield parallel.place({"index": indices}, sharding)
 
     def evaluation_batches(self, batch_size):
         """See ``Feed``."""
         sharding = parallel.batch_sharding(self.mesh)
-        for indices, mask in _evaluation_indices(self.num_examples, batch_size):
+        rows = _local_rows(batch_size)
+        total = len(self.broken)
+        for start in range(0, total, batch_size):
+            indices = np.arange(start + rows.start, start + rows.stop, dtype=np.int32)
+            inside = indices < total
+            indices = np.where(inside, indices, 0)
+            mask = (inside & ~self.broken[indices]).astype(np.float32)
             yield parallel.place({"index": indices, "mask": mask}, sharding)
+
+
+def _local_rows(batch_size: int) -> range:
+    """This process's rows of every global batch."""
+    local = batch_size // jax.process_count()
+    first = jax.process_index() * local
+    return range(first, first + local)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +121,9 @@ class StreamingFeed:
 
     split: Split
     mesh: Mesh
+    data: DataConfig
     augmentation: AugmentationConfig
-    num_threads: int
-    prefetch_batches: int
+    skipped: list[str] = dataclasses.field(default_factory=list)
     resident: None = None
 
     @property
@@ -68,48 +133,125 @@ class StreamingFeed:
 
     def training_batches(self, position, batch_size, seed):
         """See ``Feed``."""
-
-        def load(offset: int) -> Batch:
-            place = position + offset
-            index = order.example_at(place, self.num_examples, seed)
-            rng = order.example_generator(place, seed)
-            return _example(*self.split.random_example(index, rng, self.augmentation))
-
-        yield from self._stream(load, _ENDLESS, batch_size)
+        layout = self._layout(batch_size, self.split.training_shape)
+        if self.split.in_memory and not self.augmentation.on_host:
+            layout = layout.whole()
+        chunks = TrainingChunks(
+            self.split,
+            self.augmentation,
+            training_order(
+                len(self.split), seed, batch_size, self.data, self.augmentation
+            ),
+            position,
+            layout,
+            skips=self.data.on_error == "skip",
+        )
+        yield from self._placed(host_batches(chunks, self.data))
 
     def evaluation_batches(self, batch_size):
         """See ``Feed``."""
-        batches = list(_evaluation_indices(self.num_examples, batch_size))
-        indices = np.concatenate([batch[0] for batch in batches])
-        mask = np.concatenate([batch[1] for batch in batches])
-
-        def load(offset: int) -> Batch:
-            example = _example(*self.split.example(int(indices[offset])))
-            return example | {"mask": mask[offset]}
-
-        yield from self._stream(load, len(indices), batch_size)
-
-    def _stream(self, load, length, batch_size):
-        import grain  # here, so that the train step can be imported without it
-
-        options = grain.ReadOptions(
-            num_threads=self.num_threads,
-            prefetch_buffer_size=self.prefetch_batches * batch_size,
+        chunks = EvaluationChunks(
+            self.split,
+            self._layout(batch_size, self.split.image_shape),
+            skips=self.data.on_error == "skip",
         )
-        examples = grain.MapDataset.range(length).map(load)
-        batches = examples.to_iter_dataset(options).batch(batch_size)
-        batches = grain.experimental.ThreadPrefetchIterDataset(
-            batches, prefetch_buffer_size=2
-        )
+        count = -(-len(self.split) // batch_size)
+        yield from self._placed(host_batches(chunks, self.data, count))
+
+    def _layout(self, batch_size: int, shape: tuple[int, ...]) -> Layout:
+        hosts = jax.process_index(), jax.process_count()
+        return Layout.of(batch_size, int(np.prod(shape)), *hosts)
+
+    def _placed(self, batches: Generator[Chunk]) -> Generator[Batch]:
+        """On the devices, one batch ahead; what was skipped is told as it is used."""
         sharding = parallel.batch_sharding(self.mesh)
-        placed = (parallel.place(batch, sharding) for batch in batches)
-        yield from _ahead(placed)
+
+        def placed() -> Iterator[tuple[Batch, str]]:
+            for batch in batches:
+                skipped = batch.pop("skipped")
+                yield parallel.place(batch, sharding), skipped
+
+        try:
+            for batch, skipped in _ahead(placed()):
+                self.skipped.extend(skipped.splitlines())
+                yield batch
+        finally:
+            batches.close()
 
 
-_ENDLESS = 2**62
+def host_batches(
+    chunks: TrainingChunks | EvaluationChunks,
+    data: DataConfig,
+    num_batches: int | None = None,
+) -> Generator[Chunk]:
+    """This host's part of each batch, in order, made ahead by threads or processes.
+
+    Args:
+      chunks: a function of the chunk's number, which may be sent to a process.
+      data: its threads, processes and batches ahead.
+      num_batches: how many there are; None: endless.
+
+    Raises:
+      UserError: an image is broken, or a worker process died.
+    """
+    import grain  # here, so that the train step can be imported without it
+
+    per_batch = chunks.layout.chunks_per_batch
+    length = _ENDLESS if num_batches is None else num_batches * per_batch
+    ahead = data.prefetch_batches * per_batch
+    processes = data.num_processes
+    read = grain.ReadOptions(
+        num_threads=min(data.num_threads, ahead),
+        prefetch_buffer_size=-(-ahead // max(1, processes)),
+    )
+    stream = grain.MapDataset.range(length).map(chunks).to_iter_dataset(read)
+    if processes:
+        _allow_flags()
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=processes, per_worker_buffer_size=1
+            )
+        )
+    stream = stream.batch(per_batch, batch_fn=join)
+    iterator = iter(
+        grain.experimental.ThreadPrefetchIterDataset(
+            stream, prefetch_buffer_size=_READY_BATCHES
+        )
+    )
+    try:
+        yield from _told(iterator)
+    finally:
+        iterator.close()
 
 
-def _ahead(batches: Iterator[Batch], count: int = 1) -> Iterator[Batch]:
+def _told(batches: Iterator[Chunk]) -> Iterator[Chunk]:
+    """The batches; faults of images and workers as UserError."""
+    try:
+        for batch in batches:
+            if "error" in batch:
+                raise UserError(batch["error"])
+            yield batch
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        cause = str(error).split(". ")[0]
+        raise UserError(
+            f"a process that reads the data died: {cause}; exit code -9 is mostly the "
+            "system's, out of memory: lower data.num_processes or data.prefetch_batches"
+        ) from error
+
+
+def _allow_flags() -> None:
+    """Grain's processes read absl's flags, which nobody parses in a notebook."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _ahead(
+    batches: Iterator[tuple[Batch, str]], count: int = 1
+) -> Iterator[tuple[Batch, str]]:
     """Begins the transfer of ``count`` batches before they are asked for."""
     waiting = collections.deque(itertools.islice(batches, count))
     for batch in batches:
@@ -118,29 +260,17 @@ def _ahead(batches: Iterator[Batch], count: int = 1) -> Iterator[Batch]:
     yield from waiting
 
 
-def _example(image: np.ndarray, label: int) -> Batch:
-    return {"image": image, "label": np.int32(label)}
-
-
-def _evaluation_indices(
-    num_examples: int, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Indices and masks (batch_size,); padding repeats example 0 with mask 0."""
-    for start in range(0, num_examples, batch_size):
-        indices = np.arange(start, start + batch_size, dtype=np.int32)
-        mask = (indices < num_examples).astype(np.float32)
-        yield np.where(mask > 0, indices, 0), mask
-
-
 def make_feed(
     split: Split, mesh: Mesh, data: DataConfig, augmentation: AugmentationConfig
 ) -> Feed:
-    """The feed that fits a split: resident if it is small enough, else streamed."""
+    """The feed that fits a split: resident if it is small enough, else streamed.
+
+    Training images that change on the host are never resident; a split for evaluation
+    may be, whatever the augmentation.
+    """
     small = split.nbytes <= data.resident_mib * 2**20
-    cropped_here = augmentation.shorter_side is not None
-    resident = small and not cropped_here if data.resident is None else data.resident
+    on_host = augmentation.on_host and split.name == "train"
+    resident = small and not on_host if data.resident is None else data.resident
     if resident:
-        return ResidentFeed.load(split, mesh, data.num_threads)
-    return StreamingFeed(
-        split, mesh, augmentation, data.num_threads, data.prefetch_batches
-    )
+        return ResidentFeed.load(split, mesh, data, augmentation)
+    return StreamingFeed(split, mesh, data, augmentation)

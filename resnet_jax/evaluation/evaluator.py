@@ -49,12 +49,14 @@ def evaluate_split(
       RuntimeError: not every example was counted once, a fault of this library.
     """
     total = Sums.zeros()
+    skipped_before = len(feed.skipped)
     for batch in feed.evaluation_batches(batch_size):
         total = total + eval_step(variables, statistics, feed.resident, batch)
     summary = total.summary()
-    if summary["count"] != feed.num_examples:
+    expected = feed.num_examples - (len(feed.skipped) - skipped_before)
+    if summary["count"] != expected:
         raise RuntimeError(
-            f"evaluation counted {summary['count']} of {feed.num_examples} examples"
+            f"evaluation counted {summary['count']} of {expected} examples"
         )
     return summary
 

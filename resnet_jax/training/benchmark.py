@@ -97,12 +97,7 @@ def benchmark_step(
     }
     _print(console, result)
     if json_path is not None:
-        try:
-            Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{json_path} cannot be written ({error.strerror})"
-            ) from error
+        write_json(json_path, result)
     return result
 
 
@@ -148,6 +143,18 @@ def synthetic_step(
         "label": rng.integers(0, entry.num_classes, batch_size).astype(np.int32),
     }
     return train_step, init(), parallel.place(batch, parallel.batch_sharding(mesh))
+
+
+def write_json(path: str, content: dict[str, Any]) -> None:
+    """Writes a measurement.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    try:
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def _peak_memory() -> dict[str, Any]:

@@ -141,6 +141,8 @@ class _Run:
             if split is not None
         }
         self.eval_step: EvalStep = setup.eval_step()
+        self.told_broken: set[str] = set()
+        self.skipped_before = 0
         self.seconds_before = rows[-1]["seconds"] if rows else 0.0
         self.began = time.perf_counter()
 
@@ -202,6 +204,10 @@ class _Run:
             "train_error": sums["error"],
             **self.throughput.interval(),
         }
+        if self.setup.config.data.on_error == "skip":
+            skipped = len(self.train_feed.skipped)
+            row["train_skipped"] = skipped - self.skipped_before
+            self.skipped_before = skipped
         state = dataclasses.replace(state, sums=Sums.zeros())
         if evaluates:
             row |= self._evaluate(state)
@@ -212,12 +218,21 @@ class _Run:
                 )
                 state = dataclasses.replace(state, schedule=remembered)
         row["seconds"] = self.seconds_before + time.perf_counter() - self.began
+        self._tell_broken()
         self.rows.append(row)
         self.folder.append_row(row)
         _write_to_tensorboard(tb, row)
         self.progress.show(row)
         self.throughput.restart()
         return state
+
+    def _tell_broken(self) -> None:
+        """Names each image that was skipped, once a run."""
+        for feed in (self.train_feed, *self.eval_feeds.values()):
+            for sentence in dict.fromkeys(feed.skipped):
+                if sentence not in self.told_broken:
+                    self.told_broken.add(sentence)
+                    self.progress.message(f"warning: skipped: {sentence}")
 
     def _evaluate(self, state: TrainState) -> dict[str, Any]:
         metrics: dict[str, Any] = {}

@@ -133,6 +133,8 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         facts["held-out error"] = describe_error(
             "held-out", result["holdout_errors"], result["holdout_count"]
         )
+    if result.get("train_skipped"):
+        facts["skipped"] = f"{result['train_skipped']:,} broken images replaced"
     if "test_top5_error" in result:
         facts["test top-5 error"] = f"{100 * result['test_top5_error']:.2f} %"
     if result["images_per_second"] is not None:

@@ -24,8 +24,10 @@ def make_result(setup: Setup, rows: list[dict[str, Any]]) -> dict[str, Any]:
         for name, value in last.items()
         if name.startswith(("test_", "holdout_"))
     }
+    skipped = [row["train_skipped"] for row in rows if "train_skipped" in row]
     return {
         **evaluated,
+        **({"train_skipped": sum(skipped)} if skipped else {}),
         "train_error": last["train_error"],
         "checkpoint": "last",
         "step": last["step"],
@@ -60,6 +62,8 @@ def print_result(
         table.add_row("test top-5 error", f"{100 * result['test_top5_error']:.2f} %")
     if result["images_per_second"] is not None:
         table.add_row("speed", f"{result['images_per_second']:,.0f} images/s (median)")
+    if result.get("train_skipped"):
+        table.add_row("skipped", f"{result['train_skipped']:,} broken images replaced")
     table.add_row("time", describe_seconds(result["seconds"]))
     console.print(table, highlight=False)
     say(console, describe_error("test", result["test_errors"], result["test_count"]))

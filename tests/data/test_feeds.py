@@ -8,7 +8,7 @@ from resnet_jax.config import default_config, resolve
 from resnet_jax.data.batch import gather
 from resnet_jax.data.dataset import open_dataset
 from resnet_jax.data.feeds import ResidentFeed, StreamingFeed, make_feed
-from resnet_jax.data.order import examples_at
+from resnet_jax.data.order import Order
 from resnet_jax.errors import UserError
 from tests.conftest import write_image_folder
 
@@ -55,7 +55,7 @@ def test_training_batches_follow_the_order(image_folder, resident):
     images, labels = all_examples(image_folder, "train")
     position = 32  # within the second epoch of 18, and the batches enter the third
     got = drawn(feed.training_batches(position, 4, seed=3), feed.resident, 3)
-    expected = examples_at(position, 12, 18, seed=3)
+    expected = Order.of(18, seed=3).examples(position, 12)
     np.testing.assert_array_equal(got[0], images[expected])
     np.testing.assert_array_equal(got[1], labels[expected])
 

@@ -1,6 +1,9 @@
+import io
+
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from resnet_jax.data import images
 from resnet_jax.data.sources import Example
@@ -60,43 +63,59 @@ def test_a_little_after_a_jpegs_end_is_no_fault():
     assert decoded(encoded(".jpg", SMOOTH) + b"\0" * 100).shape == SMOOTH.shape
 
 
-def test_shorter_side_is_exact_and_aspect_kept():
-    assert images.resize_shorter_side(SMOOTH, 20).shape == (20, 30, 3)
-    assert images.resize_shorter_side(SMOOTH[:, :37], 101).shape == (109, 101, 3)
+def jpeg_by_pillow(image, mode="RGB", **options):
+    buffer = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
 
 
-def test_shrinking_averages_areas():
-    half = images.resize_shorter_side(SMOOTH, 20)
-    mean = SMOOTH.reshape(20, 2, 30, 2, 3).mean((1, 3))
-    assert np.abs(half - mean).max() <= 1
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_are_pillows_bit_for_bit(mode, progressive, subsampling):
+    data = jpeg_by_pillow(
+        SMOOTH, mode, progressive=progressive, subsampling=subsampling, quality=90
+    )
+    for channels, converted in ((3, "RGB"), (1, "L")):
+        expected = Image.open(io.BytesIO(data))
+        if mode == "RGB" and channels == 1:
+            # The stored luminance itself, not one computed from the colours.
+            expected.draft("L", expected.size)
+        expected = np.asarray(expected.convert(converted)).reshape(40, 60, channels)
+        np.testing.assert_array_equal(decoded(data, channels), expected)
 
 
-def test_center_crop_is_in_the_middle():
-    index = np.arange(7 * 9).reshape(7, 9, 1)
-    np.testing.assert_array_equal(images.center_crop(index, 3), index[2:5, 3:6])
+@pytest.mark.parametrize("size", [(68, 56), (2400, 1600), (1, 1), (3, 500)])
+def test_sizes_from_tiny_to_huge(size):
+    image = cv2.resize(SMOOTH, size)
+    assert decoded(encoded(".jpg", image)).shape == (size[1], size[0], 3)
+    np.testing.assert_array_equal(decoded(encoded(".png", image)), image)
 
 
-def test_scale_augmentation_draws_sides_and_places_uniformly():
-    # A picture of its own coordinates tells where each window was cut.
-    ramp = np.arange(0, 256, 4, np.uint8)
-    rows, columns = np.meshgrid(ramp, ramp, indexing="ij")
-    image = np.dstack([rows, columns, rows])
-    rng = np.random.default_rng(1)
-    crops = [images.scale_and_crop(image, 32, (32, 64), rng) for _ in range(1000)]
-    assert all(crop.shape == (32, 32, 3) for crop in crops)
-    down = np.array([int(crop[-1, 5, 0]) - int(crop[0, 5, 0]) for crop in crops])
-    right = np.array([int(crop[5, -1, 1]) - int(crop[5, 0, 1]) for crop in crops])
-    assert np.abs(down - right).max() <= 4  # the aspect is kept
-    # At side s, 31 steps of a window cross 31 * 256 / s of the picture's brightness.
-    sides = 31 * 256 / down
-    assert sides.min() < 33.5
-    assert sides.max() > 62.5
-    # Uniform in 32 .. 64: mean 48, deviation 9.5, of 1000 draws 0.3.
-    assert abs(sides.mean() - 48) < 1.5
-    room = 1 - 32 / sides
-    wide = room > 0.2
-    for first in (0, 1):
-        corner = np.array([int(crop[0, 0, first]) / 256 for crop in crops])
-        place = corner[wide] / room[wide]  # in 0 .. 1, uniform: deviation 0.29
-        assert abs(place.mean() - 0.5) < 0.05
-        assert abs(place.std() - 0.29) < 0.03
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tiff", ".webp"])
+def test_the_bytes_say_the_format_and_not_the_name(suffix):
+    # The name of every example here ends with .jpg.
+    image = decoded(encoded(suffix, SMOOTH, cv2.IMWRITE_WEBP_QUALITY, 101))
+    np.testing.assert_array_equal(image, SMOOTH)
+
+
+def test_rotation_in_exif_is_not_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    data = jpeg_by_pillow(SMOOTH, exif=exif)
+    assert decoded(data).shape == SMOOTH.shape
+
+
+def test_a_harmless_warning_is_no_fault():
+    data = jpeg_by_pillow(SMOOTH)
+    strange = data[:-2] + b"\0\0\0" + data[-2:]  # bytes before the end marker
+    np.testing.assert_array_equal(decoded(strange), decoded(data))
+
+
+def test_lost_data_in_the_middle_is_a_fault():
+    noise = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = jpeg_by_pillow(noise, quality=95)
+    half = len(data) // 2
+    for lost in (data[:half] + data[-2:], data[:half] + b"\xff\xd0" + data[half + 2 :]):
+        with pytest.raises(UserError, match=r"some/file\.jpg cannot be decoded"):
+            decoded(lost)

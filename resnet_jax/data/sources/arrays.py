@@ -42,6 +42,10 @@ class ArraySource:
         label = int(self._labels[index])
         return Example(self._images[index], label, f"{self._name}[{index}]")
 
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels at the given indices, copied."""
+        return np.take(self._images, indices, axis=0), self._labels[indices]
+
 
 class ArrayCollection(SplitCollection):
     """Splits that are in memory, read from the files of ``folder``."""

@@ -100,3 +100,16 @@ class Subset:
 
     def __getitem__(self, index: int) -> Example:
         return self._source[int(self._indices[index])]
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """See ``take``."""
+        return take(self._source, self._indices[indices])
+
+
+def take(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Images uint8 (n, h, w, c) and labels (n,) at once, from a source in memory.
+
+    None where the source has to decode them one by one.
+    """
+    at_once = getattr(source, "take", None)
+    return None if at_once is None else at_once(indices)

@@ -1,0 +1,143 @@
+"""Random crops of the training images on the host: uint8 in, uint8 out.
+
+A crop is a window of whole source pixels, resized to the net's input in one step: what
+lies outside of the window is never resized.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+# Threads are the feed's: OpenCV's own would compete with them.
+cv2.setNumThreads(0)
+
+# OpenCV's linear interpolation looks at two pixels a side, and so aliases where it
+# shrinks. Up to the first factor, that is closer to an antialiased result than
+# averaging would be. Up to the second, interpolating to twice the size and averaging
+# 2 x 2 is both closer and faster than averaging over areas. Beyond it Pillow's own
+# triangle filter is used; few windows are that large.
+_ALIASES_FROM = 1.33
+_FILTERED_FROM = 2.4
+
+_ATTEMPTS = 10
+
+
+class Window(NamedTuple):
+    """A rectangle of source pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def scale_window(
+    height: int,
+    width: int,
+    size: int,
+    sides: Sequence[int],
+    rng: np.random.Generator,
+) -> Window:
+    """The window of the paper's scale augmentation (section 3.4).
+
+    The shorter side is drawn uniformly from the integers ``sides[0] .. sides[1]``, then
+    a ``size`` x ``size`` crop from all its places. In the source that is a square,
+    rounded to whole pixels.
+
+    Args:
+      height: of the image, in pixels.
+      width: of the image, in pixels.
+      size: side of the crop.
+      sides: the smallest and the largest shorter side; not below ``size``.
+      rng: draws it.
+    """
+    side = int(rng.integers(sides[0], sides[1], endpoint=True))
+    extent = max(1, round(size * min(height, width) / side))
+    return _placed(height, width, extent, extent, rng)
+
+
+def inception_window(
+    height: int,
+    width: int,
+    area: Sequence[float],
+    aspect: Sequence[float],
+    rng: np.random.Generator,
+) -> Window:
+    """The window of Inception's crop (Szegedy et al. 2015), drawn as torchvision does.
+
+    Its share of the area is uniform and the logarithm of its aspect is. A window that
+    does not fit is drawn again, ten times; then the largest one in the middle whose
+    aspect is allowed is taken.
+
+    Args:
+      height: of the image, in pixels.
+      width: of the image, in pixels.
+      area: the smallest and the largest share of the image's area.
+      aspect: the smallest and the largest ratio of width to height.
+      rng: draws it.
+    """
+    logarithms = math.log(aspect[0]), math.log(aspect[1])
+    for _ in range(_ATTEMPTS):
+        pixels = height * width * rng.uniform(area[0], area[1])
+        ratio = math.exp(rng.uniform(*logarithms))
+        window_width = round(math.sqrt(pixels * ratio))
+        window_height = round(math.sqrt(pixels / ratio))
+        if 0 < window_width <= width and 0 < window_height <= height:
+            return _placed(height, width, window_height, window_width, rng)
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    window_width = min(width, max(1, round(height * ratio)))
+    window_height = min(height, max(1, round(width / ratio)))
+    top, left = (height - window_height) // 2, (width - window_width) // 2
+    return Window(top, left, window_height, window_width)
+
+
+def _placed(
+    height: int,
+    width: int,
+    window_height: int,
+    window_width: int,
+    rng: np.random.Generator,
+) -> Window:
+    top = int(rng.integers(height - window_height, endpoint=True))
+    left = int(rng.integers(width - window_width, endpoint=True))
+    return Window(top, left, window_height, window_width)
+
+
+def resize_window(image: np.ndarray, window: Window, out: np.ndarray) -> None:
+    """Resizes a window of an image into ``out``, antialiased where it shrinks.
+
+    On photographs the result differs from Pillow's antialiased bilinear resizing by
+    0.6 of 255 on average, in a third of its time.
+
+    Args:
+      image: uint8 (h, w, c).
+      window: inside of it.
+      out: uint8 (height, width, c), contiguous; written to.
+    """
+    top, left, height, width = window
+    source = image[top : top + height, left : left + width]
+    target = out
+    if image.shape[2] == 1:  # OpenCV has no channel axis in grey images
+        source, target = source[..., 0], out[..., 0]
+    size = (out.shape[1], out.shape[0])
+    factor = max(height / size[1], width / size[0])
+    if factor > _FILTERED_FROM:
+        resized = Image.fromarray(source).resize(size, Image.Resampling.BILINEAR)
+        target[...] = np.asarray(resized)
+        return
+    method = cv2.INTER_LINEAR
+    if factor > _ALIASES_FROM:
+        doubled = (2 * size[0], 2 * size[1])
+        source = cv2.resize(source, doubled, interpolation=cv2.INTER_LINEAR)
+        method = cv2.INTER_AREA
+    cv2.resize(source, size, dst=target, interpolation=method)
+
+
+def mirror(image: np.ndarray) -> None:
+    """Mirrors a contiguous uint8 image (h, w, c) left to right, in place."""
+    plane = image[..., 0] if image.shape[2] == 1 else image
+    cv2.flip(plane, 1, dst=plane)

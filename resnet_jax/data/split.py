@@ -1,0 +1,217 @@
+"""A part of a data set as uint8 images of one shape."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from resnet_jax.config.schema import AugmentationConfig, DataConfig
+from resnet_jax.data import crops, images, order, policies, protocols
+from resnet_jax.data.sources import Source
+from resnet_jax.data.sources.base import take
+from resnet_jax.data.transforms import MAX_PIXEL, PixelStatistics
+from resnet_jax.errors import UserError
+
+# Mean and standard deviation of ImageNet's channels in [0, 1], as the field's models
+# have them since fb.resnet.torch.
+_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+class Split:
+    """A part of a data set as uint8 images of one shape.
+
+    Attributes:
+      name: "train", "holdout" or "test".
+      image_shape: (h, w, c) as evaluation sees the images.
+      training_shape: (h, w, c) as training does.
+    """
+
+    def __init__(self, name: str, source: Source, data: DataConfig):
+        """Looks at the first image where the config leaves the size open."""
+        self.name = name
+        self._source, self._data = source, data
+        channels = source.channels
+        if data.image_size is None:
+            first = images.decode(source[0], channels)
+            self.image_shape: tuple[int, ...] = first.shape
+            self.training_shape = self.image_shape
+            return
+        self.training_shape = (data.image_size, data.image_size, channels)
+        size = data.eval_image_size or data.image_size
+        self.image_shape = (size, size, channels)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all its images as uint8."""
+        return len(self) * int(np.prod(self.image_shape))
+
+    def example(self, index: int) -> tuple[np.ndarray, int]:
+        """Example ``index`` as evaluation sees it: resized and cut in the middle.
+
+        Raises:
+          UserError: the image is broken, or of another size where none is set.
+        """
+        example = self._source[index]
+        image = images.decode(example, self._source.channels)
+        if self._data.image_size is not None:
+            size = self.image_shape[0]
+            side = self._data.eval_shorter_side or size
+            image = protocols.center_crop(
+                image, side, size, self._data.eval_interpolation
+            )
+        elif image.shape != self.image_shape:
+            raise UserError(
+                f"image {example.name} is {image.shape[1]}x{image.shape[0]} and the "
+                f"first is {self.image_shape[1]}x{self.image_shape[0]}: "
+                "set data.image_size"
+            )
+        return image, example.label
+
+    def training_example(
+        self,
+        index: int,
+        rng: np.random.Generator,
+        augmentation: AugmentationConfig,
+        out: np.ndarray,
+    ) -> int:
+        """Example ``index`` as training sees it before the device's own changes.
+
+        Args:
+          index: below ``len(self)``.
+          rng: of its random crop, flip and policy, where those are the host's.
+          augmentation: says whether they are.
+          out: uint8 ``training_shape``, contiguous; written to.
+
+        Returns:
+          The label.
+
+        Raises:
+          UserError: the image is broken.
+        """
+        if augmentation.shorter_side is None and augmentation.crop_area is None:
+            out[...], label = self.example(index)
+        else:
+            example = self._source[index]
+            image = images.decode(example, self._source.channels)
+            window = _window(image, out.shape[0], augmentation, rng)
+            crops.resize_window(image, window, out)
+            label = example.label
+        if augmentation.on_host and augmentation.flip and rng.random() < 0.5:
+            crops.mirror(out)
+        if augmentation.policy is not None:
+            out[...] = policies.apply_policy(out, rng, augmentation)
+        return label
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether ``take`` gives examples."""
+        return self.take(np.zeros(0, np.int64)) is not None
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Examples as ``example`` gives them, from arrays in memory; else None."""
+        return None if self._data.image_size else take(self._source, indices)
+
+    def arrays(self, num_threads: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """All images (n, h, w, c) uint8 and labels (n,) int32, with what is broken.
+
+        Where ``data.on_error`` is "skip", a broken image has label -1, and the list
+        holds the sentences that name them.
+
+        Raises:
+          UserError: an image is broken and none is to be skipped.
+        """
+        pixels = np.zeros((len(self), *self.image_shape), np.uint8)
+        labels = np.empty(len(self), np.int32)
+
+        def fill(index: int) -> str:
+            try:
+                pixels[index], labels[index] = self.example(index)
+            except UserError as error:
+                if self._data.on_error == "stop":
+                    raise
+                labels[index] = -1
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(num_threads) as pool:
+            faults = list(pool.map(fill, range(len(self))))
+        return pixels, labels, [fault for fault in faults if fault]
+
+    def statistics_shape(self) -> tuple[int, ...]:
+        """Shape of the mean and the deviation of ``statistics``."""
+        if self._data.normalization == "per_pixel_mean":
+            return self.image_shape
+        return (1, 1, self.image_shape[-1])
+
+    def statistics(self) -> PixelStatistics:
+        """Mean (and deviation) of the pixels, as ``data.normalization`` says."""
+        shape = self.statistics_shape()
+        kind = self._data.normalization
+        if kind == "none":
+            return PixelStatistics(np.zeros(shape, np.float32), _ones(shape))
+        if kind == "imagenet":
+            return PixelStatistics(
+                _IMAGENET_MEAN.reshape(shape), _IMAGENET_STD.reshape(shape)
+            )
+        total, squares, count = self._moments()
+        if kind == "per_pixel_mean":
+            return PixelStatistics((total / count).astype(np.float32), _ones(shape))
+        mean = (total / count).mean((0, 1), keepdims=True)
+        variance = (squares / count).mean((0, 1), keepdims=True) - mean**2
+        # A channel without any variance is left as it is.
+        std = np.sqrt(np.where(variance > 0, variance, 1.0))
+        return PixelStatistics(mean.astype(np.float32), std.astype(np.float32))
+
+    def _moments(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Sums of the pixels in [0, 1] and of their squares, and over how many."""
+        count = min(self._data.statistics_examples or len(self), len(self))
+        chosen = order.epoch_order(len(self), seed=0, epoch=0)[:count]
+        total = np.zeros(self.image_shape, np.float64)
+        squares = np.zeros(self.image_shape, np.float64)
+        whole = 0
+        with ThreadPoolExecutor(self._data.num_threads) as pool:
+            for chunk in _chunks(chosen, 512):
+                found = [x for x in pool.map(self._whole_image, chunk) if x is not None]
+                if found:
+                    unit = np.stack(found) / MAX_PIXEL
+                    total += unit.sum(0)
+                    squares += np.square(unit).sum(0)
+                    whole += len(found)
+        if not whole:
+            raise UserError(f"no image of the {self.name} split can be decoded")
+        return total, squares, whole
+
+    def _whole_image(self, index: int) -> np.ndarray | None:
+        """An image; None if it is broken and to be skipped."""
+        try:
+            return self.example(index)[0]
+        except UserError:
+            if self._data.on_error == "stop":
+                raise
+            return None
+
+
+def _window(
+    image: np.ndarray,
+    size: int,
+    augmentation: AugmentationConfig,
+    rng: np.random.Generator,
+) -> crops.Window:
+    height, width = image.shape[:2]
+    if augmentation.shorter_side is not None:
+        return crops.scale_window(height, width, size, augmentation.shorter_side, rng)
+    area = augmentation.crop_area or (1.0, 1.0)
+    return crops.inception_window(height, width, area, augmentation.crop_aspect, rng)
+
+
+def _ones(shape: tuple[int, ...]) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+def _chunks(values: np.ndarray, size: int) -> Iterable[list[int]]:
+    for start in range(0, len(values), size):
+        yield [int(value) for value in values[start : start + size]]
