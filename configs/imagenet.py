@@ -1,57 +1,33 @@
-"""The ImageNet nets of section 4.1 (He et al. 2015), its recipe to the letter.
+"""ImageNet: a net and one of the published recipes for it.
 
-resnet-jax train --config configs/imagenet.py:resnet50 --workdir runs/resnet50 \
+resnet-jax train --config configs/imagenet.py:resnet50,rsb_a2 --workdir runs/resnet50 \
     --config.data.path=/data/imagenet --config.data.test_split=val
 
-The argument is the net: resnet18, 34, 50 (default), 101, 152, plain18, plain34. The
-path holds train/WNID/IMAGE and val/WNID/IMAGE; without it, tfds's imagenet2012 as
-ArrayRecord. --config.model.dtype=bfloat16 is the usual choice on accelerators.
+The argument is NET or NET,RECIPE. A recipe is a file of configs/recipes/, where its
+source, what to expect of it and how it differs from its original are written:
 
-The learning rate is divided by 10 where the error on a held-out part of the training
-set plateaus; the validation set chooses nothing. To divide at given steps instead (the
-authors' follow-up: epochs 30 and 60, here of 256 images):
+  he2015          the paper's (the default)
+  fb2016          fb.resnet.torch: other crops, colour jitter, 90 epochs
+  goyal2017       batches of 8,192
+  rsb_a1, _a2, _a3  "ResNet strikes back": 600, 300 and 100 epochs
+  torchvision_v2  the newer weights of torchvision: 600 epochs
 
-  --config.schedule.kind=piecewise --config.schedule.boundaries_steps=150000,300000 \
-  --config.data.holdout_examples=0
-
-Expected from the paper, 10-crop top-1 error: 27.88 % (18 layers), 25.03 % (34, A),
-22.85 % (50), 21.75 % (101), 21.43 % (152); plain: 27.94 % (18), 28.54 % (34). The
-authors' released models, one centre crop: 24.7 % (50), 23.6 % (101), 23.0 % (152).
-This command reports the centre crop. Measured here: not measured.
+`configs/imagenet.py:resnet50,rsb_a2` is `configs/recipes/rsb_a2.py:resnet50`.
 """
 
-from resnet_jax.config import default_config
+import runpy
+from pathlib import Path
+
+from resnet_jax.errors import UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
 
 
-def get_config(net="resnet50"):
-    """The config of a run; ``net`` is a name of resnet_jax.list_models()."""
-    config = default_config()
-    config.model.name = net
-    # Table 2 and Figure 4 compare the plain nets with shortcut A.
-    if net in ("resnet18", "resnet34"):
-        config.model.shortcut = "A"
-    config.model.stride_version = "v1"
-    # Eight GPUs with 32 images each: batch statistics were taken per GPU.
-    config.model.batch_norm_groups = 8
-    config.data.name = "imagenet2012"
-    config.data.test_split = "validation"
-    config.data.holdout_examples = 25_000
-    config.data.image_size = 224
-    config.data.eval_shorter_side = 256
-    config.data.normalization = "per_pixel_mean"
-    # The mean image of this many centre crops is within noise of that of all.
-    config.data.statistics_examples = 20_000
-    config.augmentation.shorter_side = (256, 480)
-    config.augmentation.flip = True
-    config.augmentation.color_noise = 0.1
-    config.optimizer.learning_rate = 0.1
-    config.optimizer.momentum = 0.9
-    config.optimizer.nesterov = False
-    config.optimizer.weight_decay = 1e-4
-    config.schedule.kind = "plateau"
-    config.schedule.factor = 0.1
-    config.training.steps = 600_000
-    config.training.global_batch_size = 256
-    config.evaluation.every_steps = 5_000
-    config.checkpoint.every_steps = 5_000
-    return config
+def get_config(choice="resnet50,he2015"):
+    """The config of a run; ``choice`` is a net, or a net and a recipe: net,recipe."""
+    net, _, recipe = choice.partition(",")
+    recipe = recipe or "he2015"
+    names = sorted(path.stem for path in RECIPES.glob("*.py"))
+    if recipe not in names:
+        raise UserError(f"there is no recipe {recipe!r}; {nearest(recipe, names)}")
+    return runpy.run_path(str(RECIPES / f"{recipe}.py"))["get_config"](net)

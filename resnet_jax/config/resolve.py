@@ -16,8 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from resnet_jax.config.checks import refuse_training_contradictions
 from resnet_jax.config.schema import (
     Config,
+    DataConfig,
     Field,
     ModelConfig,
     describe_type,
@@ -236,6 +238,7 @@ def _refuse_contradictions(config: Config) -> None:
     _refuse_durations(config)
     _refuse_schedule(config)
     _refuse_data(config)
+    refuse_training_contradictions(config)
     batch, groups = config.training.global_batch_size, config.model.batch_norm_groups
     if batch % groups:
         raise UserError(
@@ -345,10 +348,29 @@ def _refuse_data(config: Config) -> None:
                 "augmentation.shorter_side crops on the host, image by image: "
                 "data.resident cannot be true"
             )
+    _refuse_evaluation_sizes(data)
+
+
+def _refuse_evaluation_sizes(data: DataConfig) -> None:
+    if data.eval_image_size is not None:
+        if data.image_size is None:
+            raise UserError(
+                f"data.eval_image_size={data.eval_image_size} needs data.image_size, "
+                "the size in training"
+            )
+        if data.normalization == "per_pixel_mean" and (
+            data.eval_image_size != data.image_size
+        ):
+            raise UserError(
+                f"data.eval_image_size={data.eval_image_size} is another size than "
+                f"that of the mean image, data.image_size={data.image_size}: set "
+                "data.normalization=per_channel or imagenet"
+            )
+    size = data.eval_image_size or data.image_size
     if data.eval_shorter_side is not None and (
-        data.image_size is None or data.eval_shorter_side < data.image_size
+        size is None or data.eval_shorter_side < size
     ):
         raise UserError(
             f"data.eval_shorter_side={data.eval_shorter_side} needs a data.image_size "
-            f"that is not larger; it is {data.image_size}"
+            f"(in evaluation data.eval_image_size) that is not larger; it is {size}"
         )

@@ -47,7 +47,7 @@ def sigmoid_cross_entropy(
     """The mean over classes of the binary cross-entropies of their sigmoids.
 
     Each class is a question of its own, as in "ResNet strikes back" (Wightman et al.
-    2021, section 3): of an image mixed of two classes both are to be found. With a
+    2021): of an image mixed of two classes both are to be found. With a
     ``threshold`` a class whose weight is above it has target 1 and every other 0;
     ``label_smoothing`` is applied to what comes out. timm's ``BinaryCrossEntropy`` has
     the same mean over classes.

@@ -1,13 +1,17 @@
 """The config files are the paper's recipes (section 3.4 and 4.2), typed out here."""
 
+import ast
+
 import pytest
 
 from resnet_jax.config import derive, flatten, load_config
 from tests.conftest import REPOSITORY
 
+CONFIGS = REPOSITORY / "configs"
+
 
 def config_of(spec):
-    return load_config(f"{REPOSITORY / 'configs'}/{spec}")
+    return load_config(f"{CONFIGS}/{spec}")
 
 
 PAPER_SGD = {
@@ -53,8 +57,8 @@ def test_cifar10_takes_164_epochs():
 @pytest.mark.parametrize(
     ("net", "shortcut"), [("resnet34", "A"), ("resnet50", None), ("plain34", None)]
 )
-def test_imagenet_is_section_3_4(net, shortcut):
-    values = flatten(config_of(f"imagenet.py:{net}"))
+def test_he2015_is_section_3_4(net, shortcut):
+    values = flatten(config_of(f"recipes/he2015.py:{net}"))
     expected = PAPER_SGD | {
         "model.name": net,
         "model.shortcut": shortcut,
@@ -70,6 +74,17 @@ def test_imagenet_is_section_3_4(net, shortcut):
     }
     assert expected.items() <= values.items()
     assert values["data.holdout_examples"] > 0
+
+
+def config_files():
+    return sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", config_files())
+def test_every_file_resolves_and_says_its_command(file):
+    config_of(file)
+    documentation = ast.get_docstring(ast.parse((CONFIGS / file).read_text()))
+    assert f"resnet-jax train --config configs/{file}" in documentation
 
 
 @pytest.mark.parametrize("file", ["digits.py", "fashion_mnist.py"])

@@ -8,7 +8,7 @@ REFUSED = [
     ("optimizer.learning_rat", 0.1, "did you mean optimizer.learning_rate"),
     ("training.learning_rate", 0.1, "did you mean optimizer.learning_rate"),
     ("training.batch_size", 8, "did you mean training.global_batch_size"),
-    ("optimizer.lr", 0.1, "optimizer has learning_rate, momentum,"),
+    ("optimizer.lr", 0.1, "optimizer has kind, learning_rate,"),
     ("seed", 2**31, "must be below"),
     ("optimizer.learning_rate", "fast", "takes a number, not 'fast'"),
     ("optimizer.learning_rate", float("nan"), "must be finite"),
@@ -34,6 +34,36 @@ REFUSED = [
     ("model.batch_norm_groups", 3, "does not divide"),
     ("augmentation.shorter_side", (256, 480), "needs data.image_size"),
     ("data.eval_shorter_side", 256, "needs a data.image_size"),
+    ("data.eval_image_size", 224, "needs data.image_size"),
+    ("augmentation.crop_area", (0.08, 1.0), "needs data.image_size"),
+    ("augmentation.crop_area", (0.5, 0.1), "is (low, high)"),
+    ("augmentation.crop_area", (0.0, 1.0), "above 0 and up to 1"),
+    ("augmentation.crop_area", (0.08, 1.1), "above 0 and up to 1"),
+    ("augmentation.crop_area", (0.08,), "is (low, high)"),
+    ("augmentation.crop_aspect", (0.5, 2.0), "set that too"),
+    ("augmentation.crop_aspect", (2.0, 0.5), "is (low, high)"),
+    ("augmentation.crop_aspect", (0.0, 1.0), "above 0"),
+    ("augmentation.policy", "randaug", "did you mean randaugment"),
+    ("augmentation.policy_operations", 3, "augmentation.policy is None"),
+    ("augmentation.policy_magnitude", 7.0, "leave it at 9"),
+    ("augmentation.policy_magnitude", 11.0, "must be below"),
+    ("augmentation.repeats", 200, "do not fit into training.global_batch_size=128"),
+    ("augmentation.color_jitter", (0.4, 0.4), "(brightness, contrast, saturation)"),
+    ("augmentation.color_jitter", (0.4, 0.4, 1.5), "between 0 and 1"),
+    ("augmentation.color_jitter", (0.4, -0.1, 0.4), "between 0 and 1"),
+    ("augmentation.erasing_probability", 1.0005, "at most 1"),
+    ("augmentation.mixup_alpha", -0.1, "must be at least 0"),
+    ("loss.kind", "sigmiod", "did you mean sigmoid"),
+    ("loss.label_smoothing", 1.0, "must be below 1"),
+    ("loss.target_threshold", 0.2, "set it to sigmoid"),
+    ("optimizer.kind", "lamp", "did you mean lamb"),
+    ("optimizer.second_momentum", 0.99, "optimizer.kind is sgd"),
+    ("optimizer.epsilon", 1e-8, "leave it at 1e-06"),
+    ("optimizer.weight_decay_scope", "none", "one of all, all_but_norm, kernels"),
+    ("optimizer.max_grad_norm", 0.0, "or to None for no limit"),
+    ("optimizer.ema_every_steps", 32, "optimizer.ema_decay"),
+    ("schedule.final_learning_rate", 0.01, "schedule.kind is constant"),
+    ("schedule.warmup_initial_learning_rate", 0.01, "schedule.warmup_steps or"),
 ]
 
 
@@ -94,6 +124,78 @@ def test_refuses_in_one_sentence(name, value, sentence):
                 "data.resident": True,
             },
             "data.resident cannot be true",
+        ),
+        (
+            {
+                "data.image_size": 224,
+                "augmentation.crop_area": (0.08, 1.0),
+                "augmentation.shorter_side": (256, 480),
+            },
+            "crop_area and augmentation.shorter_side are two ways to crop",
+        ),
+        (
+            {
+                "data.image_size": 32,
+                "augmentation.crop_area": (0.08, 1.0),
+                "augmentation.pad": 4,
+            },
+            "crop_area and augmentation.pad are two ways to crop",
+        ),
+        (
+            {
+                "data.image_size": 224,
+                "augmentation.crop_area": (0.08, 1.0),
+                "data.resident": True,
+            },
+            "augmentation.crop_area works on the host",
+        ),
+        (
+            {"augmentation.policy": "randaugment", "data.resident": True},
+            "augmentation.policy works on the host",
+        ),
+        (
+            {
+                "augmentation.policy": "trivialaugment",
+                "augmentation.policy_magnitude": 7.0,
+            },
+            "augmentation.policy is trivialaugment",
+        ),
+        (
+            {
+                "augmentation.policy": "randaugment",
+                "augmentation.policy_magnitude": 10.0005,
+            },
+            "of 10 and at most that",
+        ),
+        (
+            {"augmentation.mixup_alpha": 0.2, "training.global_batch_size": 1},
+            "augmentation.mixup_alpha mixes pairs",
+        ),
+        (
+            {"augmentation.cutmix_alpha": 1.0, "training.global_batch_size": 1},
+            "augmentation.cutmix_alpha mixes pairs",
+        ),
+        ({"optimizer.kind": "lamb", "optimizer.nesterov": True}, "a form of sgd"),
+        (
+            {"schedule.kind": "cosine", "schedule.final_learning_rate": 0.2},
+            "above optimizer.learning_rate=0.1",
+        ),
+        (
+            {"schedule.warmup_steps": 5, "schedule.warmup_initial_learning_rate": 0.2},
+            "above optimizer.learning_rate=0.1",
+        ),
+        (
+            {"data.image_size": 160, "data.eval_image_size": 224},
+            "set data.normalization=per_channel or imagenet",
+        ),
+        (
+            {
+                "data.image_size": 160,
+                "data.eval_image_size": 224,
+                "data.normalization": "imagenet",
+                "data.eval_shorter_side": 200,
+            },
+            "that is not larger; it is 224",
         ),
     ],
 )
