@@ -1,4 +1,4 @@
-"""Decoding on the host: stored bytes in, uint8 pixels out."""
+"""Decoding on the host: stored bytes in, uint8 pixels out; to Pillow and back."""
 
 import io
 
@@ -69,3 +69,24 @@ def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray:
 
 def _broken(name: str, reason: str) -> UserError:
     return UserError(f"image {name} cannot be decoded: {reason}; replace or remove it")
+
+
+def to_pillow(image: np.ndarray) -> Image.Image:
+    """A uint8 image (h, w, 1 or 3) as Pillow's of mode L or RGB.
+
+    Raises:
+      UserError: it has another dtype or number of channels.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+        raise UserError(
+            f"an image of {image.dtype} {image.shape} was given where Pillow needs "
+            "uint8 of one or three channels (h, w, 1 or 3)"
+        )
+    grey = image.shape[2] == 1
+    return Image.fromarray(image[..., 0] if grey else image)
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """Pillow's image of mode L or RGB as contiguous uint8 (h, w, 1 or 3)."""
+    pixels = np.array(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels

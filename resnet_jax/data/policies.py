@@ -21,9 +21,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from resnet_jax.config.schema import AugmentationConfig
-from resnet_jax.errors import UserError
-
-_MODES = {1: "L", 3: "RGB"}
+from resnet_jax.data.images import to_array, to_pillow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,27 +92,6 @@ def apply_steps(image: np.ndarray, steps: Sequence[Step]) -> np.ndarray:
         else:
             changed = COLOR_OPERATIONS[step.operation](changed, step.argument)
     return to_array(changed)
-
-
-def to_pillow(image: np.ndarray) -> Image.Image:
-    """A uint8 image (h, w, 1 or 3) as Pillow's of mode L or RGB.
-
-    Raises:
-      UserError: it has another dtype or number of channels.
-    """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in _MODES:
-        raise UserError(
-            f"an image of {image.dtype} {image.shape} was given where Pillow needs "
-            "uint8 of one or three channels (h, w, 1 or 3)"
-        )
-    grey = image.shape[2] == 1
-    return Image.fromarray(image[..., 0] if grey else image)
-
-
-def to_array(image: Image.Image) -> np.ndarray:
-    """Pillow's image of mode L or RGB as contiguous uint8 (h, w, 1 or 3)."""
-    pixels = np.array(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 # What changes colours: name -> function of image and argument.
@@ -287,9 +264,9 @@ def _draw_randaugment(
 LAST_BIN = 30
 """TrivialAugment's magnitudes are the 31 integers 0 .. LAST_BIN."""
 
-_TRIVIALAUGMENT_SAMPLING = Sampling(Image.Resampling.NEAREST, (0, 0, 0))
-"""The paper's, and what ``TrivialAugmentWide()`` does. torchvision's training script
-passes the interpolation of its crops instead, by default bilinear."""
+_TRIVIALAUGMENT_SAMPLING = Sampling(Image.Resampling.BILINEAR, (0, 0, 0))
+"""What torchvision's training script passes: the interpolation of its crops. The
+paper's, and that of ``TrivialAugmentWide()``, takes the nearest pixel."""
 
 _ENHANCE_WIDE = Scale(lambda magnitude: 1 + 0.99 * magnitude / LAST_BIN, True)
 _SHEAR_WIDE = Scale(lambda magnitude: 0.99 * magnitude / LAST_BIN, True)

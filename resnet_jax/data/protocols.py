@@ -9,7 +9,7 @@ be had again to the last example.
 import numpy as np
 from PIL import Image
 
-from resnet_jax.data.policies import to_array, to_pillow
+from resnet_jax.data.images import to_array, to_pillow
 from resnet_jax.errors import UserError, nearest
 
 FULL_IMAGE_SCALES = (224, 256, 384, 480, 640)
