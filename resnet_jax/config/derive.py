@@ -61,8 +61,9 @@ def derive(config: Config, training_examples: int) -> Derived:
         per_epoch = float(training_examples // batch)
         if not per_epoch:
             raise UserError(
-                f"data.partial_batch=drop leaves nothing of {training_examples} training "
-                f"examples in batches of {batch}: lower training.global_batch_size"
+                f"data.partial_batch=drop leaves nothing of {training_examples} "
+                f"training examples in batches of {batch}: lower "
+                "training.global_batch_size"
             )
     schedule = config.schedule
 

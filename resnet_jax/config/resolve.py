@@ -348,10 +348,11 @@ def _refuse_data(config: Config) -> None:
                 "augmentation.shorter_side crops on the host, image by image: "
                 "data.resident cannot be true"
             )
-    _refuse_evaluation_sizes(data)
+    crops = sides is not None or augmentation.crop_area is not None
+    _refuse_evaluation_sizes(data, crops)
 
 
-def _refuse_evaluation_sizes(data: DataConfig) -> None:
+def _refuse_evaluation_sizes(data: DataConfig, crops: bool) -> None:
     if data.eval_image_size is not None:
         if data.image_size is None:
             raise UserError(
@@ -365,6 +366,12 @@ def _refuse_evaluation_sizes(data: DataConfig) -> None:
                 f"data.eval_image_size={data.eval_image_size} is another size than "
                 f"that of the mean image, data.image_size={data.image_size}: set "
                 "data.normalization=per_channel or imagenet"
+            )
+        if data.eval_image_size != data.image_size and not crops:
+            raise UserError(
+                f"data.eval_image_size={data.eval_image_size} is another size than "
+                f"data.image_size={data.image_size}, and training makes no crops of "
+                "its own: set augmentation.crop_area or augmentation.shorter_side"
             )
     size = data.eval_image_size or data.image_size
     if data.eval_shorter_side is not None and (

@@ -62,8 +62,8 @@ def open_dataset(config: Config) -> Dataset:
         rest = np.sort(shuffled[data.holdout_examples :])
         holdout = Split("holdout", Subset(train, kept_aside), data)
         train = Subset(train, rest)
-    if config.augmentation.color_noise and train.channels != 3:
-        raise UserError("augmentation.color_noise needs colour images; these are grey")
+    if train.channels != 3:
+        _refuse_colors(config)
     opened = Dataset(
         train=Split("train", train, data),
         holdout=holdout,
@@ -76,3 +76,15 @@ def open_dataset(config: Config) -> Dataset:
             f"{opened.train.image_shape}: set data.image_size"
         )
     return opened
+
+
+def _refuse_colors(config: Config) -> None:
+    """Raises UserError where a config wants colours of grey images."""
+    wanted = {
+        "augmentation.color_noise": config.augmentation.color_noise,
+        "augmentation.color_jitter": config.augmentation.color_jitter,
+        "data.normalization=imagenet": config.data.normalization == "imagenet",
+    }
+    for name, is_set in wanted.items():
+        if is_set:
+            raise UserError(f"{name} needs colour images; these are grey")

@@ -193,6 +193,15 @@ def test_refuses_in_one_sentence(name, value, sentence):
                 "data.image_size": 160,
                 "data.eval_image_size": 224,
                 "data.normalization": "imagenet",
+            },
+            "set augmentation.crop_area or augmentation.shorter_side",
+        ),
+        (
+            {
+                "data.image_size": 160,
+                "data.eval_image_size": 224,
+                "data.normalization": "imagenet",
+                "augmentation.crop_area": (0.08, 1.0),
                 "data.eval_shorter_side": 200,
             },
             "that is not larger; it is 224",

@@ -9,6 +9,9 @@ from resnet_jax.data.batch import gather
 from resnet_jax.data.dataset import open_dataset
 from resnet_jax.data.feeds import ResidentFeed, StreamingFeed, make_feed
 from resnet_jax.data.order import Order
+from resnet_jax.data.sources import Subset
+from resnet_jax.data.sources.arrays import ArraySource
+from resnet_jax.data.split import Split
 from resnet_jax.errors import UserError
 from tests.conftest import write_image_folder
 
@@ -154,10 +157,95 @@ def test_a_holdout_larger_than_the_set_is_refused(image_folder):
         opened(image_folder, data__holdout_examples=18)
 
 
-def test_colour_noise_on_grey_images_is_refused(tfds_dir):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("augmentation__color_noise", 0.1),
+        ("augmentation__color_jitter", (0.4, 0.4, 0.4)),
+        ("data__normalization", "imagenet"),
+    ],
+)
+def test_colours_of_grey_images_are_refused(tfds_dir, name, value):
     config = default_config()
     config.training.steps = 1
     config.data.data_dir = tfds_dir
-    config.augmentation.color_noise = 0.1
+    section, key = name.split("__")
+    config[section][key] = value
     with pytest.raises(UserError, match=r"needs colour images"):
         open_dataset(resolve(config))
+
+
+def test_training_and_evaluation_may_differ_in_size(image_folder):
+    changes = {
+        "data__image_size": 8,
+        "data__eval_image_size": 10,
+        "data__eval_shorter_side": 11,
+        "data__normalization": "per_channel",
+        "augmentation__crop_area": (0.3, 1.0),
+    }
+    train = feed_of(image_folder, **changes)
+    images, _ = drawn(train.training_batches(0, 4, seed=0), train.resident, 1)
+    assert images.shape == (4, 8, 8, 3)
+    test = feed_of(image_folder, "test", **changes)
+    images, _ = drawn(test.evaluation_batches(4), test.resident, 1)
+    assert images.shape == (4, 10, 10, 3)
+    # The training split as evaluation sees it too, for `evaluate --split train`.
+    images, _ = drawn(train.evaluation_batches(4), train.resident, 1)
+    assert images.shape == (4, 10, 10, 3)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_incomplete_batch_may_be_dropped(image_folder, resident):
+    feed = feed_of(image_folder, data__resident=resident, data__partial_batch="drop")
+    images, labels = all_examples(image_folder, "train")
+    got = drawn(feed.training_batches(0, 8, seed=3), feed.resident, 4)
+    # Of 18 examples an epoch has two batches of 8.
+    expected = np.concatenate(
+        [Order.of(18, seed=3).examples(epoch * 18, 16) for epoch in range(2)]
+    )
+    np.testing.assert_array_equal(got[0], images[expected])
+    np.testing.assert_array_equal(got[1], labels[expected])
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_broken_images_are_skipped_and_told(image_folder, resident):
+    (image_folder / "test" / "bee" / "0.png").write_bytes(b"broken")
+    (image_folder / "train" / "bee" / "3.png").write_bytes(b"broken")
+    changes = {"data__on_error": "skip", "data__resident": resident}
+    feed = feed_of(image_folder, "test", **changes)
+    batches = list(feed.evaluation_batches(4))
+    counted = sum(float(np.asarray(batch["mask"]).sum()) for batch in batches)
+    assert counted == 5
+    assert "bee/0.png cannot be decoded" in feed.skipped[0]
+    train = feed_of(image_folder, **changes)
+    images, labels = drawn(train.training_batches(0, 18, seed=0), train.resident, 1)
+    assert len(train.skipped) == 1
+    # Another image stands in for it, with that image's label.
+    expected, classes = [], {}
+    for file in sorted((image_folder / "train").rglob("*.png")):
+        pixels = cv2.imread(str(file))
+        if pixels is not None:
+            expected.append(pixels[..., ::-1].tobytes())
+            classes[expected[-1]] = sorted(["ant", "bee", "cat"]).index(
+                file.parent.name
+            )
+    for image, label in zip(images, labels):
+        assert classes[image.tobytes()] == label
+
+
+def test_arrays_in_memory_are_streamed_as_they_are():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
+    labels = rng.integers(0, 5, 10)
+    source = Subset(ArraySource(images, labels, "abcde", "here"), np.arange(2, 10))
+    config = default_config()
+    config.training.steps = 1
+    config.data.resident = False
+    config.data.partial_batch = "drop"
+    config = resolve(config)
+    split = Split("train", source, config.data)
+    feed = make_feed(split, parallel.data_mesh(1), config.data, config.augmentation)
+    got = drawn(feed.training_batches(0, 3, seed=1), None, 2)
+    expected = 2 + Order.of(8, seed=1).examples(0, 6)
+    np.testing.assert_array_equal(got[0], images[expected])
+    np.testing.assert_array_equal(got[1], labels[expected])
