@@ -263,6 +263,67 @@ def test_a_streamed_folder_trains_as_a_resident_one(tiny_config, tmp_path, conso
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def crop_on_the_host(config, root):
+    config.data.path = str(root)
+    config.data.image_size = 8
+    config.data.normalization = "per_channel"
+    config.augmentation.pad = 0
+    config.augmentation.crop_area = (0.3, 1.0)
+    config.augmentation.flip = True
+    config.augmentation.policy = "trivialaugment"
+    config.training.global_batch_size = 8
+    config.training.steps = 6
+    config.training.log_every_steps = 1
+    config.checkpoint.every_steps = 2
+
+
+def test_a_streamed_run_goes_on_bit_for_bit_with_other_workers(
+    tiny_config, tmp_path, console, monkeypatch
+):
+    root = write_image_folder(tmp_path / "images", {"train": 8, "test": 3}, (12, 9))
+    crop_on_the_host(tiny_config, root)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    resnet_jax.train(tiny_config, whole, console)
+    append_row = Workdir.append_row
+
+    def stop_at_5(self, row):
+        if row["step"] == 5:
+            raise Stopped
+        append_row(self, row)
+
+    monkeypatch.setattr(Workdir, "append_row", stop_at_5)
+    with pytest.raises(Stopped):
+        resnet_jax.train(tiny_config, stopped, console)
+    monkeypatch.setattr(Workdir, "append_row", append_row)
+    tiny_config.data.num_threads = 1
+    tiny_config.data.num_processes = 2
+    tiny_config.data.prefetch_batches = 1
+    resnet_jax.train(tiny_config, stopped, console)
+    same(final_state(tiny_config, stopped)[0], final_state(tiny_config, whole)[0])
+
+
+def test_broken_images_stop_a_run_or_are_replaced_counted_and_told(
+    tiny_config, tmp_path, console
+):
+    root = write_image_folder(tmp_path / "images", {"train": 8, "test": 3}, (12, 9))
+    crop_on_the_host(tiny_config, root)
+    tiny_config.data.normalization = "none"
+    for name in ("train/bee/2.png", "test/cat/1.png"):
+        (root / name).write_bytes(b"no image")
+    tiny_config.data.resident = False
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match=r"bee/2\.png cannot be decoded"):
+        resnet_jax.train(tiny_config, workdir, console)
+    tiny_config.data.on_error = "skip"
+    result = resnet_jax.train(tiny_config, workdir, console)
+    # 6 steps of 8 are two epochs of 24.
+    assert result["train_skipped"] == 2
+    assert sum(row["train_skipped"] for row in rows_of(workdir)) == 2
+    assert result["test_count"] == 8
+    for name in ("bee/2.png", "cat/1.png"):
+        assert printed(console).count(name) == 1
+
+
 def test_a_workdir_that_cannot_be_written_is_named(tiny_config, tmp_path, console):
     file = tmp_path / "file"
     file.write_text("")
