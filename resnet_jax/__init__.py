@@ -11,6 +11,7 @@ from resnet_jax.models import create_model, list_models
 
 if TYPE_CHECKING:
     from resnet_jax.config import default_config, load_config
+    from resnet_jax.data.prepare import prepare
     from resnet_jax.training.evaluate import evaluate
     from resnet_jax.training.loop import train
     from resnet_jax.training.report import report
@@ -24,6 +25,7 @@ __all__ = [
     "list_models",
     "load_config",
     "load_weights",
+    "prepare",
     "report",
     "save_weights",
     "train",
@@ -32,6 +34,7 @@ __all__ = [
 _LAZY = {
     "default_config": "resnet_jax.config",
     "load_config": "resnet_jax.config",
+    "prepare": "resnet_jax.data.prepare",
     "train": "resnet_jax.training.loop",
     "evaluate": "resnet_jax.training.evaluate",
     "report": "resnet_jax.training.report",

@@ -14,6 +14,7 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax evaluate --workdir runs/digits
   resnet-jax report --workdir runs/digits --figure digits.png
   resnet-jax summary --compare resnet34 plain34
+  resnet-jax prepare /data/imagenet prepared --splits train,val
   resnet-jax convert resnet50.pth resnet50.safetensors --model resnet50
   resnet-jax benchmark step --model cifar_resnet20 --batch 128
 """
@@ -21,7 +22,15 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status: 0, 1 for a fault, 130 stopped."""
-    from resnet_jax.cli import benchmark, convert, evaluate, report, summary, train
+    from resnet_jax.cli import (
+        benchmark,
+        convert,
+        evaluate,
+        prepare,
+        report,
+        summary,
+        train,
+    )
 
     parser = argparse.ArgumentParser(
         prog="resnet-jax",
@@ -29,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (train, evaluate, report, summary, convert, benchmark):
+    for module in (train, evaluate, report, summary, prepare, convert, benchmark):
         module.add_parser(commands)
     # Overrides of config fields have names that argparse cannot list.
     options, rest = parser.parse_known_args(
@@ -50,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            "resnet-jax: stopped; the same command goes on from the last checkpoint, "
-            "if there is one",
+            "resnet-jax: stopped; the same command goes on from the last checkpoint "
+            "or shard, if there is one",
             file=sys.stderr,
         )
         return 130

@@ -151,7 +151,7 @@ def test_the_validation_labels_are_those_of_tfds(tmp_path, monkeypatch):
     folder = os.path.join(os.path.dirname(tfds.__file__), "datasets", "imagenet2012")
     with open(os.path.join(folder, "validation_labels.txt")) as file:
         wnids = file.read().split()
-    found = [source.class_names[label] for label in source._labels]
+    found = [source.class_names[label] for label in source.labels]
     assert found == wnids
 
 

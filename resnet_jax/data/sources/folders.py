@@ -70,6 +70,7 @@ class FolderSource:
       class_names: in the order of the labels.
       channels: 3; grey images are read as colour.
       names: of the files, from the folder on.
+      labels: int32 (n,).
     """
 
     channels = 3
@@ -81,17 +82,17 @@ class FolderSource:
         labels: np.ndarray,
         class_names: Sequence[str],
     ):
-        self._folder, self.names, self._labels = str(folder), names, labels
+        self._folder, self.names, self.labels = str(folder), names, labels
         self.class_names = class_names
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
         file = os.path.join(self._folder, self.names[index])
         try:
             with open(file, "rb") as opened:
-                return Example(opened.read(), int(self._labels[index]), file)
+                return Example(opened.read(), int(self.labels[index]), file)
         except OSError as error:
             raise UserError(f"image {file} cannot be read: {error.strerror}") from error
 

@@ -5,6 +5,7 @@ import difflib
 import importlib.util
 import io
 import os
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -146,10 +147,11 @@ def _prepared_builder(name: str, data_dir: str | None) -> Any:
         return builder
     stored_as = builder.info.file_format.value
     if stored_as == "tfrecord":
+        where = "" if data_dir is None else f" --data-dir {shlex.quote(str(data_dir))}"
         raise UserError(
             f"tfds data set {name} under {builder.data_dir} is prepared as TFRecord, "
-            f"which has no random access; run resnet-jax prepare tfds:{name} OUTPUT "
-            f"--data-dir {builder._data_dir_root} and set data.path=OUTPUT"
+            f"which has no random access; run resnet-jax prepare tfds:{name} OUTPUT"
+            f"{where} and set data.path=OUTPUT"
         )
     if stored_as != "array_record":
         raise UserError(
