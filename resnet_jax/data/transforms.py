@@ -150,46 +150,46 @@ def add_color_noise(key: jax.Array, images: jax.Array, deviation: float) -> jax.
 def color_jitter(
     key: jax.Array, images: jax.Array, strengths: Sequence[float]
 ) -> jax.Array:
-    """Changes brightness, contrast and saturation of each image, in random order.
+    """Changes brightness, contrast and saturation of each image (Howard 2013).
 
     As in fb.resnet.torch: of each a factor from U(1 - strength, 1 + strength), and no
-    clipping of what leaves [0, 1].
+    clipping of what leaves [0, 1]. So they commute: the random order that others do
+    them in makes no difference.
 
     Args:
       key: of the draw.
       images: (n, h, w, 3) in [0, 1].
       strengths: largest relative change of brightness, contrast and saturation.
     """
-    factor_key, order_key = jax.random.split(key)
-    shape = (images.shape[0], 3)
     spread = jnp.asarray(strengths, jnp.float32)
     factors = jax.random.uniform(
-        factor_key, shape, minval=1 - spread, maxval=1 + spread
+        key, (images.shape[0], 3), minval=1 - spread, maxval=1 + spread
     )
-    order = jnp.argsort(jax.random.uniform(order_key, shape), axis=1)
-    return jitter_colors(images, factors, order)
+    return jitter_colors(images, factors)
 
 
-def jitter_colors(images: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array:
+def jitter_colors(images: jax.Array, factors: jax.Array) -> jax.Array:
     """Blends each image with black, its mean grey and its grey self.
 
-    A factor f makes f x + (1 - f) y of the image x: y is black for brightness (0), the
-    mean of its grey values for contrast (1), the grey image for saturation (2).
+    A factor f makes f x + (1 - f) y of the image x, where y is black for brightness,
+    the mean of the image's grey values for contrast, the grey image for saturation.
 
     Args:
       images: (n, h, w, 3), float32.
       factors: (n, 3), of brightness, contrast and saturation.
-      order: (n, 3), permutations of 0, 1, 2: which is done first, second and third.
     """
-    for place in range(3):
-        kind = order[:, place, None]
-        factor = jnp.take_along_axis(factors, kind, axis=1)[:, :, None, None]
-        kind = kind[:, :, None, None]
-        grey = (images * _GREY_WEIGHTS).sum(-1, keepdims=True)
-        mean = grey.mean((1, 2), keepdims=True)
-        other = jnp.where(kind == 0, 0.0, jnp.where(kind == 1, mean, grey))
-        images = factor * images + (1 - factor) * other
-    return images
+    brightness, contrast, saturation = jnp.moveaxis(factors, 1, 0)[
+        ..., None, None, None
+    ]
+    images = brightness * images
+    mean = _grey(images).mean((1, 2), keepdims=True)
+    images = contrast * images + (1 - contrast) * mean
+    return saturation * images + (1 - saturation) * _grey(images)
+
+
+def _grey(images: jax.Array) -> jax.Array:
+    """Grey values (n, h, w, 1)."""
+    return (images * _GREY_WEIGHTS).sum(-1, keepdims=True)
 
 
 def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:

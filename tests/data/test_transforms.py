@@ -109,16 +109,16 @@ def jittered(image, factors, order):
     return image
 
 
-def test_jitter_blends_in_the_given_order():
-    orders = np.array(list(itertools.permutations(range(3))))
-    images = random_images(len(orders))
-    factors = RNG.uniform(0.2, 1.8, (len(orders), 3)).astype(np.float32)
-    found = transforms.jitter_colors(images, jnp.asarray(factors), jnp.asarray(orders))
-    expected = [jittered(*each) for each in zip(images, factors, orders)]
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_jitter_blends_as_published_in_whatever_order(order):
+    images = random_images()
+    factors = RNG.uniform(0.2, 1.8, (len(images), 3)).astype(np.float32)
+    found = transforms.jitter_colors(images, jnp.asarray(factors))
+    expected = [jittered(*each, order) for each in zip(images, factors)]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_jitter_draws_factors_and_orders_uniformly():
+def test_jitter_draws_factors_uniformly_and_apart():
     """Grey images show brightness times a constant; their contrast, both factors."""
     images = np.ones((4000, 1, 2, 3), np.float32) * [[0.25], [0.75]]
     only_brightness = transforms.color_jitter(jax.random.key(0), images, (0.4, 0, 0))
@@ -132,6 +132,10 @@ def test_jitter_draws_factors_and_orders_uniformly():
     contrasts = np.ptp(np.asarray(rest)[..., 0], axis=2)[:, 0] / 0.5
     np.testing.assert_allclose(contrasts.mean(), 1, atol=0.02)
     np.testing.assert_allclose(contrasts.std(), 0.8 / np.sqrt(12), rtol=0.05)
+    both = transforms.color_jitter(jax.random.key(2), images, (0.4, 0.4, 0))
+    means = np.mean(both, (1, 2, 3))
+    contrasts = np.ptp(np.asarray(both)[..., 0], axis=2)[:, 0] / means
+    assert abs(np.corrcoef(means, contrasts)[0, 1]) < 0.06
 
 
 def test_jitter_of_strength_zero_changes_nothing():
@@ -140,23 +144,7 @@ def test_jitter_of_strength_zero_changes_nothing():
     np.testing.assert_allclose(found, images, atol=1e-6)
 
 
-def test_jitter_takes_every_order():
-    """A pixel that is not grey ends elsewhere for each order of the operations."""
-    images = np.tile(random_images(1), (300, 1, 1, 1))
-    factors = np.tile(np.float32([0.5, 1.5, 0.3]), (300, 1))
-    one_by_one = {
-        order: jittered(images[0], factors[0], order)[0, 0]
-        for order in itertools.permutations(range(3))
-    }
-    keys = jax.random.split(jax.random.key(3))
-    order = jnp.argsort(jax.random.uniform(keys[1], (300, 3)), axis=1)
-    found = np.asarray(transforms.jitter_colors(images, factors, order))[:, 0, 0]
-    counts = [
-        int((np.abs(found - pixel).max(1) < 1e-5).sum())
-        for pixel in one_by_one.values()
-    ]
-    # Brightness commutes with both others: two ends, of three orders each.
-    assert sum(count > 100 for count in counts) == 6
+erase = jax.jit(transforms.erase)
 
 
 def erased_pixels(images, found):
@@ -167,7 +155,7 @@ def erased_pixels(images, found):
 
 def test_erasing_takes_a_rectangle_of_the_published_size():
     images = 1 + random_images(2000, 40, 30)
-    found = np.asarray(transforms.erase(jax.random.key(0), images, 1.0))
+    found = np.asarray(erase(jax.random.key(0), images, 1.0))
     erased = erased_pixels(images, found)
     rows, columns = erased.any(2).sum(1), erased.any(1).sum(1)
     # All of each bounding box is erased: it is a rectangle.
@@ -187,7 +175,7 @@ def test_erasing_takes_a_rectangle_of_the_published_size():
 
 def test_erasing_reaches_every_border_and_place():
     images = np.ones((2000, 12, 12, 1), np.float32)
-    found = transforms.erase(jax.random.key(5), images, 1.0)
+    found = erase(jax.random.key(5), images, 1.0)
     often = (np.asarray(found)[..., 0] == 0).mean(0)
     assert often.min() > 0.01
     np.testing.assert_allclose(often, often[::-1], atol=0.07)
@@ -196,16 +184,16 @@ def test_erasing_reaches_every_border_and_place():
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_erasing_is_done_with_its_probability(probability):
-    images = 1 + random_images(1000, 16, 16)
-    found = np.asarray(transforms.erase(jax.random.key(1), images, probability))
+    images = 1 + random_images(2000, 40, 30)
+    found = np.asarray(erase(jax.random.key(1), images, probability))
     share = erased_pixels(images, found).any((1, 2)).mean()
     tolerance = 0 if probability in (0, 1) else 0.05
     assert abs(share - probability) <= tolerance
 
 
 def test_erasing_leaves_images_alone_in_which_nothing_fits():
-    boxes = transforms.erasing_boxes(jax.random.key(0), 50, 1, 1)
-    np.testing.assert_array_equal(boxes[:, 2:], boxes[:, :2])
+    images = np.ones((50, 1, 1, 1), np.float32)
+    np.testing.assert_array_equal(erase(jax.random.key(0), images, 1.0), images)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -315,7 +303,8 @@ def test_new_operations_leave_the_numbers_of_older_ones():
     key = jax.random.key(7)
     plain = AugmentationConfig(pad=1, flip=True)
     more = dataclasses.replace(plain, erasing_probability=1.0)
-    before = np.asarray(transforms.augment(key, images, pixels, plain))
-    after = np.asarray(transforms.augment(key, images, pixels, more))
+    augment = jax.jit(transforms.augment, static_argnums=3)
+    before = np.asarray(augment(key, images, pixels, plain))
+    after = np.asarray(augment(key, images, pixels, more))
     assert np.array_equal(after[after != 0], before[after != 0])
     assert (after != before).any()
