@@ -56,6 +56,19 @@ def test_everything_comes_back_bit_for_bit(tmp_path, setup):
     assert len(restored.params["head"]["kernel"].sharding.device_set) == 8
 
 
+def test_what_lamb_remembers_comes_back_beside_a_frozen_part(tmp_path, tfds_dir):
+    config = make_tiny_config(tfds_dir)
+    config.model.frozen = ("stem",)
+    config.optimizer.kind = "lamb"
+    config.optimizer.weight_decay_scope = "kernels"
+    config.optimizer.max_grad_norm = 1.0
+    setup = prepare(resolve(config), parallel.data_mesh())
+    state = save_steps(tmp_path, setup, [3])
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        restored, _ = checkpoints.restore(3, setup.abstract_state())
+    same(restored, at_step(state, 3))
+
+
 @pytest.mark.parametrize(
     ("config", "kept"),
     [
