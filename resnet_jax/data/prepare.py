@@ -19,16 +19,13 @@ import json
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import rich.console
-import rich.progress
 from etils import epath
 
 from resnet_jax.data import records, shards
@@ -36,6 +33,7 @@ from resnet_jax.data.encoding import Encoding
 from resnet_jax.data.sources import Collection, Source, open_path
 from resnet_jax.data.sources.folders import FolderSource, Names
 from resnet_jax.data.sources.tars import TarCollection, TarSource, find_tars
+from resnet_jax.data.workers import in_threads, say
 from resnet_jax.errors import UserError, nearest
 
 PROGRESS = "progress.json"
@@ -95,7 +93,7 @@ def prepare(
     with _lock(folder):
         finished = _finished(folder, settings)
         if finished is not None:
-            _say(console, f"{folder} is prepared already; --verify checks it")
+            say(console, f"{folder} is prepared already; --verify checks it")
             return finished
         progress = _begin(folder, str(source), settings, sources, encoding)
         _refuse_small_disk(folder, progress)
@@ -134,7 +132,7 @@ def verify(
     console = console or rich.console.Console()
     _verify(folder, entries, threads, console)
     examples = sum(entry["examples"] for entry in entries)
-    _say(console, f"{folder}: all {len(entries)} shards are whole, {examples} examples")
+    say(console, f"{folder}: all {len(entries)} shards are whole, {examples} examples")
 
 
 def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collection:
@@ -256,7 +254,9 @@ def _settings(
         "encoder": f"OpenCV {cv2.__version__}" if again else None,
         "num_shards": num_shards,
         "shard_mib": None if num_shards else shard_mib,
-        "class_names_sha256": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+        "class_names_sha256": hashlib.sha256(
+            "\n".join(names).encode("utf-8", "surrogateescape")
+        ).hexdigest(),
         "splits": {split: _identity(source) for split, source in sources.items()},
     }
 
@@ -413,7 +413,7 @@ def _write_missing(
         _refuse_left_out(folder, done)
     missing = [job for job in jobs if job.file not in done]
     if done:
-        _say(console, f"{len(done)} of {len(jobs)} shards are written already")
+        say(console, f"{len(done)} of {len(jobs)} shards are written already")
 
     def write(job: shards.Job, tick: Callable[[], None]) -> None:
         entry = shards.write(job, folder, encoding, on_error == "skip", tick)
@@ -423,7 +423,7 @@ def _write_missing(
 
     lock = threading.Lock()
     total = sum(len(job.indices) for job in missing)
-    _in_threads(write, missing, threads, total, "examples", console)
+    in_threads(write, missing, threads, total, "examples", console)
 
 
 def _refuse_left_out(folder: Path, done: dict[str, Any]) -> None:
@@ -492,98 +492,13 @@ def _verify(
         if fault is not None:
             found.append(fault)
 
-    _in_threads(check, entries, threads, len(entries), "shards checked", console)
+    in_threads(check, entries, threads, len(entries), "shards checked", console)
     if found:
         others = f" ({len(found)} shards in all)" if len(found) > 1 else ""
         raise UserError(
             f"{min(found)}{others}; delete it, and manifest.json if there is one, and "
             "prepare again"
         )
-
-
-def _in_threads(
-    work: Callable[[Any, Callable[[], None]], None],
-    items: Sequence[Any],
-    threads: int | None,
-    total: int,
-    unit: str,
-    console: rich.console.Console,
-) -> None:
-    """Calls ``work(item, tick)`` for all items; the first error stops all."""
-    stop = threading.Event()
-    counter = _Counter(total, unit, console)
-
-    def tick() -> None:
-        if stop.is_set():
-            raise shards.Stopped
-        counter.count()
-
-    workers = threads or len(os.sched_getaffinity(0))
-    with counter, ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, item, tick) for item in items]
-        try:
-            _wait(futures, counter)
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _wait(futures: Sequence[Future[None]], counter: "_Counter") -> None:
-    waiting = set(futures)
-    while waiting:
-        finished, waiting = wait(waiting, 0.2, FIRST_EXCEPTION)
-        for future in finished:
-            future.result()
-        counter.show()
-
-
-class _Counter:
-    """How far the work is: a bar on a terminal, else a line now and then."""
-
-    _LINE_SECONDS = 30.0
-
-    def __init__(self, total: int, unit: str, console: rich.console.Console):
-        self._total, self._unit, self._console = total, unit, console
-        self._done = 0
-        self._lock = threading.Lock()
-        self._began = self._shown = time.monotonic()
-        self._bar = rich.progress.Progress(
-            rich.progress.BarColumn(bar_width=20),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn(unit),
-            rich.progress.TextColumn("{task.fields[speed]:,.0f}/s"),
-            rich.progress.TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=total, speed=0.0)
-
-    def __enter__(self) -> "_Counter":
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
-
-    def count(self) -> None:
-        """One more is being done; called from any thread."""
-        with self._lock:
-            self._done += 1
-
-    def show(self) -> None:
-        """Shows how many are done."""
-        now = time.monotonic()
-        speed = self._done / max(now - self._began, 1e-3)
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=self._done, speed=speed)
-        elif now - self._shown > self._LINE_SECONDS:
-            self._shown = now
-            _say(
-                self._console,
-                f"{self._done:,} of {self._total:,} {self._unit} · {speed:,.0f}/s",
-            )
 
 
 def _summarize(
@@ -597,9 +512,5 @@ def _summarize(
         if split["left_out"]:
             first = split["left_out"][0]
             line += f"; {len(split['left_out'])} left out, such as {first['name']}"
-        _say(console, line)
-    _say(console, f"prepared and checked; train on it with data.path={folder}")
-
-
-def _say(console: rich.console.Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+        say(console, line)
+    say(console, f"prepared and checked; train on it with data.path={folder}")

@@ -27,10 +27,6 @@ PARTIAL = ".partial"
 _CHUNK = 2**20
 
 
-class Stopped(Exception):  # noqa: N818 - no error: another thread met one
-    """The work is to be left off."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A shard to write.
@@ -172,7 +168,7 @@ def _sync_folder(folder: Path) -> None:
 def write_json(file: Path, content: Any) -> None:
     """Replaces a JSON file in one step."""
     partial = file.with_name(file.name + PARTIAL)
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
     _settle(partial, file)
 
 

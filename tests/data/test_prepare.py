@@ -306,6 +306,20 @@ def test_the_checksum_is_that_of_the_standard():
     assert masked_checksum(bytes(32)) == (rotated + 0xA282EAD8) & 0xFFFFFFFF
 
 
+NO_TENSORFLOW = """
+import importlib.machinery, sys
+finder = importlib.machinery.PathFinder
+find_spec = finder.find_spec
+def hiding(name, path=None, target=None):
+    return None if name == "tensorflow" else find_spec(name, path, target)
+finder.find_spec = hiding
+from resnet_jax.cli import main
+status = main(sys.argv[1:])
+assert "tensorflow" not in sys.modules
+sys.exit(status)
+"""
+
+
 def test_a_tfrecord_data_set_is_converted_by_the_command_of_its_error(tmp_path):
     expected = write_tfrecords(tmp_path / "tfds", per_shard=(3, 4))
     config = default_config()
@@ -317,7 +331,7 @@ def test_a_tfrecord_data_set_is_converted_by_the_command_of_its_error(tmp_path):
     words = command.replace("OUTPUT", str(tmp_path / "out")).split()
     assert words[0] == "prepare"
     done = subprocess.run(
-        [sys.executable, "-m", "resnet_jax", *words],
+        [sys.executable, "-c", NO_TENSORFLOW, *words],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
@@ -419,6 +433,26 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
         del manifest["created"]
     assert resumed == undisturbed
     assert sorted(os.listdir(output)) == sorted(os.listdir(tmp_path / "a"))
+
+
+def test_an_interrupt_is_one_sentence_and_the_command_goes_on(tmp_path):
+    source = write_image_folder(tmp_path / "images", {"train": 40})
+    arguments = ["prepare", str(source), str(tmp_path / "out"), "--shards=12"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list((tmp_path / "out").glob("*.array_record")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate()
+    assert process.returncode == 130
+    assert told.count("\n") == 1
+    assert "the same command goes on from the last checkpoint or shard" in told
+    prepare(source, tmp_path / "out", num_shards=12)
 
 
 def stopped_half_way(source, output):
@@ -552,6 +586,42 @@ def test_broken_images_stop_or_are_left_out_and_listed(folder, tmp_path):
     assert len(found) == 18
     for example in found:
         assert images.decode(example, 3).shape == (10, 12, 3)
+
+
+def test_file_names_that_are_not_utf8_are_kept(tmp_path):
+    source = tmp_path / "images" / "train" / "a"
+    source.mkdir(parents=True)
+    for name, content in ((b"\xff.png", b"text"), (b"\xfe.png", None)):
+        with open(os.fsencode(source) + b"/" + name, "wb") as file:
+            file.write(content or encoded(photo(20, 20), "PNG"))
+    manifest = prepare(tmp_path / "images", tmp_path / "out", on_error="skip")
+    (example,) = all_examples(tmp_path / "out")
+    assert os.fsencode(example.name) == b"a/\xfe.png"
+    (left_out,) = manifest["splits"]["train"]["left_out"]
+    assert os.fsencode(left_out["name"]) == b"a/\xff.png"
+
+
+def test_examples_without_a_label_are_refused(tmp_path, monkeypatch):
+    expected = write_tfrecords(tmp_path / "tfds", per_shard=(2,))
+    given = TfRecordSource.__getitem__
+
+    def unlabelled(source, index):
+        example = given(source, index)
+        return type(example)(example.image, -1, example.name)
+
+    monkeypatch.setattr(TfRecordSource, "__getitem__", unlabelled)
+    assert len(expected) == 2
+    with pytest.raises(UserError, match=r"has no label \(-1\)"):
+        prepare("tfds:tiny_shapes", tmp_path / "out", data_dir=tmp_path / "tfds")
+
+
+def test_a_store_that_cannot_be_reached_is_one_sentence(monkeypatch):
+    def fails(path):
+        raise RuntimeError("no route\nto host")
+
+    monkeypatch.setattr("etils.epath.gpath.PosixGPath.exists", fails)
+    with pytest.raises(UserError, match=r"gs://b/x cannot be reached: no route; it"):
+        open_path("gs://b/x")
 
 
 def test_a_split_of_broken_images_alone_is_refused(tmp_path):

@@ -66,7 +66,7 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
     from resnet_jax.data.sources.records import RecordsCollection
 
     root = epath.Path(os.path.expanduser(path))
-    if not root.exists():
+    if not _exists(root):
         raise UserError(
             f"data.path {root} does not exist; give the folder that resnet-jax prepare "
             "made, or that holds train/CLASS/IMAGE, CIFAR's .bin or MNIST's idx files"
@@ -94,6 +94,20 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
         if found is not None:
             return found
     return FolderCollection(root, classes_of)
+
+
+def _exists(path: epath.Path) -> bool:
+    try:
+        return path.exists()
+    except Exception as error:
+        # Each way to reach a store of objects has errors of its own.
+        if "://" not in os.fspath(path):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"data.path {path} cannot be reached: {reason[0]}; it needs the network, "
+            "credentials, and gcsfs or TensorFlow"
+        ) from error
 
 
 def open_sources(data: DataConfig) -> tuple[Source, Source, Source | None]:

@@ -5,11 +5,13 @@
 is a run of bytes in the outer file: they are indexed once and then read in any order.
 """
 
+import array
+import contextlib
 import os
 import re
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -43,14 +45,23 @@ class TarSource:
     def __init__(
         self,
         path: Path,
-        members: Sequence[_Member],
-        labels: np.ndarray,
+        members: Iterable[_Member],
+        labels: Callable[[Names], np.ndarray],
         class_names: Sequence[str],
     ):
+        """Lists ``members``; ``labels`` gives theirs when all are known."""
+        starts, sizes = array.array("q"), array.array("q")
+
+        def names() -> Iterator[str]:
+            for name, start, size in members:
+                starts.append(start)
+                sizes.append(size)
+                yield name
+
         self._path = str(path)
-        self.names = Names(name for name, _, _ in members)
-        self._places = np.array([place[1:] for place in members], np.int64)
-        self.labels = labels
+        self.names = Names(names())
+        self._starts, self._sizes = np.array(starts), np.array(sizes)
+        self.labels = labels(self.names)
         self.class_names = class_names
         self._lock, self._file = threading.Lock(), -1
 
@@ -58,7 +69,7 @@ class TarSource:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        start, size = (int(value) for value in self._places[index])
+        start, size = int(self._starts[index]), int(self._sizes[index])
         name = f"{self._path}/{self.names[index]}"
         try:
             image = os.pread(self._opened(), size, start)
@@ -104,81 +115,100 @@ class TarCollection(SplitCollection):
     """Splits in tars: a tar of tars, one for each class, or images with a list."""
 
     def __init__(self, tars: Mapping[str, Path]):
-        """Takes splits to their tars; they are indexed when they are first asked for.
+        """Takes splits to their tars; what is in them is listed when it is asked for.
 
         The classes are those of the tar of tars; where there is none, ImageNet's.
         """
         self._tars = dict(tars)
         self._sources: dict[str, TarSource] = {}
-        self._members = {split: _index(path) for split, path in tars.items()}
-        nested = [found for found in self._members.values() if isinstance(found, dict)]
-        class_names = tuple(sorted(nested[0])) if nested else imagenet.class_ids()
+        self._outer = {split: _outer_members(path) for split, path in tars.items()}
+        nested = [found for found in self._outer.values() if _is_nested(found)]
+        class_names = [_class_of(member) for member in nested[0]] if nested else None
         self.description = Description(
             name=", ".join(map(str, tars.values())),
-            class_names=class_names,
+            class_names=tuple(class_names or imagenet.class_ids()),
             channels=TarSource.channels,
             num_examples=Counts(tuple(tars), lambda split: len(self._open(split))),
         )
 
     def _open(self, split: str) -> TarSource:
         if split not in self._sources:
-            path, found = self._tars[split], self._members.pop(split)
-            described = self.description.class_names
-            if isinstance(found, dict):
-                members, labels = _by_class(path, found, described)
-            else:
-                members, labels = _by_list(path, split, found, described)
-            self._sources[split] = TarSource(path, members, labels, described)
+            path, outer = self._tars[split], self._outer[split]
+            read = self._by_class if _is_nested(outer) else self._by_list
+            with _told_of(path):
+                self._sources[split] = read(path, split, outer)
         return self._sources[split]
 
+    def _by_class(self, path: Path, split: str, outer: list[_Member]) -> TarSource:
+        class_names = self.description.class_names
+        label_of = {name: label for label, name in enumerate(class_names)}
+        labels = array.array("i")
 
-def _by_class(
-    path: Path, found: dict[str, list[_Member]], class_names: Sequence[str]
-) -> tuple[list[_Member], np.ndarray]:
-    label_of = {name: label for label, name in enumerate(class_names)}
-    members: list[_Member] = []
-    labels: list[int] = []
-    for name in sorted(found):
-        if name not in label_of:
-            raise UserError(
-                f"{path} has the class {name}, which the training split lacks; a net "
-                "cannot tell it"
-            )
-        if not found[name]:
-            raise UserError(f"{path}: {name}.tar holds no images; it is damaged")
-        members += [(f"{name}/{file}", at, size) for file, at, size in found[name]]
-        labels += [label_of[name]] * len(found[name])
-    return members, np.array(labels, np.int32)
+        def members() -> Iterator[_Member]:
+            with open(path, "rb") as file:
+                for tar in outer:
+                    name, images = _class_of(tar), _images(file, tar, path)
+                    if name not in label_of:
+                        raise UserError(
+                            f"{path} has the class {name}, which the training split "
+                            "lacks; a net cannot tell it"
+                        )
+                    labels.extend([label_of[name]] * len(images))
+                    yield from (
+                        (f"{name}/{each}", at, size) for each, at, size in images
+                    )
 
-
-def _by_list(
-    path: Path, split: str, found: list[_Member], class_names: Sequence[str]
-) -> tuple[list[_Member], np.ndarray]:
-    if not found:
-        raise UserError(
-            f"{path} holds no images and no tars of images; expected what "
-            "ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar holds"
+        return TarSource(
+            path, members(), lambda _: np.array(labels, np.int32), class_names
         )
-    files = [name for name, _, _ in found]
-    listed = find_list(path.parent, split, files, str(path))
-    return found, listed.labels(files, class_names, str(path))
+
+    def _by_list(self, path: Path, split: str, outer: list[_Member]) -> TarSource:
+        class_names = self.description.class_names
+        if not outer:
+            raise UserError(
+                f"{path} holds no images and no tars of images; expected what "
+                "ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar holds"
+            )
+
+        def labels(names: Names) -> np.ndarray:
+            files = [names[i] for i in range(len(names))]
+            listed = find_list(path.parent, split, files, str(path))
+            return listed.labels(files, class_names, str(path))
+
+        return TarSource(path, outer, labels, class_names)
 
 
-def _index(path: Path) -> list[_Member] | dict[str, list[_Member]]:
-    """Images in a tar, sorted by name, or, in a tar of tars, those of each class."""
+def _is_nested(outer: list[_Member]) -> bool:
+    return bool(outer) and outer[0][0].endswith(".tar")
+
+
+def _class_of(tar: _Member) -> str:
+    return tar[0].removesuffix(".tar")
+
+
+def _outer_members(path: Path) -> list[_Member]:
+    """Tars in a tar, or else images in it, sorted by name."""
+    with _told_of(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        found = sorted(_members(file, 0, size, str(path)))
+    tars = [member for member in found if member[0].endswith(".tar")]
+    return tars or [member for member in found if is_image_name(member[0])]
+
+
+def _images(file: BinaryIO, tar: _Member, path: Path) -> list[_Member]:
+    name, start, size = tar
+    inner = _members(file, start, start + size, f"{path}/{name}")
+    images = sorted(member for member in inner if is_image_name(member[0]))
+    if not images:
+        raise UserError(f"{path}: {name} holds no images; it is damaged")
+    return images
+
+
+@contextlib.contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """Tells the user what is wrong with a tar."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            outer = list(_members(file, 0, size, str(path)))
-            tars = [member for member in outer if member[0].endswith(".tar")]
-            if not tars:
-                return sorted(member for member in outer if is_image_name(member[0]))
-            classes: dict[str, list[_Member]] = {}
-            for name, start, length in tars:
-                inner = _members(file, start, start + length, f"{path}/{name}")
-                images = sorted(each for each in inner if is_image_name(each[0]))
-                classes[name.removesuffix(".tar")] = images
-            return classes
+        yield
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except tarfile.TarError as error:

@@ -131,12 +131,12 @@ def find_builder(name: str, data_dir: str | None) -> Any:
             f"there is no tfds data set {name}; {hint}For files of your own give "
             "data.path"
         ) from None
-    except (AssertionError, ValueError) as error:
-        # tfds says so where a version does not exist, and much else beside.
+    except (AssertionError, ValueError, RuntimeError) as error:
+        # A version that does not exist, a gs:// URL that cannot be reached, and more.
         reason = str(error).strip().splitlines() or ["unknown"]
         raise UserError(
             f"tfds data set {name} cannot be opened: {reason[0]}; expected NAME or "
-            "NAME:VERSION"
+            "NAME:VERSION, prepared below data.data_dir"
         ) from error
 
 

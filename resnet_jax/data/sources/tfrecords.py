@@ -148,6 +148,11 @@ class TfRecordCollection(SplitCollection):
 
     def _open(self, split: str) -> TfRecordSource:
         if split not in self._sources:
+            if "://" in str(self._builder.data_dir):
+                raise UserError(
+                    f"TFRecord files are read from a disk; copy "
+                    f"{self._builder.data_dir} there first"
+                )
             info = self._builder.info.splits[split]
             self._sources[split] = TfRecordSource(
                 [os.fspath(file) for file in info.filepaths],
