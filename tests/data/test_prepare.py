@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from resnet_jax.config import default_config, resolve
 from resnet_jax.data import images
 from resnet_jax.data.prepare import verify
 from resnet_jax.data.sources import imagenet, open_collection, open_path
+from resnet_jax.data.sources.tars import TarCollection
 from resnet_jax.data.sources.tfrecords import TfRecordSource, masked_checksum
 from resnet_jax.errors import UserError
 from tests.conftest import REPOSITORY, make_console, write_image_folder
@@ -212,9 +215,26 @@ def test_tars_give_the_same_shards_as_the_extracted_folders(extracted, tmp_path)
     manifest = prepare(tmp_path / "tars", tmp_path / "b", **options)
     assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
     assert manifest["splits"]["val"]["examples"] == 7
-    # The tar alone, with sub-splits and pickled as for a worker.
     single = prepare(tmp_path / "tars" / "ILSVRC2012_img_train.tar", tmp_path / "c")
     assert list(single["splits"]) == ["train"]
+
+
+def test_sources_are_read_by_many_threads_and_sent_to_processes(extracted, tmp_path):
+    (tmp_path / "tars").mkdir()
+    write_tars(tmp_path / "tars", extracted, "val")
+    prepare(extracted, tmp_path / "out", splits=("train",), num_shards=3)
+    tars = TarCollection({"train": tmp_path / "tars" / "ILSVRC2012_img_train.tar"})
+    context = multiprocessing.get_context("spawn")
+    for collection in (tars, open_path(extracted), open_path(tmp_path / "out")):
+        source = collection.source("train[:5]+train[-4:]")
+        expected = [source[i].image for i in range(9)]
+        again = pickle.loads(pickle.dumps(source))
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(again.__getitem__, list(range(9)) * 20))
+        assert [example.image for example in found] == expected * 20
+        with context.Pool(1) as processes:
+            found = processes.map(source.__getitem__, range(9))
+        assert [example.image for example in found] == expected
 
 
 def test_damaged_tars_are_refused(extracted, tmp_path):
