@@ -8,7 +8,7 @@ from resnet_jax.errors import UserError
 _DESCRIPTION = """Write a data set as shards of ArrayRecord, which training reads fast.
 
   resnet-jax prepare /data/imagenet prepared --splits train,val
-  resnet-jax prepare ILSVRC2012_img_train.tar prepared --shorter-side 512
+  resnet-jax prepare ILSVRC2012_img_train.tar prepared --shorter-side 480 --quality 90
   resnet-jax prepare tfds:imagenet2012 prepared --data-dir ~/tensorflow_datasets
   resnet-jax prepare --verify prepared
 
@@ -59,9 +59,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--quality",
         type=int,
-        default=95,
         metavar="Q",
-        help="of the JPEG files of images made smaller (default: 95)",
+        help="encode all images as JPEG of this quality, where that is smaller "
+        "(default: those made smaller alone, with 95)",
     )
     parser.add_argument(
         "--shards",

@@ -50,7 +50,7 @@ def prepare(
     splits: Sequence[str] | None = None,
     data_dir: str | None = None,
     shorter_side: int | None = None,
-    quality: int = 95,
+    quality: int | None = None,
     num_shards: int | None = None,
     shard_mib: int = 512,
     threads: int | None = None,
@@ -66,7 +66,8 @@ def prepare(
       splits: which to take; None: all.
       data_dir: where tfds data sets are prepared.
       shorter_side: make larger images so small; None: keep all as they are.
-      quality: of the JPEG files of images made smaller, 1 to 100.
+      quality: encode all images as JPEG of it, 1 to 100, where that is smaller; None:
+        those alone that are made smaller, with 95.
       num_shards: of each split; None: as many as ``shard_mib`` asks for.
       shard_mib: size of a shard in MiB, about.
       threads: shards that are written at once; None: one for each processor.
@@ -168,7 +169,7 @@ def _open_tfds(name: str, data_dir: str | None) -> Collection:
 
 def _refuse_numbers(
     shorter_side: int | None,
-    quality: int,
+    quality: int | None,
     num_shards: int | None,
     shard_mib: int,
     threads: int | None,
@@ -182,7 +183,7 @@ def _refuse_numbers(
     for name, value in given.items():
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
-    if not 1 <= quality <= 100:
+    if quality is not None and not 1 <= quality <= 100:
         raise UserError(f"quality is a number from 1 to 100, not {quality}")
 
 
@@ -246,12 +247,11 @@ def _settings(
     shard_mib: int,
 ) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
-    again = encoding.shorter_side is not None
     names = collection.description.class_names
     return {
         "shorter_side": encoding.shorter_side,
-        "quality": encoding.quality if again else None,
-        "encoder": f"OpenCV {cv2.__version__}" if again else None,
+        "quality": encoding.quality,
+        "encoder": f"OpenCV {cv2.__version__}" if encoding.changes else None,
         "num_shards": num_shards,
         "shard_mib": None if num_shards else shard_mib,
         "class_names_sha256": hashlib.sha256(

@@ -71,7 +71,7 @@ def evaluate(
     if part is None:
         raise UserError(
             f"there is no split {split!r}; choose test or train, or holdout where "
-            "data.holdout_examples is set"
+            "data.holdout_examples or data.holdout_split is set"
         )
     if not folder.checkpoints.is_dir():
         raise UserError(f"workdir {folder.path} holds no checkpoint yet")
@@ -138,7 +138,7 @@ def _find_step(checkpoints: Checkpoints, wanted: int | str, folder: Workdir) -> 
         if best is None:
             raise UserError(
                 f"the run in {folder.path} has no best checkpoint: it needs "
-                "data.holdout_examples and checkpoint.best"
+                "data.holdout_examples or data.holdout_split, and checkpoint.best"
             )
         return best
     if wanted not in steps:

@@ -149,7 +149,7 @@ def test_large_images_are_made_smaller_and_no_others(tmp_path):
     }
     for name, content in stored.items():
         (source / name).write_bytes(content)
-    prepare(source.parent.parent, tmp_path / "out", shorter_side=100, quality=95)
+    prepare(source.parent.parent, tmp_path / "out", shorter_side=100)
     found = {each.name[2:]: each.image for each in all_examples(tmp_path / "out")}
     assert found.keys() == stored.keys()
     kept = {name for name in stored if found[name] == stored[name]}
@@ -174,6 +174,29 @@ def test_large_images_are_made_smaller_and_no_others(tmp_path):
         assert np.abs(difference).mean() < 1.5, name
     # Quality 95 is that of the standard's tables: a fixed entry of the first one.
     assert Image.open(io.BytesIO(found["wide.jpg"])).quantization[0][0] == 2
+
+
+def test_with_a_quality_all_images_are_encoded_that_are_smaller_then(tmp_path):
+    source = tmp_path / "images" / "train" / "a"
+    source.mkdir(parents=True)
+    stored = {
+        "large.jpg": encoded(photo(120, 80), quality=100),
+        "lossless.png": encoded(photo(120, 80), "PNG"),
+        "small.jpg": encoded(photo(120, 80), quality=5, optimize=True),
+    }
+    for name, content in stored.items():
+        (source / name).write_bytes(content)
+    prepare(source.parent.parent, tmp_path / "out", quality=90)
+    found = {each.name[2:]: each.image for each in all_examples(tmp_path / "out")}
+    assert found["small.jpg"] == stored["small.jpg"]
+    for name in ("large.jpg", "lossless.png"):
+        assert len(found[name]) < len(stored[name])
+        opened = Image.open(io.BytesIO(found[name]))
+        assert opened.size == (120, 80)
+        assert opened.quantization[0][0] == 3  # quality 90, by the standard's tables
+        assert [opened.layer[i][1:3] for i in range(3)] == [(2, 2), (1, 1), (1, 1)]
+        original = np.asarray(Image.open(io.BytesIO(stored[name])), float)
+        assert np.abs(np.asarray(opened, float) - original).mean() < 4
 
 
 def write_tars(root, folder, split):
