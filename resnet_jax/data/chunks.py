@@ -7,7 +7,7 @@ what worker processes import: it touches no device.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ float32 (m,); ``skipped``: a line a broken image; or else ``error``: a sentence.
 _MAX_IMAGES = 64
 _MAX_BYTES = 16 * 2**20
 
-_ATTEMPTS = 100
-"""Replacements tried for a broken image: beyond that the data set is broken."""
+_REPLACEMENTS = 100
+"""Tried for a broken image: beyond that the data set is broken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,41 +105,29 @@ class TrainingChunks:
         chunk = _empty(len(places), self.split.training_shape)
         skipped: list[str] = []
         for row, index in enumerate(indices):
-            rng = self.order.generator(first + row)
-            write = self._writer(rng, chunk["image"][row])
             try:
-                chunk["label"][row] = write(int(index))
+                chunk["label"][row] = self._write(
+                    int(index), first + row, chunk["image"][row], skipped
+                )
             except UserError as error:
-                if not self.skips:
-                    return {"error": str(error)}
-                skipped.append(str(error))
-                replaced = self._replace(rng, write, skipped)
-                if replaced is None:
-                    return {"error": f"{error} ({_ATTEMPTS} others are broken too)"}
-                chunk["label"][row] = replaced
+                return {"error": str(error)}
         return chunk | {"skipped": "\n".join(skipped)}
 
-    def _writer(
-        self, rng: np.random.Generator, out: np.ndarray
-    ) -> Callable[[int], int]:
-        def write(index: int) -> int:
-            return self.split.training_example(index, rng, self.augmentation, out)
-
-        return write
-
-    def _replace(
-        self,
-        rng: np.random.Generator,
-        write: Callable[[int], int],
-        skipped: list[str],
-    ) -> int | None:
-        """The label of another example, drawn by the broken one's own generator."""
-        for _ in range(_ATTEMPTS):
+    def _write(
+        self, index: int, position: int, out: np.ndarray, skipped: list[str]
+    ) -> int:
+        """Writes the example at a position, or another if it is broken; its label."""
+        for attempt in range(1 + _REPLACEMENTS):
+            rng = self.order.generator(position, attempt)
+            if attempt:
+                index = int(rng.integers(self.order.num_examples))
             try:
-                return write(int(rng.integers(self.order.num_examples)))
+                return self.split.training_example(index, rng, self.augmentation, out)
             except UserError as error:
+                if not self.skips:
+                    raise
                 skipped.append(str(error))
-        return None
+        raise UserError(f"{skipped[-1]} (so are {_REPLACEMENTS} others in its place)")
 
 
 @dataclasses.dataclass(frozen=True)

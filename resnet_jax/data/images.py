@@ -1,12 +1,15 @@
 """Decoding on the host: stored bytes in, uint8 pixels out; to Pillow and back."""
 
 import io
+from collections.abc import Callable
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
 
+from resnet_jax.data import partial_jpeg
+from resnet_jax.data.crops import Window
 from resnet_jax.data.sources import Example
 from resnet_jax.errors import UserError
 
@@ -45,10 +48,40 @@ def decode(example: Example, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
+def decode_window(
+    example: Example, channels: int, choose: Callable[[int, int], Window]
+) -> np.ndarray:
+    """A part of the image of an example: as ``decode`` and then cut, but faster.
+
+    Args:
+      example: as stored.
+      channels: 1 for grey, 3 for RGB.
+      choose: the window, of the image's height and width in pixels.
+
+    Returns:
+      Uint8 (height, width, channels) of the window.
+
+    Raises:
+      UserError: the image is broken, named by its file. Damage that lies outside of
+        the window may go unnoticed.
+    """
+    data = example.image
+    decoder = partial_jpeg.decoder()
+    if decoder and isinstance(data, bytes) and data.startswith(_JPEG_START):
+        _refuse_cut(data, example.name)
+        size = decoder.size(data)
+        if size is not None:
+            window = choose(*size)
+            pixels = decoder.window(data, *window, channels)
+            if pixels is None:  # Decoding it whole tells what is wrong.
+                pixels = window.of(decode(example, channels))
+            return pixels
+    image = decode(example, channels)
+    return choose(*image.shape[:2]).of(image)
+
+
 def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray:
-    if _JPEG_END not in data[-_TRAILER:]:
-        # The missing part would be filled with grey, and nothing said.
-        raise UserError(f"image {name} is cut short; replace or remove it")
+    _refuse_cut(data, name)
     reason = ""
     try:
         # CMYK is Pillow's: its conversion is the field's.
@@ -65,6 +98,12 @@ def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray:
     except (OSError, SyntaxError, ValueError) as error:
         raise _broken(name, str(error)) from error
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _refuse_cut(data: bytes, name: str) -> None:
+    if _JPEG_END not in data[-_TRAILER:]:
+        # The missing part would be filled with grey, and nothing said.
+        raise UserError(f"image {name} is cut short; replace or remove it")
 
 
 def _broken(name: str, reason: str) -> UserError:

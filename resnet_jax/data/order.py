@@ -63,10 +63,14 @@ class Order:
             count -= stop - offset
         return np.concatenate(parts).astype(np.int32)
 
-    def generator(self, position: int) -> np.random.Generator:
-        """The random numbers of one example's crop: of seed and position alone."""
+    def generator(self, position: int, attempt: int = 0) -> np.random.Generator:
+        """The random numbers of one example's crop: of seed and position alone.
+
+        Each ``attempt`` at a position, after broken images, has numbers of its own.
+        """
         # The high bit keeps the stream apart from those of the epochs' orders.
-        return np.random.Generator(_philox(self.seed | 1 << 63, position))
+        bits = _philox(self.seed | 1 << 63, position, counter=attempt)
+        return np.random.Generator(bits)
 
 
 @functools.lru_cache(maxsize=4)
@@ -82,5 +86,8 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def _philox(high: int, low: int) -> np.random.Philox:
-    return np.random.Philox(key=np.array([high, low], np.uint64))
+def _philox(high: int, low: int, counter: int = 0) -> np.random.Philox:
+    # The counter's highest word: streams of 2**192 blocks each.
+    return np.random.Philox(
+        key=np.array([high, low], np.uint64), counter=[0, 0, 0, counter]
+    )

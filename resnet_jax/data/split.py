@@ -96,9 +96,12 @@ class Split:
             out[...], label = self.example(index)
         else:
             example = self._source[index]
-            image = images.decode(example, self._source.channels)
-            window = _window(image, out.shape[0], augmentation, rng)
-            crops.resize_window(image, window, out)
+
+            def choose(height: int, width: int) -> crops.Window:
+                return _window(height, width, out.shape[0], augmentation, rng)
+
+            window = images.decode_window(example, self._source.channels, choose)
+            crops.resize(window, out)
             label = example.label
         if augmentation.on_host and augmentation.flip and rng.random() < 0.5:
             crops.mirror(out)
@@ -196,12 +199,12 @@ class Split:
 
 
 def _window(
-    image: np.ndarray,
+    height: int,
+    width: int,
     size: int,
     augmentation: AugmentationConfig,
     rng: np.random.Generator,
 ) -> crops.Window:
-    height, width = image.shape[:2]
     if augmentation.shorter_side is not None:
         return crops.scale_window(height, width, size, augmentation.shorter_side, rng)
     area = augmentation.crop_area or (1.0, 1.0)

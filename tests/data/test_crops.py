@@ -18,7 +18,7 @@ PHOTOGRAPH = PHOTOGRAPHS[0]
 
 def resized(image, window, size):
     out = np.empty((size, size, image.shape[2]), np.uint8)
-    crops.resize_window(image, window, out)
+    crops.resize(window.of(image), out)
     return out
 
 

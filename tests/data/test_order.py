@@ -66,10 +66,11 @@ def test_repeats_follow_each_other_and_the_epoch_stays_as_long(num_examples):
 
 
 def test_crops_draw_by_position_and_seed_alone():
-    def first_numbers(position, seed):
-        return order(5, seed).generator(position).random(4)
+    def first_numbers(position, seed, attempt=0):
+        return order(5, seed).generator(position, attempt).random(4)
 
     first = first_numbers(12, seed=1)
     np.testing.assert_array_equal(first, first_numbers(12, seed=1))
     assert not np.array_equal(first, first_numbers(13, seed=1))
     assert not np.array_equal(first, first_numbers(12, seed=2))
+    assert not np.array_equal(first, first_numbers(12, seed=1, attempt=1))
