@@ -182,16 +182,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             held = running(name, peer, images, options.batch, cores[:number])
             return stack.enter_context(held)
 
-        contenders = [start(OURS, OURS, options.images, 1)]
-        for peer in PEERS:
-            if peer != OURS and missing(peer) is None:
-                contenders.append(start(peer, peer, options.images, 1))
-            elif peer != OURS:
-                print(f"{peer}: {missing(peer)} is not installed")
+        # What is compared most closely takes its turns next to each other.
+        contenders = []
         if len(cores) > 1:
             contenders.append(start("resnet_jax, 2 cores", OURS, options.images, 2))
+        contenders.append(start(OURS, OURS, options.images, 1))
+        present = [peer for peer in PEERS if peer != OURS and missing(peer) is None]
+        contenders += [start(peer, peer, options.images, 1) for peer in present]
         smaller = stack.enter_context(prepared(options.images))
-        contenders.append(start("resnet_jax, prepared", OURS, smaller, 1))
+        contenders.insert(-1, start("resnet_jax, prepared", OURS, smaller, 1))
+        for peer in set(PEERS) - set(present) - {OURS}:
+            print(f"{peer}: {missing(peer)} is not installed")
         turns = measure(contenders, options.rounds, options.batches)
     rows = summarize(turns)
     print_table(rows)

@@ -67,7 +67,7 @@ class ResidentFeed:
         Raises:
           UserError: an image is broken and none is to be skipped, or all are broken.
         """
-        images, labels, skipped = split.arrays(data.num_threads)
+        images, labels, skipped = split.arrays(data.threads)
         broken = labels < 0
         if broken.all():
             raise UserError(f"no image of the {split.name} split can be decoded")
@@ -201,7 +201,7 @@ def host_batches(
     ahead = data.prefetch_batches * per_batch
     processes = data.num_processes
     read = grain.ReadOptions(
-        num_threads=min(data.num_threads, ahead),
+        num_threads=min(data.threads, ahead),
         prefetch_buffer_size=-(-ahead // max(1, processes)),
     )
     stream = grain.MapDataset.range(length).map(chunks).to_iter_dataset(read)

@@ -176,7 +176,7 @@ class Split:
         total = np.zeros(self.image_shape, np.float64)
         squares = np.zeros(self.image_shape, np.float64)
         whole = 0
-        with ThreadPoolExecutor(self._data.num_threads) as pool:
+        with ThreadPoolExecutor(self._data.threads) as pool:
             for chunk in _chunks(chosen, 512):
                 found = [x for x in pool.map(self._whole_image, chunk) if x is not None]
                 if found:

@@ -1,6 +1,5 @@
 """Work in threads, with a count of what is done."""
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +8,8 @@ from typing import Any
 
 import rich.console
 import rich.progress
+
+from resnet_jax.machine import usable_cores
 
 
 class Stopped(Exception):  # noqa: N818 - no error: another thread met one
@@ -44,7 +45,7 @@ def in_threads(
             raise Stopped
         counter.count()
 
-    workers = threads or len(os.sched_getaffinity(0))
+    workers = threads or usable_cores()
     with counter, ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(work, item, tick) for item in items]
         try:

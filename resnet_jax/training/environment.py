@@ -1,7 +1,6 @@
 """Where a run happened: versions, hardware and the code's commit."""
 
 import importlib.metadata
-import os
 import platform
 import shlex
 import subprocess
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from resnet_jax.machine import usable_cores
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -22,7 +23,7 @@ def environment() -> dict[str, Any]:
         **versions,
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
-        "cpu_cores": _usable_cores(),
+        "cpu_cores": usable_cores(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "commit": commit(),
     }
@@ -63,10 +64,3 @@ def _cpu_model() -> str:
     names = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
     name = names[0].strip() if names else platform.processor()
     return name or platform.machine()
-
-
-def _usable_cores() -> int | None:
-    """Cores this process may run on: fewer than there are in some containers."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()

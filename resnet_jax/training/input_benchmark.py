@@ -72,7 +72,7 @@ def benchmark_input(
         "image_shape": list(split.training_shape),
         "resident": feed.resident is not None,
         "batch_size": size,
-        "threads": config.data.num_threads,
+        "threads": config.data.threads,
         "processes": config.data.num_processes,
         "images_per_second": statistics.median(speeds),
         "images_per_second_min": min(speeds),
