@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/resnet-jax train --config configs/digits.py --workdir runs/digits
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 slow-test: $(VENV)/.test
 	$(BIN)/python -m pytest

@@ -140,6 +140,18 @@ def test_kaggles_list_is_found_where_its_archive_has_it(extracted):
     assert labels(open_path(deep)) == [1, 2, 0, 1, 2]
 
 
+def test_tiny_imagenet_is_read_as_it_is_distributed(tmp_path):
+    touch(tmp_path, *(f"train/{name}/images/{name}_0.JPEG" for name in WNIDS))
+    touch(tmp_path, *(f"train/{name}/{name}_boxes.txt" for name in WNIDS))
+    touch(tmp_path, *(f"val/images/val_{i}.JPEG" for i in range(3)))
+    lines = [f"val_{i}.JPEG\t{WNIDS[2 - i]}\t0\t32\t44\t62\n" for i in range(3)]
+    (tmp_path / "val" / "val_annotations.txt").write_text("".join(lines))
+    collection = open_path(tmp_path)
+    assert contents(collection.source("val"))[0].endswith("val_0.JPEG")
+    assert collection.source("val").labels.tolist() == [2, 1, 0]
+    assert collection.source("train").labels.tolist() == [0, 1, 2]
+
+
 def test_the_validation_labels_are_those_of_tfds(tmp_path, monkeypatch):
     every = range(1, 50_001)
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ import numpy as np
 
 from resnet_jax.data.sources import imagenet
 from resnet_jax.data.sources.base import Description, Example
-from resnet_jax.data.sources.label_lists import find_list
+from resnet_jax.data.sources.label_lists import find_list, has_annotations
 from resnet_jax.data.sources.splits import SplitCollection
 from resnet_jax.errors import UserError
 
@@ -134,7 +134,7 @@ class FolderCollection(SplitCollection):
         if split not in self._sources:
             folder = self._root / split
             found = subfolders(folder)
-            if found:
+            if found and not has_annotations(self._root, split):
                 names, labels = self._list_classes(folder, found)
             else:
                 names, labels = self._list_flat(folder, split)
@@ -174,8 +174,9 @@ class FolderCollection(SplitCollection):
             raise UserError(
                 f"{folder} has no class folders; expected {folder}/CLASS/IMAGE.jpg"
             )
-        labels = find_list(self._root, split, files, str(folder)).labels(
-            files, self.description.class_names, str(folder)
+        bare = [name.rpartition("/")[2] for name in files]
+        labels = find_list(self._root, split, bare, str(folder)).labels(
+            bare, self.description.class_names, str(folder)
         )
         return Names(files), labels
 

@@ -10,6 +10,7 @@ from resnet_jax.data.sources import imagenet
 from resnet_jax.errors import UserError
 
 _KAGGLE = "LOC_{split}_solution.csv"
+_TINY_IMAGENET = "{split}/{split}_annotations.txt"
 _KAGGLE_DEPTH = 3  # the list lies so far above ILSVRC/Data/CLS-LOC/val
 
 
@@ -78,12 +79,18 @@ class LabelList:
         )
 
 
+def has_annotations(root: Path, split: str) -> bool:
+    """Whether Tiny-ImageNet's list stands in a split's folder: it has no classes."""
+    return (root / _TINY_IMAGENET.format(split=split)).is_file()
+
+
 def find_list(root: Path, split: str, files: Sequence[str], where: str) -> LabelList:
     """The list for the images of a split that lie in one folder or archive.
 
-    ``root/SPLIT.txt`` with lines ``FILE LABEL``; or Kaggle's ``LOC_val_solution.csv``
-    beside the folder or where Kaggle's archive has it; or, for ImageNet's validation
-    images, the list of tensorflow_datasets.
+    ``root/SPLIT.txt`` with lines ``FILE LABEL``; or Tiny-ImageNet's
+    ``val_annotations.txt`` in the folder; or Kaggle's ``LOC_val_solution.csv`` beside
+    it or where Kaggle's archive has it; or, for ImageNet's validation images, the list
+    of tensorflow_datasets.
 
     Raises:
       UserError: there is none, or a line of it cannot be read.
@@ -91,6 +98,8 @@ def find_list(root: Path, split: str, files: Sequence[str], where: str) -> Label
     own = root / f"{split}.txt"
     if own.is_file():
         return _read_own(own)
+    if has_annotations(root, split):
+        return _read_tiny_imagenet(root / _TINY_IMAGENET.format(split=split))
     for folder in (root, *root.absolute().parents[:_KAGGLE_DEPTH]):
         solution = folder / _KAGGLE.format(split=split)
         if solution.is_file():
@@ -126,6 +135,19 @@ def _read_own(path: Path) -> LabelList:
             raise UserError(
                 f"{path}, line {number} is {line!r}; expected FILE LABEL, such as "
                 "ILSVRC2012_val_00000001.JPEG n01751748"
+            )
+        entries.append((number, columns[0], columns[1]))
+    return LabelList(path, entries)
+
+
+def _read_tiny_imagenet(path: Path) -> LabelList:
+    entries = []
+    for number, line in _lines(path):
+        columns = line.split("\t")  # file, class, and the box of the object
+        if len(columns) < 2:
+            raise UserError(
+                f"{path}, line {number} is {line!r}; expected FILE, CLASS and a box, "
+                "with tabs between"
             )
         entries.append((number, columns[0], columns[1]))
     return LabelList(path, entries)
