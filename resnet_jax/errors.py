@@ -1,4 +1,4 @@
-"""The error that a user can mend."""
+"""The error that a user can mend, and the end that is none."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,6 +10,10 @@ class UserError(Exception):
     It names the thing, what was expected and what to do. The commands print it
     without a traceback; callers of the library may catch it.
     """
+
+
+class Preempted(Exception):  # noqa: N818 - it is none
+    """A run was asked to stop, by SIGTERM, and has saved: the same call goes on."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -1,5 +1,7 @@
 """The files of a run: config.json, metrics.jsonl, result.json, report.html.
 
+Of several processes only the first writes them.
+
 Every file is replaced in one step or grows by whole lines, so that a run killed at any
 moment leaves files that can be read.
 """
@@ -9,10 +11,14 @@ import dataclasses
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from resnet_jax import distributed
 from resnet_jax.config import Config, Derived, fields, flatten, resolve
 from resnet_jax.errors import UserError
 
@@ -22,7 +28,7 @@ class Workdir:
 
     Attributes:
       path: absolute.
-      checkpoints, tensorboard, report: paths in it.
+      checkpoints, tensorboard, profile, report: paths in it.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -30,6 +36,7 @@ class Workdir:
         self.path = Path(path).expanduser().resolve()
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
         self.report = self.path / "report.html"
         self._config = self.path / "config.json"
         self._metrics = self.path / "metrics.jsonl"
@@ -37,6 +44,8 @@ class Workdir:
 
     def prepare(self) -> None:
         """Makes the folder, or raises UserError where it cannot be written to."""
+        if not distributed.is_primary():
+            return
         probe = self.path / ".write_probe"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -50,11 +59,14 @@ class Workdir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes off; the lock goes with the process, however it ends.
+        """Keeps other runs off; the lock goes with the process, however it ends.
 
         Raises:
-          UserError: another process has it.
+          UserError: another run has it.
         """
+        if not distributed.is_primary():
+            yield
+            return
         folder = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,6 +78,24 @@ class Workdir:
             ) from None
         finally:
             os.close(folder)
+
+    def check_shared(self) -> None:
+        """Raises UserError where the processes of a run see different folders."""
+        if distributed.process_count() == 1:
+            return
+        number = distributed.broadcast(secrets.randbits(31))
+        mark = self.path / f".shared-{number}"
+        if distributed.is_primary():
+            mark.touch()
+        distributed.wait_for_all("mark")
+        if not mark.exists():
+            raise UserError(
+                f"workdir {self.path} of process {jax.process_index()} is not that of "
+                "process 0; give a --workdir that all hosts share"
+            )
+        distributed.wait_for_all("marks")
+        if distributed.is_primary():
+            mark.unlink()
 
     def read_config(self) -> Config | None:
         """The config of the run that is here, or None.
@@ -87,6 +117,8 @@ class Workdir:
 
     def refuse_other_run(self, config: Config) -> None:
         """Raises UserError where the folder holds a run that differs in its result."""
+        if not distributed.is_primary():
+            return
         present = self.read_config()
         if present is None:
             if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
@@ -109,8 +141,9 @@ class Workdir:
 
     def append_row(self, row: dict[str, Any]) -> None:
         """Adds a row to metrics.jsonl."""
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if distributed.is_primary():
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def read_rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
@@ -139,7 +172,12 @@ class Workdir:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one step: a reader sees the old or the new one, whole."""
+    """Replaces a file in one step: a reader sees the old or the new one, whole.
+
+    Only the first of several processes does.
+    """
+    if not distributed.is_primary():
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w") as file:
         file.write(text)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import absl.logging
 
-from resnet_jax.errors import UserError
+from resnet_jax.errors import Preempted, UserError
 
 _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
 
@@ -21,7 +21,11 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit status: 0, 1 for a fault, 130 stopped."""
+    """Runs a command line.
+
+    Returns the exit status: 0 done, or stopped by SIGTERM and saved; 1 for a fault; 130
+    interrupted.
+    """
     from resnet_jax.cli import (
         benchmark,
         convert,
@@ -57,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"resnet-jax: error: {error}", file=sys.stderr)
         return 1
+    except Preempted:
+        return 0
     except KeyboardInterrupt:
         print(
             "resnet-jax: stopped; the same command goes on from the last checkpoint "

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from resnet_jax.cli.processes import add_process_flags, connected
+
 _DESCRIPTION = """Evaluate a checkpoint of a run on a whole split.
 
 Every example is counted once, whatever the batch size. The last checkpoint is what a
@@ -47,6 +49,7 @@ def add_parser(commands: Any) -> None:
         help="first average the batch statistics over N batches of the training set, "
         "as the authors' released models did (default: the running ones)",
     )
+    add_process_flags(parser)
     parser.set_defaults(run=_run)
 
 
@@ -61,10 +64,11 @@ def _checkpoint(text: str) -> int | str:
 def _run(options: argparse.Namespace) -> None:
     from resnet_jax.training.evaluate import evaluate
 
-    evaluate(
-        options.workdir,
-        split=options.split,
-        checkpoint=options.checkpoint,
-        batch_size=options.batch_size,
-        precise_batches=options.precise_batches,
-    )
+    with connected(options):
+        evaluate(
+            options.workdir,
+            split=options.split,
+            checkpoint=options.checkpoint,
+            batch_size=options.batch_size,
+            precise_batches=options.precise_batches,
+        )

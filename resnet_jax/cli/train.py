@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from resnet_jax.cli.overrides import fields_help, parse_overrides
+from resnet_jax.cli.processes import add_process_flags, connected
 from resnet_jax.errors import UserError
 
 _DESCRIPTION = """Train a net as a config file says, in a workdir.
@@ -34,11 +35,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="the run's folder"
     )
+    add_process_flags(parser)
     parser.set_defaults(run=_run, takes_overrides=True)
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.config import load_config
+    from resnet_jax.config import load_config, resolve
     from resnet_jax.workdir import Workdir
 
     overrides = parse_overrides(options.rest)
@@ -54,4 +56,5 @@ def _run(options: argparse.Namespace) -> None:
         config = present
     from resnet_jax.training.loop import train
 
-    train(config, options.workdir)
+    with connected(options, resolve(config).parallel.peer_timeout_seconds):
+        train(config, options.workdir)

@@ -15,6 +15,7 @@ def refuse_training_contradictions(config: Config) -> None:
     _refuse_device_changes(config)
     _refuse_optimizer(config.optimizer)
     _refuse_rates(config)
+    _ = config.profile.range
     loss = config.loss
     if loss.target_threshold is not None and loss.kind != "sigmoid":
         raise UserError(

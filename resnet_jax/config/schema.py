@@ -6,6 +6,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from resnet_jax.errors import UserError
 from resnet_jax.machine import usable_cores
 from resnet_jax.models import shortcuts
 from resnet_jax.models.blocks import STRIDE_VERSIONS
@@ -423,11 +424,57 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How a run lies on its devices and hosts."""
+
+    peer_timeout_seconds: int = option(
+        60,
+        "with several processes: how long one may show no sign of life until the "
+        "others stop",
+        at_least=2,
+        operational=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A profile for xprof, in the workdir."""
+
+    steps: str | None = option(
+        None,
+        "FIRST:END traces steps from FIRST up to and without END; None: no trace",
+        operational=True,
+    )
+
+    @property
+    def range(self) -> range | None:
+        """The steps to trace.
+
+        Raises:
+          UserError: they are not FIRST:END.
+        """
+        if self.steps is None:
+            return None
+        first, _, end = self.steps.partition(":")
+        if not (first.isdecimal() and end.isdecimal() and 0 < int(first) < int(end)):
+            raise UserError(
+                f"profile.steps is FIRST:END, such as 10:20, not {self.steps!r}"
+            )
+        return range(int(first), int(end))
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A run, resolved and valid."""
 
     seed: int = option(
         0, "of initialisation, order and augmentation", at_least=0, below=2**31
+    )
+    compilation_cache: str | None = option(
+        "cache",
+        "folder for compiled programs, from the workdir on: a restart need not compile "
+        "again; None: none",
+        operational=True,
     )
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -440,6 +487,8 @@ class Config:
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
 
 @dataclasses.dataclass(frozen=True)

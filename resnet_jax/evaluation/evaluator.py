@@ -7,10 +7,15 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from resnet_jax import parallel
+from resnet_jax import distributed, parallel
 from resnet_jax.data.batch import Batch, Feed, gather
 from resnet_jax.data.transforms import PixelStatistics, normalize, to_unit
 from resnet_jax.evaluation.metrics import Sums, batch_sums, cross_entropy
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """An evaluation was asked to stop."""
+
 
 EvalStep = Callable[[Any, PixelStatistics, Batch | None, Batch], Sums]
 
@@ -35,6 +40,7 @@ def evaluate_split(
     statistics: PixelStatistics,
     feed: Feed,
     batch_size: int,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Loss and error over every example of a feed; see ``Sums.summary``.
 
@@ -44,16 +50,21 @@ def evaluate_split(
       statistics: of the training pixels.
       feed: the split.
       batch_size: examples a batch; need not divide the split.
+      interrupted: asked after each batch whether to stop; the same on all processes.
 
     Raises:
+      Interrupted: it was asked to stop.
       RuntimeError: not every example was counted once, a fault of this library.
     """
     total = Sums.zeros()
     skipped_before = len(feed.skipped)
     for batch in feed.evaluation_batches(batch_size):
         total = total + eval_step(variables, statistics, feed.resident, batch)
+        if interrupted():
+            raise Interrupted
     summary = total.summary()
-    expected = feed.num_examples - (len(feed.skipped) - skipped_before)
+    skipped = distributed.sum_over_processes(len(feed.skipped) - skipped_before)
+    expected = feed.num_examples - skipped
     if summary["count"] != expected:
         raise RuntimeError(
             f"evaluation counted {summary['count']} of {expected} examples"

@@ -16,8 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from resnet_jax import distributed
 from resnet_jax.config.schema import CheckpointConfig
 from resnet_jax.errors import UserError
 from resnet_jax.training.state import TrainState
@@ -87,7 +89,11 @@ class Checkpoints:
             ) from error
 
     def save(
-        self, state: TrainState, content: dict[str, Any], holdout_error: float | None
+        self,
+        state: TrainState,
+        content: dict[str, Any],
+        holdout_error: float | None,
+        replace: bool = False,
     ) -> None:
         """Begins to save; returns once the state's buffers may be donated.
 
@@ -95,6 +101,7 @@ class Checkpoints:
           state: of the devices.
           content: everything else, fit for JSON.
           holdout_error: of this state, if it was evaluated.
+          replace: a checkpoint of this step is there, and this one takes its place.
 
         Raises:
           DivergedError: a parameter or statistic is not finite; nothing is saved.
@@ -117,6 +124,8 @@ class Checkpoints:
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
         )
         with self._writing():
+            if replace:
+                self._manager.delete(step)
             self._manager.save(step, args=items, metrics=metrics)
 
     def wait(self) -> None:
@@ -152,21 +161,30 @@ class Checkpoints:
             meta, state = restored["meta"], restored["state"]
             text = meta["content"]
             content_is_whole = zlib.crc32(text.encode()) == meta["content_crc32"]
-            checksums = {name: _crc32(leaf) for name, leaf in _on_host(state).items()}
+            failure = None
         except Exception as error:
             # Whatever stands in a damaged file may come up as any exception.
-            raise UserError(
-                f"checkpoint {self._directory / str(step)} is damaged: {_reason(error)}"
-            ) from error
+            failure = _reason(error)
+        self._refuse_damaged(step, failure)
         changed = [
-            name for name, crc in checksums.items() if meta["state_crc32"][name] != crc
+            name
+            for name, leaf in _on_host(state).items()
+            if meta["state_crc32"][name] != _crc32(leaf)
         ]
         if changed or not content_is_whole:
-            raise UserError(
-                f"checkpoint {self._directory / str(step)} is damaged: "
+            failure = (
                 f"{changed[0] if changed else 'its content'} differs from its checksum"
             )
+        self._refuse_damaged(step, failure)
         return state, json.loads(text)
+
+    def _refuse_damaged(self, step: int, failure: str | None) -> None:
+        """Raises UserError on all processes where one has a ``failure``."""
+        if distributed.sum_over_processes(failure is not None):
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} is damaged: "
+                f"{failure or 'another process cannot read it'}"
+            )
 
     def restore_newest(
         self, abstract_state: TrainState, warn: Warn
@@ -203,9 +221,11 @@ class Checkpoints:
             self._directory / str(step),
             self._directory / f"damaged-{step}",
         )
-        if target.exists():
-            shutil.rmtree(target)
-        source.rename(target)
+        if distributed.is_primary():
+            if target.exists():
+                shutil.rmtree(target)
+            source.rename(target)
+        distributed.wait_for_all("put aside")
         self._manager.reload()
         warn(f"moved {source} to {target.name}; delete it when you have looked at it")
 
@@ -221,14 +241,19 @@ def _reason(error: Exception) -> str:
 
 
 def _on_host(state: Any) -> dict[str, np.ndarray]:
-    """Path to array; keys of random numbers as their words."""
+    """Path to array, whole on every process; keys of random numbers as their words."""
 
     def words(leaf: Any) -> Any:
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return jax.random.key_data(leaf) if is_key else leaf
 
+    def whole(leaf: jax.Array) -> jax.Array:
+        # Parts of an array that lie on other hosts have to be fetched.
+        here = leaf.is_fully_addressable or leaf.is_fully_replicated
+        return leaf if here else multihost_utils.process_allgather(leaf, tiled=True)
+
     leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(words, state))
-    values = jax.device_get([leaf for _, leaf in leaves])
+    values = jax.device_get([whole(leaf) for _, leaf in leaves])
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
     return dict(zip(names, values, strict=True))
 

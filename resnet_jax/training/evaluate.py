@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import rich.console
 
+from resnet_jax import distributed
 from resnet_jax.data.batch import gather
 from resnet_jax.data.transforms import PixelStatistics, augment_and_mix
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import describe_error, evaluate_split
 from resnet_jax.models.statistics import precise_batch_stats
 from resnet_jax.training.checkpoints import Checkpoints
-from resnet_jax.training.loop import MANY_CLASSES
 from resnet_jax.training.progress import say
+from resnet_jax.training.run import MANY_CLASSES
 from resnet_jax.training.setup import Setup, prepare
 from resnet_jax.workdir import Workdir
 
@@ -54,7 +55,7 @@ def evaluate(
         raise UserError(
             f"the precise batches must be at least 1, not {precise_batches}"
         )
-    console = console or rich.console.Console()
+    console = console or rich.console.Console(quiet=not distributed.is_primary())
     folder = Workdir(workdir)
     config = folder.read_config()
     if config is None:

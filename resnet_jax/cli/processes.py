@@ -1,0 +1,74 @@
+"""The flags of a run on several hosts; see ``resnet_jax.distributed``."""
+
+import argparse
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from resnet_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from resnet_jax.distributed import Processes
+
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --coordinator, --processes, --process-id and --distributed."""
+    group = parser.add_argument_group(
+        "several hosts",
+        "The same command runs on each. The first three flags may stand in "
+        f"{', '.join(_VARIABLES)} instead.",
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 listens"
+    )
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument(
+        "--process-id", type=int, metavar="I", help="which this one is, from 0"
+    )
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="jax finds all three, on TPU pods, in Slurm, Open MPI and Kubernetes",
+    )
+
+
+def connected(
+    options: argparse.Namespace, peer_timeout_seconds: int = 60
+) -> contextlib.AbstractContextManager[None]:
+    """The context in which this process runs, as the flags say; see ``started``."""
+    from resnet_jax.distributed import started
+
+    return started(_processes(options), peer_timeout_seconds)
+
+
+def _processes(options: argparse.Namespace) -> "Processes | None":
+    from resnet_jax.distributed import Processes
+
+    flags = (options.coordinator, options.processes, options.process_id)
+    if options.distributed:
+        if any(flag is not None for flag in flags):
+            raise UserError(
+                "--distributed finds the processes, and --coordinator, --processes and "
+                "--process-id say them: give one or the other"
+            )
+        return Processes()
+    coordinator, count, index = (
+        os.environ.get(name) if flag is None else flag
+        for flag, name in zip(flags, _VARIABLES, strict=True)
+    )
+    if coordinator is None and count is None and index is None:
+        return None
+    processes = Processes(coordinator, _integer(count), _integer(index))
+    processes.check()
+    return processes
+
+
+def _integer(value: int | str | None) -> int | None:
+    try:
+        return None if value is None else int(value)
+    except ValueError:
+        raise UserError(
+            f"{_VARIABLES[1]} and {_VARIABLES[2]} are integers, not {value!r}"
+        ) from None
