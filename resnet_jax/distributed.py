@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -24,6 +25,7 @@ from resnet_jax.errors import Preempted, UserError
 _NOTICES = "resnet_jax/stopped"
 _POLL_SECONDS = (0.5, 5.0)
 _START_SECONDS = 300
+_LOST = ("Gloo", "NCCL", "arrier", "oordination", "Socket closed", "Connection reset")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,11 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective or barrier failed, most likely since a process died."""
+    return any(word in str(error) for word in _LOST)
+
+
 @contextlib.contextmanager
 def started(processes: Processes | None, peer_timeout_seconds: int) -> Iterator[None]:
     """Connects this process with the others, and watches them meanwhile.
@@ -129,16 +136,14 @@ def started(processes: Processes | None, peer_timeout_seconds: int) -> Iterator[
         watch.tell("it was interrupted")
         raise
     except Preempted:
-        wait_for_all("end")
+        watch.leave_together()
         raise
     except Exception as error:
         # A collective fails here before the watch knows which process has died.
         watch.name_the_dead(str(error))
         raise
     else:
-        wait_for_all("end")
-    finally:
-        watch.leave()
+        watch.leave_together()
 
 
 def _initialize(processes: Processes, peer_timeout_seconds: int) -> None:
@@ -187,11 +192,12 @@ class _Watch:
         """Tells the other processes why this one stops."""
         if self._count == 1:
             return
+        self._leaving.set()
         with contextlib.suppress(Exception):
             self._client.key_value_set(f"{_NOTICES}/{self._index}", sentence)
         if self._index == 0:
             # The service lives here: the others have to read it before it goes.
-            self._leaving.wait(4 * self._interval)
+            time.sleep(3 * self._interval)
 
     def name_the_dead(self, what: str) -> None:
         """Gives the thread the time to find out who died; it then ends the process."""
@@ -199,22 +205,27 @@ class _Watch:
             self._thread.join(2 * self._timeout)
             self.tell(what.split("\n")[0])
 
-    def leave(self) -> None:
-        """Stops watching and disconnects; the first process goes last."""
+    def leave_together(self) -> None:
+        """Disconnects once all processes are here; the first one goes last."""
+        wait_for_all("end")
         self._leaving.set()
-        if self._count > 1 and self._index == 0:
-            # The thread's last question is answered when all others have gone.
-            self._thread.join(2 * self._timeout)
-        with contextlib.suppress(Exception):
-            jax.distributed.shutdown()
+        # Nobody goes while another's thread still takes that for a death.
+        wait_for_all("watch ended")
+        if self._index == 0:
+            with contextlib.suppress(Exception):
+                while set(self._living()) != {0}:
+                    pass
+        jax.distributed.shutdown()
+
+    def _living(self) -> Collection[int]:
+        """Processes that live; answers once all of these have asked."""
+        return self._client.get_live_nodes(list(range(self._count)))
 
     def _run(self) -> None:
-        everyone = list(range(self._count))
         while not self._leaving.wait(self._interval):
             try:
                 notices = self._client.key_value_dir_get(_NOTICES)
-                # Answered once all processes that live have asked.
-                living = self._client.get_live_nodes(everyone)
+                living = self._living()
             except Exception:
                 # Whatever jaxlib raises, the service does not answer.
                 if not self._leaving.is_set():
@@ -225,8 +236,10 @@ class _Watch:
             for key, sentence in notices:
                 index = key.rpartition("/")[2]
                 if int(index) != self._index:
+                    # It leaves in order while the service is still there.
+                    time.sleep(3 * self._interval if self._index == 0 else 0)
                     _end(f"process {index} stopped: {sentence}")
-            dead = sorted(set(everyone) - set(living))
+            dead = sorted(set(range(self._count)) - set(living))
             if dead:
                 names = ", ".join(map(str, dead))
                 _end(

@@ -82,6 +82,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
+            if distributed.process_count() > 1 and distributed.is_lost_peer(error):
+                raise
             raise UserError(
                 f"a checkpoint cannot be written in {self._directory}: "
                 f"{_reason(error)}; make room, and the same command goes on from the "

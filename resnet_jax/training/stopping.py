@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -22,6 +23,8 @@ from resnet_jax import distributed, parallel
 
 _AT_ONCE = 128 + signal.SIGTERM
 _POLLS_IN_FLIGHT = 2
+_SAME_SECONDS = 0.2
+"""GNU timeout and some schedulers send one SIGTERM to a process and to its group."""
 
 
 class StopSignal:
@@ -35,6 +38,7 @@ class StopSignal:
         """Prints what it hears with ``say``."""
         self._say = say
         self._heard = threading.Event()
+        self._heard_at = 0.0
         self._nothing_to_save = True
         self._mesh: Mesh | None = None
         self._answers: collections.deque[jax.Array] = collections.deque()
@@ -94,8 +98,12 @@ class StopSignal:
         os.close(self._reader)
 
     def _hear(self) -> None:
+        now = time.monotonic()
         if self._heard.is_set():
+            if now - self._heard_at < _SAME_SECONDS:
+                return
             _end("stopped at once by a second SIGTERM", _AT_ONCE)
+        self._heard_at = now
         self._heard.set()
         # Other processes would wait for one that leaves before the first step.
         if self._nothing_to_save and distributed.process_count() == 1:
