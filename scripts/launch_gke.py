@@ -104,6 +104,8 @@ def _pod(
         "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}],
     }
     selector = {}
+    # Nodes with accelerators and of spot VMs keep other pods away by taints.
+    tolerated = ["nvidia.com/gpu" if options.tpu is None else "google.com/tpu"]
     if options.tpu is not None:
         selector["cloud.google.com/gke-tpu-accelerator"] = options.tpu
         selector["cloud.google.com/gke-tpu-topology"] = options.topology
@@ -114,16 +116,10 @@ def _pod(
         selector["cloud.google.com/gke-accelerator"] = options.gpu_label
     if options.spot:
         selector["cloud.google.com/gke-spot"] = "true"
-        pod["tolerations"] = [
-            {
-                "key": "cloud.google.com/gke-spot",
-                "operator": "Equal",
-                "value": "true",
-                "effect": "NoSchedule",
-            }
-        ]
+        tolerated.append("cloud.google.com/gke-spot")
     if selector:
         pod["nodeSelector"] = selector
+    pod["tolerations"] = [{"key": key, "operator": "Exists"} for key in tolerated]
     if options.service_account:
         pod["serviceAccountName"] = options.service_account
     if options.volume_claim is not None:
