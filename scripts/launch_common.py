@@ -177,6 +177,13 @@ def at_least(least: int) -> Callable[[str], int]:
     return check
 
 
+def seconds(value: str) -> float:
+    """A type for argparse: a time above zero."""
+    if not re.fullmatch(r"\d+(\.\d+)?", value) or float(value) == 0:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number above 0")
+    return float(value)
+
+
 def variable(value: str) -> tuple[str, str]:
     """A type for argparse: NAME=VALUE of an environment."""
     name, equals, content = value.partition("=")

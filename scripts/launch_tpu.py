@@ -17,6 +17,7 @@ one sentence; 130 when interrupted.
 """
 
 import argparse
+import math
 import re
 import shlex
 import signal
@@ -38,6 +39,7 @@ from launch_common import (
     main,
     name_of,
     option,
+    seconds,
 )
 
 _ARCHIVE = "resnet_jax.tar.gz"
@@ -166,7 +168,7 @@ class Slice:
         """Whether the slice goes or has gone; a preemption may show after a minute."""
         looks = 1
         if self._options.spot:
-            looks += -(-60 // self._options.poll_seconds)
+            looks += math.ceil(60 / self._options.poll_seconds)
         for look in range(looks):
             if look:
                 time.sleep(self._options.poll_seconds)
@@ -209,11 +211,11 @@ class Slice:
         self._commands.must([*command, "--quiet"])
 
     def _wait(self) -> bool:
-        seconds = self._options.poll_seconds
+        pause = self._options.poll_seconds
         if self._commands.dry_run:
             describe = shlex.join(self._describe())
             self._commands.show(
-                f'until [ "$({describe})" = ACTIVE ]; do sleep {seconds}; done'
+                f'until [ "$({describe})" = ACTIVE ]; do sleep {pause:g}; done'
             )
             return True
         said = ""
@@ -228,7 +230,7 @@ class Slice:
             if state != said:
                 print(f"{self._options.name}: {state}", file=sys.stderr, flush=True)
                 said = state
-            time.sleep(seconds)
+            time.sleep(pause)
         return True
 
     def _on_all_hosts(self) -> list[str]:
@@ -391,8 +393,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--poll-seconds",
-        type=at_least(1),
-        default=30,
+        type=seconds,
+        default=30.0,
         help="between looks at the state",
     )
     add_common(parser)

@@ -62,6 +62,7 @@ def test_a_fault_of_the_command_is_one_sentence(script, own, command, sentence):
         ("launch_tpu.py", [*TPU, "--accelerator", "v9-8"], "no image is known for v9"),
         ("launch_tpu.py", [*TPU, "--accelerator", "h100"], "is not such as v5lite"),
         ("launch_tpu.py", [*TPU, "--restarts", "-1"], "not a whole number"),
+        ("launch_tpu.py", [*TPU, "--poll-seconds", "0"], "not a number above 0"),
         ("launch_tpu.py", [*TPU, "--env", "A B=1"], "is not NAME=VALUE"),
         ("launch_tpu.py", [*TPU, "--spot", "--reserved"], "not allowed with"),
         ("launch_gke.py", [*JOBSET, "--name", "a" * 41], "at most 40"),

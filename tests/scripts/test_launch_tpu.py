@@ -10,7 +10,7 @@ from tests.conftest import REPOSITORY
 from tests.scripts.conftest import SCRIPTS, launch
 
 OWN = shlex.split("--name run1 --zone us-east5-a --accelerator v5litepod-16")
-QUICK = ["--poll-seconds", "1"]
+QUICK = ["--poll-seconds", "0.1"]
 COMMAND = shlex.split(
     "train --config configs/imagenet.py:resnet50 --workdir gs://bucket/run1 "
     "--config.data.path=gs://bucket/data '--config.data.train_split=train[:9 %]'"
