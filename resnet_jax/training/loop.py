@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ from resnet_jax.evaluation.evaluator import EvalStep, evaluate_split
 from resnet_jax.evaluation.metrics import Sums
 from resnet_jax.training.checkpoints import Checkpoints, DivergedError
 from resnet_jax.training.environment import command_line
+from resnet_jax.training.precise_statistics import (
+    check_precise_statistics,
+    with_precise_statistics,
+)
 from resnet_jax.training.progress import (
     Progress,
     Throughput,
@@ -78,6 +83,7 @@ def _train(
 ) -> dict[str, Any]:
     # 2. Open the data and build the parts; write down what is going to run.
     setup = prepare(config)
+    check_precise_statistics(setup)
     folder.write_config(config, setup.derived, command_line())
     _print_start(console, setup)
     with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
@@ -210,6 +216,8 @@ class _Run:
             self.skipped_before = skipped
         state = dataclasses.replace(state, sums=Sums.zeros())
         if evaluates:
+            if step == self.setup.derived.steps:
+                state = self._with_final_statistics(state)
             row |= self._evaluate(state)
             if "holdout_error" in row:
                 schedule = self.setup.schedule
@@ -233,6 +241,15 @@ class _Run:
                 if sentence not in self.told_broken:
                     self.told_broken.add(sentence)
                     self.progress.message(f"warning: skipped: {sentence}")
+
+    def _with_final_statistics(self, state: TrainState) -> TrainState:
+        """Batch statistics recomputed for the last weights, if the config asks so."""
+        examples = self.setup.config.evaluation.precise_statistics_examples
+        if not examples:
+            return state
+        batches = math.ceil(examples / self.setup.derived.global_batch_size)
+        self.progress.message(f"batch statistics taken anew over {batches} batches")
+        return with_precise_statistics(self.setup, state, self.train_feed, batches)
 
     def _evaluate(self, state: TrainState) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
