@@ -136,6 +136,16 @@ def test_a_run_that_goes_on_ends_with_the_same_statistics(runs, tmp_path):
     assert_trees(equal, found.params, expected.params)
 
 
+def test_streamed_data_give_the_statistics_of_resident_ones(tiny_config, tmp_path):
+    tiny_config.evaluation.precise_statistics_examples = 64
+    tiny_config.training.steps = 2
+    states = []
+    for resident in (True, False):
+        tiny_config.data.resident = resident
+        states.append(train(tiny_config, tmp_path / str(resident)))
+    assert_trees(equal, states[0].batch_stats, states[1].batch_stats)
+
+
 def test_averaged_weights_have_statistics_of_their_own(tiny_config):
     tiny_config.optimizer.ema_decay = 0.5
     setup, feed = setup_of(tiny_config)
