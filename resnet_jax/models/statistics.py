@@ -107,20 +107,22 @@ def _merged(
     before: dict[str, jax.Array], seen: jax.Array | int, x: jax.Array, unbiased: bool
 ) -> dict[str, jax.Array]:
     """Mean and variance (c,) of ``seen`` batches' values and those of x (n, ..., c)."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(-1, x.shape[-1])
-    new = x.shape[0]
-    # Counts in float32: of 1.3 million maps of 112 x 112 there are more than 2^31.
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    axes = tuple(range(x.ndim - 1))
+    # Counts are floats: 1.3 million maps of 112 x 112 have more than 2^31 values.
+    new = float(x.size // x.shape[-1])
     old = jnp.asarray(seen, jnp.float32) * new
     total = old + new
-    mean = x.mean(0)
-    delta = mean - before["mean"]
+    old_mean, old_var = (jnp.where(old > 0, before[name], 0) for name in _NAMES)
+    mean = x.mean(axes)
+    delta = mean - old_mean
     freedom = 1.0 if unbiased else 0.0
     squares = (
-        before["var"] * jnp.maximum(old - freedom, 0)
-        + jnp.square(x - mean).sum(0)
+        old_var * jnp.maximum(old - freedom, 0)
+        + jnp.square(x - mean).sum(axes)
         + jnp.square(delta) * (old / total * new)
     )
     return {
-        "mean": before["mean"] + delta * (new / total),
+        "mean": old_mean + delta * (new / total),
         "var": squares / jnp.maximum(total - freedom, 1),
     }
