@@ -46,8 +46,8 @@ def add_parser(commands: Any) -> None:
         "--precise-batches",
         type=int,
         metavar="N",
-        help="first average the batch statistics over N batches of the training set, "
-        "as the authors' released models did (default: the running ones)",
+        help="first take the batch statistics anew, over N batches of the training "
+        "set (default: those of the checkpoint)",
     )
     add_process_flags(parser)
     parser.set_defaults(run=_run)

@@ -109,8 +109,8 @@ def _refuse_device_changes(config: Config) -> None:
 def _refuse_optimizer(optimizer: OptimizerConfig) -> None:
     if optimizer.kind == "lamb" and optimizer.nesterov:
         raise UserError(
-            "optimizer.nesterov is a form of sgd, and optimizer.kind is lamb: set it "
-            "to false"
+            "optimizer.nesterov is a form of sgd and lars, and optimizer.kind is lamb: "
+            "set it to false"
         )
     if optimizer.kind != "lamb":
         _refuse_changed(
@@ -118,6 +118,17 @@ def _refuse_optimizer(optimizer: OptimizerConfig) -> None:
             ("second_momentum", "epsilon"),
             "optimizer",
             f"is lamb's, and optimizer.kind is {optimizer.kind}",
+        )
+    if optimizer.kind != "lars":
+        _refuse_changed(
+            optimizer,
+            ("trust_coefficient",),
+            "optimizer",
+            f"is lars's, and optimizer.kind is {optimizer.kind}",
+        )
+    if not optimizer.trust_coefficient:
+        raise UserError(
+            "optimizer.trust_coefficient=0 leaves every weight as it is: set it above 0"
         )
     if optimizer.max_grad_norm == 0:
         raise UserError(
@@ -135,10 +146,23 @@ def _refuse_optimizer(optimizer: OptimizerConfig) -> None:
 
 def _refuse_rates(config: Config) -> None:
     schedule, highest = config.schedule, config.optimizer.learning_rate
-    if schedule.final_learning_rate and schedule.kind != "cosine":
+    if schedule.final_learning_rate and schedule.kind not in ("cosine", "polynomial"):
         raise UserError(
             f"schedule.final_learning_rate={schedule.final_learning_rate:g} is the end "
-            f"of a cosine, and schedule.kind is {schedule.kind}: set it to 0"
+            f"of a cosine or polynomial, and schedule.kind is {schedule.kind}: set it "
+            "to 0"
+        )
+    if schedule.kind != "polynomial":
+        _refuse_changed(
+            schedule,
+            ("power",),
+            "schedule",
+            f"is polynomial's, and schedule.kind is {schedule.kind}",
+        )
+    if not schedule.power:
+        raise UserError(
+            "schedule.power=0 never lowers the rate: set it above 0, or schedule.kind "
+            "to constant"
         )
     if schedule.warmup_initial_learning_rate and not (
         schedule.warmup_steps or schedule.warmup_epochs

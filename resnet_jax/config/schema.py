@@ -20,10 +20,10 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 PARTIAL_BATCHES = ("span", "drop")
 ON_ERROR = ("stop", "skip")
 POLICIES = ("randaugment", "trivialaugment")
-OPTIMIZERS = ("sgd", "lamb")
+OPTIMIZERS = ("sgd", "lars", "lamb")
 DECAY_SCOPES = ("all", "all_but_norm", "kernels")
 LOSSES = ("softmax", "sigmoid")
-SCHEDULES = ("constant", "piecewise", "cosine", "plateau")
+SCHEDULES = ("constant", "piecewise", "cosine", "polynomial", "plateau")
 
 
 def option(
@@ -315,7 +315,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Stochastic gradient descent as in the paper, or LAMB."""
+    """Stochastic gradient descent as in the paper, LARS or LAMB."""
 
     kind: str = option("sgd", "the rule of the update", choices=OPTIMIZERS)
     learning_rate: float = option(0.1, "its highest value", at_least=0)
@@ -326,7 +326,10 @@ class OptimizerConfig:
         0.999, "lamb: decay of the second moment", at_least=0, below=1
     )
     epsilon: float = option(1e-6, "lamb: added to that moment's root", at_least=0)
-    nesterov: bool = option(False, "sgd: Nesterov's momentum (the paper: no)")
+    trust_coefficient: float = option(
+        0.001, "lars: times a layer's norm over its gradient's", at_least=0
+    )
+    nesterov: bool = option(False, "sgd, lars: Nesterov's momentum (the paper: no)")
     weight_decay: float = option(
         1e-4,
         "times each parameter, added to its gradient; lamb: to its update",
@@ -362,8 +365,13 @@ class ScheduleConfig:
         None, "piecewise: the same in epochs"
     )
     factor: float = option(0.1, "piecewise, plateau: the multiplier", at_least=0)
+    power: float = option(
+        2.0,
+        "polynomial: of the share of steps after the warm-up that are left",
+        at_least=0,
+    )
     final_learning_rate: float = option(
-        0.0, "cosine: the rate at the end of the run", at_least=0
+        0.0, "cosine, polynomial: the rate at the end of the run", at_least=0
     )
     warmup_steps: int | None = option(
         None, "the rate rises linearly over these steps", at_least=1
@@ -408,6 +416,12 @@ class EvaluationConfig:
     every_steps: int | None = option(None, "None: once an epoch", at_least=1)
     batch_size: int | None = option(
         None, "examples a batch; None: global_batch_size", at_least=1, operational=True
+    )
+    precise_statistics_examples: int = option(
+        0,
+        "training examples over which the batch statistics are taken anew at the end "
+        "of the run, in whole batches; 0: the running averages stay",
+        at_least=0,
     )
 
 

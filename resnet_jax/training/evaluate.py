@@ -1,24 +1,18 @@
 """Evaluation of a run's checkpoint."""
 
-import contextlib
-import itertools
 import os
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import rich.console
 
 from resnet_jax import distributed
-from resnet_jax.data.batch import gather
-from resnet_jax.data.transforms import PixelStatistics, augment_and_mix
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import describe_error, evaluate_split
-from resnet_jax.models.statistics import precise_batch_stats
 from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.training.precise_statistics import with_precise_statistics
 from resnet_jax.training.progress import say
 from resnet_jax.training.run import MANY_CLASSES
-from resnet_jax.training.setup import Setup, prepare
+from resnet_jax.training.setup import prepare
 from resnet_jax.workdir import Workdir
 
 
@@ -38,9 +32,8 @@ def evaluate(
       split: "test", "holdout" or "train" (centre crops, running statistics).
       checkpoint: "last", "best" (by the held-out error) or a step.
       batch_size: examples a batch, the config's by default; changes no result.
-      precise_batches: recompute the batch statistics first, as a plain average over so
-        many batches of the training set, augmented and of the size as in training;
-        None: the running ones.
+      precise_batches: recompute the batch statistics first, over the run's first so
+        many batches, augmented as then; None: those of the checkpoint.
       console: where to print; standard output by default.
 
     Returns:
@@ -85,17 +78,15 @@ def evaluate(
             raise UserError(
                 f"{error}; other checkpoints: {', '.join(others) or 'none'}"
             ) from error
-    variables = state.evaluation_variables()
     if precise_batches is not None:
-        batches = _training_images(setup, state.statistics, precise_batches)
-        stats = precise_batch_stats(setup.model, variables, batches)
-        variables = variables | {"batch_stats": stats}
+        feed = setup.feed(setup.dataset.train)
+        state = with_precise_statistics(setup, state, feed, precise_batches)
         say(console, f"batch statistics averaged over {precise_batches} batches")
     size = batch_size or setup.evaluation_batch_size
     size = -(-size // setup.mesh.size) * setup.mesh.size
     summary = evaluate_split(
         setup.eval_step(),
-        variables,
+        state.evaluation_variables(),
         state.statistics,
         setup.feed(part),
         size,
@@ -107,25 +98,6 @@ def evaluate(
         del summary["top5_error"]
     say(console, describe_error(split, summary["errors"], summary["count"]))
     return summary | {"step": step}
-
-
-def _training_images(
-    setup: Setup, pixels: PixelStatistics, count: int
-) -> Iterator[jax.Array]:
-    """The images of the run's first ``count`` batches, augmented as for training."""
-    config = setup.config
-    feed = setup.feed(setup.dataset.train)
-
-    @jax.jit
-    def prepare_images(key, resident, batch):
-        images, _ = gather(resident, batch)
-        return augment_and_mix(key, images, pixels, config.augmentation)[0]
-
-    batches = feed.training_batches(0, config.training.global_batch_size, config.seed)
-    with contextlib.closing(batches):
-        for index, batch in enumerate(itertools.islice(batches, count)):
-            key = jax.random.fold_in(jax.random.key(config.seed), index)
-            yield prepare_images(key, feed.resident, batch)
 
 
 def _find_step(checkpoints: Checkpoints, wanted: int | str, folder: Workdir) -> int:

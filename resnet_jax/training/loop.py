@@ -12,6 +12,7 @@ from resnet_jax.errors import Preempted
 from resnet_jax.training.checkpoints import Checkpoints
 from resnet_jax.training.compilation_cache import compiled_programs_in
 from resnet_jax.training.environment import command_line
+from resnet_jax.training.precise_statistics import check_precise_statistics
 from resnet_jax.training.progress import derived_values, print_config, say
 from resnet_jax.training.report import write_report
 from resnet_jax.training.result import make_result, print_result
@@ -78,6 +79,7 @@ def _train(
 ) -> dict[str, Any]:
     # 2. Open the data and build the parts; write down what is going to run.
     setup = prepare(config)
+    check_precise_statistics(setup)
     folder.check_shared()
     folder.write_config(config, setup.derived, command_line())
     _print_start(console, setup)

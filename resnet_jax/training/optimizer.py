@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from resnet_jax.config.schema import OptimizerConfig
 from resnet_jax.models.freezing import trainable_mask
+from resnet_jax.models.trees import STACKED
 
 
 def make_optimizer(
@@ -19,7 +21,7 @@ def make_optimizer(
     parameters that are trained. The parameters of ``frozen`` parts (see
     ``trainable_mask``) stay as they are.
     """
-    steps = _lamb(config) if config.kind == "lamb" else _sgd(config)
+    steps = {"sgd": _sgd, "lars": _lars, "lamb": _lamb}[config.kind](config)
     if config.max_grad_norm is not None:
         steps = (optax.clip_by_global_norm(config.max_grad_norm), *steps)
     optimizer = optax.chain(*steps)
@@ -36,6 +38,50 @@ def _sgd(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
     return (
         optax.add_decayed_weights(config.weight_decay, _mask(config)),
         optax.trace(decay=config.momentum, nesterov=config.nesterov),
+    )
+
+
+def _lars(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
+    """LARS (You, Gitman & Ginsburg 2017), as in NVIDIA's Apex and in timm.
+
+    v = m v + eta |w| / (|g| + wd |w|) (g + wd w), w -= rate v. The paper's algorithm 1
+    has the rate inside the momentum, as optax.lars and MLPerf's later reference have:
+    the two are the same at a constant rate. Here a falling rate acts on the velocity
+    too, as in ``_sgd``. Parameters that do not decay are not adapted either: theirs is
+    SGD's update.
+    """
+    mask = _mask(config)
+    adapted = _adapt_rates(config.weight_decay, config.trust_coefficient)
+    return (
+        adapted if mask is None else optax.masked(adapted, mask),
+        optax.trace(decay=config.momentum, nesterov=config.nesterov),
+    )
+
+
+def _adapt_rates(
+    weight_decay: float, trust_coefficient: float
+) -> optax.GradientTransformation:
+    """Adds weight decay and multiplies by each parameter's local learning rate.
+
+    The rate is that of algorithm 1 of the paper; optax.scale_by_trust_ratio divides by
+    |g + wd w|, the norm of the sum. It is 1 where a norm is zero, as in TensorFlow's
+    LARSOptimizer: else what starts at zero would stay there. Each block of a scanned
+    stage has its own.
+    """
+
+    def adapt(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
+        length, slope = (jnp.linalg.norm(a.ravel()) for a in (parameter, gradient))
+        known = (length > 0) & (slope > 0)
+        norms = jnp.where(known, slope + weight_decay * length, 1.0)
+        rate = jnp.where(known, trust_coefficient * length / norms, 1.0)
+        return rate * (gradient + weight_decay * parameter)
+
+    def adapt_at(path: Any, gradient: jax.Array, parameter: jax.Array) -> jax.Array:
+        is_stacked = jax.tree_util.DictKey(STACKED) in path
+        return (jax.vmap(adapt) if is_stacked else adapt)(gradient, parameter)
+
+    return optax.stateless(
+        lambda updates, params: jax.tree.map_with_path(adapt_at, updates, params)
     )
 
 

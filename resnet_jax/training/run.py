@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from resnet_jax.errors import Preempted
 from resnet_jax.evaluation.evaluator import EvalStep, Interrupted, evaluate_split
 from resnet_jax.evaluation.metrics import Sums
 from resnet_jax.training.checkpoints import Checkpoints, DivergedError
+from resnet_jax.training.precise_statistics import with_precise_statistics
 from resnet_jax.training.profile import Profile
 from resnet_jax.training.progress import Progress, Throughput
 from resnet_jax.training.setup import Setup
@@ -189,6 +191,8 @@ class Run:
         if self._skips:
             row["train_skipped"] = self._skipped()
         if evaluates:
+            if step == self.setup.derived.steps:
+                state = self._with_final_statistics(state)
             row |= self._evaluate(state)
         state = dataclasses.replace(state, sums=self._on_devices(Sums.zeros()))
         if "holdout_error" in row:
@@ -227,6 +231,15 @@ class Run:
                 if sentence not in self.told_broken:
                     self.told_broken.add(sentence)
                     self.progress.message(f"warning: skipped: {sentence}")
+
+    def _with_final_statistics(self, state: TrainState) -> TrainState:
+        """Batch statistics recomputed for the last weights, if the config asks so."""
+        examples = self.setup.config.evaluation.precise_statistics_examples
+        if not examples:
+            return state
+        batches = math.ceil(examples / self.setup.derived.global_batch_size)
+        self.progress.message(f"batch statistics taken anew over {batches} batches")
+        return with_precise_statistics(self.setup, state, self.train_feed, batches)
 
     def _evaluate(self, state: TrainState) -> dict[str, Any]:
         metrics: dict[str, Any] = {}

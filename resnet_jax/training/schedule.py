@@ -74,13 +74,15 @@ class Schedule:
         if self.config.kind == "piecewise":
             drops = dict.fromkeys(self.derived.boundaries, self.config.factor)
             return optax.piecewise_constant_schedule(peak, drops)(step)
+        warmup, final = self.derived.warmup_steps, self.config.final_learning_rate
+        length = max(1, self.derived.steps - warmup)
+        after_warmup = jnp.maximum(step - warmup, 0)
         if self.config.kind == "cosine":
-            warmup = self.derived.warmup_steps
-            length = max(1, self.derived.steps - warmup)
-            final = self.config.final_learning_rate / peak if peak else 0.0
-            return optax.cosine_decay_schedule(peak, length, alpha=final)(
-                jnp.maximum(step - warmup, 0)
-            )
+            share = final / peak if peak else 0.0
+            return optax.cosine_decay_schedule(peak, length, share)(after_warmup)
+        if self.config.kind == "polynomial":
+            power = self.config.power
+            return optax.polynomial_schedule(peak, final, power, length)(after_warmup)
         return jnp.asarray(peak)
 
     def after_batch(self, state: ScheduleState, error: jax.Array) -> ScheduleState:

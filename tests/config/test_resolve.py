@@ -59,10 +59,13 @@ REFUSED = [
     ("optimizer.kind", "lamp", "did you mean lamb"),
     ("optimizer.second_momentum", 0.99, "optimizer.kind is sgd"),
     ("optimizer.epsilon", 1e-8, "leave it at 1e-06"),
+    ("optimizer.trust_coefficient", 0.02, "is lars's, and optimizer.kind is sgd"),
     ("optimizer.weight_decay_scope", "none", "one of all, all_but_norm, kernels"),
     ("optimizer.max_grad_norm", 0.0, "or to None for no limit"),
     ("optimizer.ema_every_steps", 32, "optimizer.ema_decay"),
     ("schedule.final_learning_rate", 0.01, "schedule.kind is constant"),
+    ("schedule.power", 1.0, "is polynomial's, and schedule.kind is constant"),
+    ("evaluation.precise_statistics_examples", -1, "must be at least 0"),
     ("schedule.warmup_initial_learning_rate", 0.01, "schedule.warmup_steps or"),
 ]
 
@@ -176,6 +179,19 @@ def test_refuses_in_one_sentence(name, value, sentence):
             "augmentation.cutmix_alpha mixes pairs",
         ),
         ({"optimizer.kind": "lamb", "optimizer.nesterov": True}, "a form of sgd"),
+        (
+            {"optimizer.kind": "lars", "optimizer.trust_coefficient": 0.0},
+            "optimizer.trust_coefficient=0 leaves",
+        ),
+        ({"optimizer.kind": "lars", "optimizer.epsilon": 1e-8}, "is lamb's"),
+        (
+            {"schedule.kind": "polynomial", "schedule.power": 0.0},
+            "schedule.power=0 never lowers the rate",
+        ),
+        (
+            {"schedule.kind": "polynomial", "schedule.final_learning_rate": 0.2},
+            "above optimizer.learning_rate=0.1",
+        ),
         (
             {"schedule.kind": "cosine", "schedule.final_learning_rate": 0.2},
             "above optimizer.learning_rate=0.1",

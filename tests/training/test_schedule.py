@@ -44,6 +44,23 @@ def test_cosine_ends_at_the_final_rate():
     assert rates(of, [100])[0] == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_polynomial_after_a_linear_warm_up(power):
+    of = schedule(
+        kind="polynomial", power=power, warmup_steps=20, final_learning_rate=0.01
+    )
+    steps = np.arange(102)
+    left = 1 - np.clip(steps - 20, 0, 80) / 80
+    expected = np.where(steps < 20, 0.1 * (steps + 1) / 20, 0.01 + 0.09 * left**power)
+    np.testing.assert_allclose(rates(of, steps), expected, rtol=1e-5)
+
+
+def test_polynomial_of_power_two_is_the_default_and_ends_at_zero():
+    of = schedule(kind="polynomial")
+    found = rates(of, [0, 50, 90, 100])
+    np.testing.assert_allclose(found, [0.1, 0.025, 0.001, 0], rtol=1e-4, atol=1e-9)
+
+
 def test_warm_up_starts_at_its_initial_rate():
     of = schedule(
         kind="piecewise",
