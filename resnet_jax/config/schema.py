@@ -397,6 +397,12 @@ class TrainingConfig:
     global_batch_size: int = option(
         128, "examples a step, over all devices", at_least=1
     )
+    micro_batches: int = option(
+        1,
+        "parts of the global batch computed one after another, their gradients "
+        "averaged: less memory, the same step",
+        at_least=1,
+    )
     log_every_steps: int = option(100, "steps a row of metrics.jsonl", at_least=1)
 
 
@@ -406,7 +412,10 @@ class EvaluationConfig:
 
     every_steps: int | None = option(None, "None: once an epoch", at_least=1)
     batch_size: int | None = option(
-        None, "examples a batch; None: global_batch_size", at_least=1, operational=True
+        None,
+        "examples a batch; None: as many as training computes at once",
+        at_least=1,
+        operational=True,
     )
 
 
@@ -420,6 +429,18 @@ class CheckpointConfig:
         None, "also keep those at multiples of this many steps", at_least=1
     )
     best: bool = option(False, "also keep the one with the lowest held-out error")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How a run lies on its devices."""
+
+    fully_sharded: bool = option(
+        False,
+        "cut parameters and the optimizer's state over the devices, and gather them "
+        "where they are used: less memory a device",
+        operational=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,6 +461,7 @@ class Config:
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
 
 @dataclasses.dataclass(frozen=True)
