@@ -57,8 +57,7 @@ def make_train_step(
       model: the net.
       optimizer: see ``make_optimizer``.
       schedule: of the learning rate.
-      config: its sections ``augmentation``, ``loss``, ``model``, ``optimizer`` and
-        ``training``.
+      config: its sections ``augmentation``, ``loss``, ``optimizer`` and ``training``.
       mesh: the devices.
       shardings: of the state, see ``state_shardings``; replicated by default.
     """
@@ -134,7 +133,8 @@ def _gradients_of(
     model: nn.Module, config: Config, mesh: Mesh
 ) -> Callable[[Any, Any, jax.Array, jax.Array, jax.Array], _Found]:
     """A function of (params, batch_stats, images, targets, dropout key) to _Found."""
-    count, groups = config.training.micro_batches, config.model.batch_norm_groups
+    count = config.training.micro_batches
+    groups = getattr(model, "batch_norm_groups", 1)
     if count > 1:
         model = in_loop(model, count)
 
