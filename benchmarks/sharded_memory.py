@@ -3,8 +3,8 @@
     python -m benchmarks.sharded_memory --json FILE
 
 The bytes are the compiler's own account of the compiled step, of one of so many
-simulated devices of the CPU: of its arguments (the state and its part of the batch), and
-of what it needs beside them. Nothing is run or timed. Arguments are the same on any
+simulated devices of the CPU: of its arguments (the state and its part of the batch),
+and of what it needs beside them. No step is run or timed. Arguments are the same on any
 kind of device; the rest is a matter of the compiler, and other on an accelerator.
 """
 
@@ -31,7 +31,7 @@ def measure(model: str, batch_size: int, image_size: int, form: str) -> dict[str
     train_step, state, batch = synthetic_step(
         model, batch_size, image_size, "float32", **FORMS[form]
     )
-    memory = train_step.lower(state, None, batch).compile().memory_analysis()
+    memory: Any = train_step.lower(state, None, batch).compile().memory_analysis()
     return {
         "form": form,
         "argument_bytes": memory.argument_size_in_bytes,

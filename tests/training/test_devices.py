@@ -31,7 +31,7 @@ def config(tiny_config):
 def test_eight_devices_train_as_one_does(config, groups):
     """With statistics of the whole batch, and of ghost batches of eight."""
     config.model.batch_norm_groups = groups
-    assert_alike(run(config, 8, STEPS), run(config, 1, STEPS))
+    assert_alike(config, run(config, 8, STEPS), run(config, 1, STEPS))
 
 
 @pytest.mark.parametrize(("kind", "micro_batches"), [("sgd", 1), ("lamb", 4)])
@@ -43,7 +43,7 @@ def test_a_state_cut_over_the_devices_trains_alike(config, kind, micro_batches):
     replicated = run(config, 8, STEPS)
     config.parallel.fully_sharded = True
     state, losses = run(config, 8, STEPS)
-    assert_alike((state, losses), replicated)
+    assert_alike(config, (state, losses), replicated)
     for tree in (state.params, state.opt_state, state.ema):
         spread = {
             leaf.addressable_shards[0].data.size / leaf.size
