@@ -34,15 +34,17 @@ def test_eight_devices_train_as_one_does(config, groups):
     assert_alike(config, run(config, 8, STEPS), run(config, 1, STEPS))
 
 
-@pytest.mark.parametrize(("kind", "micro_batches"), [("sgd", 1), ("lamb", 4)])
-def test_a_state_cut_over_the_devices_trains_alike(config, kind, micro_batches):
+@pytest.mark.parametrize(
+    ("kind", "micro_batches", "steps"), [("sgd", 1, STEPS), ("lamb", 2, 4)]
+)
+def test_a_state_cut_over_the_devices_trains_alike(config, kind, micro_batches, steps):
     """Norms too are those of whole parameters: of all gradients, and LAMB's of each."""
     config.optimizer.kind = kind
     config.optimizer.max_grad_norm = 1.0
     config.training.micro_batches = micro_batches
-    replicated = run(config, 8, STEPS)
+    replicated = run(config, 8, steps)
     config.parallel.fully_sharded = True
-    state, losses = run(config, 8, STEPS)
+    state, losses = run(config, 8, steps)
     assert_alike(config, (state, losses), replicated)
     for tree in (state.params, state.opt_state, state.ema):
         spread = {
@@ -102,8 +104,6 @@ def test_a_whole_run_with_its_state_cut(config, tmp_path, console):
     config.evaluation.every_steps = config.checkpoint.every_steps = 2
     config.parallel.fully_sharded = True
     result = resnet_jax.train(config, tmp_path / "run", console)
-    again = resnet_jax.evaluate(tmp_path / "run", console=console)
-    assert again["errors"] == result["test_errors"]
     precise = resnet_jax.evaluate(tmp_path / "run", precise_batches=2, console=console)
     assert precise["count"] == result["test_count"]
     config.parallel.fully_sharded = False
