@@ -21,8 +21,6 @@ from resnet_jax.training.benchmark import synthetic_step
 FORMS: dict[str, dict[str, Any]] = {
     "replicated": {},
     "fully sharded": {"fully_sharded": True},
-    "replicated, 4 micro-batches": {"micro_batches": 4},
-    "fully sharded, 4 micro-batches": {"micro_batches": 4, "fully_sharded": True},
 }
 
 
@@ -48,13 +46,13 @@ def main(arguments: Sequence[str]) -> None:
         f"{options.model}, global batch {options.batch}, {options.size} px, float32, "
         f"{options.devices} devices; MiB a device"
     )
-    print(f"{'':<32}{'arguments':>10}{'temporary':>11}")
+    print(f"{'':<16}{'arguments':>10}{'temporary':>11}")
     rows = []
     for form in FORMS:
         row = measure(options.model, options.batch, options.size, form)
         rows.append(row)
         figures = (row["argument_bytes"] / 2**20, row["temporary_bytes"] / 2**20)
-        print(f"{form:<32}{figures[0]:>10.1f}{figures[1]:>11.1f}", flush=True)
+        print(f"{form:<16}{figures[0]:>10.1f}{figures[1]:>11.1f}", flush=True)
     record.write(
         options.json,
         content

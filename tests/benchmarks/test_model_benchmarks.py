@@ -60,7 +60,6 @@ def test_sharded_memory_writes_what_the_devices_hold(tmp_path):
     printed = run("sharded_memory", *arguments.split(), str(file))
     rows = {row["form"]: row for row in json.loads(file.read_text())["rows"]}
     assert all(form in printed for form in rows)
-    assert len(rows) == 4
     # What is cut are the kernels of 4608 elements and more, and their velocities:
     # 3x3 of 16 x 32, 32 x 32, 32 x 64 and 64 x 64.
     cut = 9 * (16 * 32 + 32 * 32 + 32 * 64 + 64 * 64)
