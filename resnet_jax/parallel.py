@@ -1,11 +1,16 @@
 """The device mesh and how arrays lie on it."""
 
+import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from resnet_jax.errors import UserError
+
+SMALL_LEAF = 2**12
+"""Arrays of fewer elements are never cut over the devices."""
 
 
 def data_mesh(num_devices: int | None = None) -> Mesh:
@@ -35,19 +40,89 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def check_divides(global_batch_size: int, mesh: Mesh) -> None:
-    """Raises UserError where a batch cannot be cut over the devices."""
-    if global_batch_size % mesh.size:
-        lower = global_batch_size // mesh.size * mesh.size
-        choices = [str(size) for size in (lower, lower + mesh.size) if size]
+def fully_sharded(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of each leaf when a state is cut over the devices.
+
+    A leaf is cut along its largest axis that the number of devices divides. It stays
+    replicated where there is none, or where it is small: gathering it would cost more
+    than it saves.
+
+    Args:
+      tree: of arrays or of their shapes.
+      mesh: the devices.
+    """
+
+    def sharding(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % mesh.size == 0]
+        if not axes or math.prod(leaf.shape) < SMALL_LEAF:
+            return replicated(mesh)
+        largest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * largest, "data"))
+
+    return jax.tree.map(sharding, tree)
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """Whole arrays on every device, of leaves that may be cut; inside jit."""
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def check_divides(
+    global_batch_size: int, mesh: Mesh, micro_batches: int = 1, groups: int = 1
+) -> None:
+    """Raises UserError where a batch cannot be cut as it must be.
+
+    Args:
+      global_batch_size: examples a step.
+      mesh: the devices; each cuts its even share of every micro-batch.
+      micro_batches: parts of the batch that are computed one after another.
+      groups: of batch normalisation; valid choices divide into these too.
+    """
+    _refuse_uneven_processes(mesh)
+    parts = mesh.size * micro_batches
+    if global_batch_size % parts == 0:
+        return
+    whole = math.lcm(parts, groups)
+    lower = global_batch_size // whole * whole
+    choices = [str(size) for size in (lower, lower + whole) if size]
+    over = f"{mesh.size} devices"
+    if micro_batches > 1:
+        over = f"training.micro_batches={micro_batches} times {over}"
+    raise UserError(
+        f"training.global_batch_size={global_batch_size} does not divide over {over}; "
+        f"the nearest that {'do are' if len(choices) > 1 else 'does is'} "
+        f"{' and '.join(choices)}"
+    )
+
+
+def _refuse_uneven_processes(mesh: Mesh) -> None:
+    """Each process feeds an equal part of every batch to its own devices."""
+    owners = [device.process_index for device in mesh.devices.flat]
+    _, counts = np.unique(owners, return_counts=True)
+    if counts.min() != counts.max():
         raise UserError(
-            f"training.global_batch_size={global_batch_size} does not divide over "
-            f"{mesh.size} devices; the nearest that do are {' and '.join(choices)}"
+            f"the processes have {', '.join(map(str, counts))} devices, and each "
+            "reads an equal part of every batch: start them with equally many"
         )
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Host arrays as device arrays of the given sharding."""
+    """Each process's part of arrays, as device arrays of one sharding."""
     return jax.tree.map(
         lambda array: jax.make_array_from_process_local_data(sharding, array), tree
     )
+
+
+def place_whole(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process holds whole, as device arrays.
+
+    Args:
+      tree: of host arrays.
+      shardings: a tree of shardings like it.
+    """
+
+    def placed(array: Any, sharding: NamedSharding) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+    return jax.tree.map(placed, tree, shardings)

@@ -245,6 +245,7 @@ def _refuse_contradictions(config: Config) -> None:
             f"model.batch_norm_groups={groups} does not divide "
             f"training.global_batch_size={batch}"
         )
+    _refuse_cut_groups(config)
     if config.optimizer.nesterov and not config.optimizer.momentum:
         raise UserError("optimizer.nesterov needs optimizer.momentum above 0")
     if config.checkpoint.best and not _holds_out(config):
@@ -252,6 +253,19 @@ def _refuse_contradictions(config: Config) -> None:
             "checkpoint.best chooses by the held-out error, never on the test set: "
             "set data.holdout_examples or data.holdout_split"
         )
+
+
+def _refuse_cut_groups(config: Config) -> None:
+    """Micro-batches hold whole groups of batch normalisation, or there is just one."""
+    parts, groups = config.training.micro_batches, config.model.batch_norm_groups
+    if groups == 1 or groups % parts == 0:
+        return
+    choices = [str(count) for count in range(1, groups + 1) if groups % count == 0]
+    raise UserError(
+        f"training.micro_batches={parts} does not divide model.batch_norm_groups="
+        f"{groups}, and a micro-batch holds whole groups: choose from "
+        f"{', '.join(choices)}"
+    )
 
 
 def _holds_out(config: Config) -> bool:

@@ -406,6 +406,12 @@ class TrainingConfig:
     global_batch_size: int = option(
         128, "examples a step, over all devices", at_least=1
     )
+    micro_batches: int = option(
+        1,
+        "parts of the global batch computed one after another, their gradients "
+        "averaged: less memory, the same step",
+        at_least=1,
+    )
     log_every_steps: int = option(100, "steps a row of metrics.jsonl", at_least=1)
 
 
@@ -415,7 +421,10 @@ class EvaluationConfig:
 
     every_steps: int | None = option(None, "None: once an epoch", at_least=1)
     batch_size: int | None = option(
-        None, "examples a batch; None: global_batch_size", at_least=1, operational=True
+        None,
+        "examples a batch; None: as many as training computes at once",
+        at_least=1,
+        operational=True,
     )
     precise_statistics_examples: int = option(
         0,
@@ -441,6 +450,12 @@ class CheckpointConfig:
 class ParallelConfig:
     """How a run lies on its devices and hosts."""
 
+    fully_sharded: bool = option(
+        False,
+        "cut parameters and the optimizer's state over the devices, and gather them "
+        "where they are used: less memory a device",
+        operational=True,
+    )
     peer_timeout_seconds: int = option(
         60,
         "with several processes: how long one may show no sign of life until the "

@@ -21,9 +21,13 @@ EvalStep = Callable[[Any, PixelStatistics, Batch | None, Batch], Sums]
 
 
 def make_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
-    """A jitted function of (variables, statistics, resident, batch) to ``Sums``."""
+    """A jitted function of (variables, statistics, resident, batch) to ``Sums``.
+
+    The variables may be replicated or cut over the devices.
+    """
 
     def eval_step(variables, statistics, resident, batch):
+        variables = parallel.gathered(variables, mesh)
         images, labels = gather(resident, batch)
         images = normalize(to_unit(images), statistics)
         logits: Any = model.apply(variables, images, train=False)
@@ -31,7 +35,7 @@ def make_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
         return batch_sums(logits, labels, losses, batch["mask"])
 
     same, cut = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    return jax.jit(eval_step, in_shardings=(same, same, same, cut), out_shardings=same)
+    return jax.jit(eval_step, in_shardings=(None, same, same, cut), out_shardings=same)
 
 
 def evaluate_split(

@@ -17,7 +17,7 @@ import rich.console
 from resnet_jax import parallel
 from resnet_jax.analysis.complexity import count_multiply_adds
 from resnet_jax.config import Config, derive
-from resnet_jax.config.schema import AugmentationConfig
+from resnet_jax.config.schema import AugmentationConfig, TrainingConfig
 from resnet_jax.data.batch import Batch
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.errors import UserError
@@ -26,7 +26,7 @@ from resnet_jax.training.environment import environment
 from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.progress import say
 from resnet_jax.training.schedule import Schedule
-from resnet_jax.training.state import TrainState, init_state
+from resnet_jax.training.state import TrainState, init_state, state_shardings
 from resnet_jax.training.step import TrainStep, make_train_step
 
 CIFAR_AUGMENTATION = AugmentationConfig(pad=4, flip=True)
@@ -107,15 +107,18 @@ def synthetic_step(
     image_size: int,
     dtype: str,
     augmentation: AugmentationConfig | None = None,
+    micro_batches: int = 1,
+    fully_sharded: bool = False,
     **model_options: Any,
 ) -> tuple[TrainStep, TrainState, Batch]:
     """A training step with the state and batch to call it on: (state, None, batch).
 
     ``augmentation`` is by default the paper's for the net, as far as it is done on the
-    device; ``model_options`` are ``create_model``'s.
+    device; ``micro_batches`` and ``fully_sharded`` are the config's fields, and
+    ``model_options`` are ``create_model``'s.
     """
     mesh = parallel.data_mesh()
-    parallel.check_divides(batch_size, mesh)
+    parallel.check_divides(batch_size, mesh, micro_batches)
     entry = catalog_entry(model)
     is_cifar = entry.image_size == 32
     net = create_model(model, dtype=jnp.dtype(dtype), **model_options)
@@ -123,10 +126,12 @@ def synthetic_step(
         Config(),
         augmentation=augmentation
         or (CIFAR_AUGMENTATION if is_cifar else IMAGENET_AUGMENTATION),
+        training=TrainingConfig(
+            global_batch_size=batch_size, micro_batches=micro_batches
+        ),
     )
     schedule = Schedule(config.optimizer, config.schedule, derive(config, batch_size))
     optimizer = make_optimizer(config.optimizer)
-    train_step = make_train_step(net, optimizer, schedule, config, mesh)
     shape = (image_size, image_size, 3)
     rng = np.random.default_rng(0)
     statistics_shape = shape if is_cifar else (1, 1, 3)
@@ -134,15 +139,18 @@ def synthetic_step(
         np.full(statistics_shape, 0.5, np.float32),
         np.ones(statistics_shape, np.float32),
     )
-    init = jax.jit(
-        lambda: init_state(net, optimizer, schedule, pixels, shape, 0, averaged=False),
-        out_shardings=parallel.replicated(mesh),
-    )
+
+    def init() -> TrainState:
+        return init_state(net, optimizer, schedule, pixels, shape, 0, averaged=False)
+
+    shardings = state_shardings(jax.eval_shape(init), mesh, fully_sharded)
+    train_step = make_train_step(net, optimizer, schedule, config, mesh, shardings)
+    state = jax.jit(init, out_shardings=shardings)()
     batch = {
         "image": rng.integers(0, 256, (batch_size, *shape), dtype=np.uint8),
         "label": rng.integers(0, entry.num_classes, batch_size).astype(np.int32),
     }
-    return train_step, init(), parallel.place(batch, parallel.batch_sharding(mesh))
+    return train_step, state, parallel.place(batch, parallel.batch_sharding(mesh))
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from resnet_jax.evaluation.evaluator import EvalStep, make_eval_step
 from resnet_jax.models import create_model
 from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.schedule import Schedule
-from resnet_jax.training.state import TrainState, init_state
+from resnet_jax.training.state import TrainState, init_state, state_shardings
 from resnet_jax.training.step import TrainStep, make_train_step
 
 
@@ -37,8 +37,10 @@ class Setup:
     @property
     def evaluation_batch_size(self) -> int:
         """Examples an evaluation batch, rounded up to divide over the devices."""
+        training = self.config.training
         size = (
-            self.config.evaluation.batch_size or self.config.training.global_batch_size
+            self.config.evaluation.batch_size
+            or training.global_batch_size // training.micro_batches
         )
         return -(-size // self.mesh.size) * self.mesh.size
 
@@ -54,6 +56,7 @@ class Setup:
             self.schedule,
             self.config,
             self.mesh,
+            self._shardings(),
         )
 
     def eval_step(self) -> EvalStep:
@@ -66,8 +69,8 @@ class Setup:
         Raises:
           UserError: model.weights are not those of this net.
         """
-        same = parallel.replicated(self.mesh)
-        init = jax.jit(self._init, out_shardings=same)
+        shardings = self._shardings()
+        init = jax.jit(self._init, out_shardings=shardings)
         state = init(self.dataset.train.statistics())
         if self.config.model.weights is None:
             return state
@@ -81,22 +84,32 @@ class Setup:
             rng=jax.random.key(self.config.seed),
         )
         variables = jax.device_get({"batch_stats": {}} | loaded)
+        kept = {name: getattr(shardings, name) for name in variables}
         # Placed twice: the step donates the state, and no buffer may be in it twice.
-        averaged = parallel.place(variables, same) if state.ema is not None else None
-        return state.replace(**parallel.place(variables, same), ema=averaged)
+        averaged = None
+        if state.ema is not None:
+            averaged = parallel.place_whole(variables, shardings.ema)
+        return state.replace(**parallel.place_whole(variables, kept), ema=averaged)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; computes nothing."""
-        shape = self.dataset.train.statistics_shape()
-        pixels: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
-        state = jax.eval_shape(self._init, PixelStatistics(mean=pixels, std=pixels))
-        sharding = parallel.replicated(self.mesh)
+        state = self._shapes()
         return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(
                 leaf.shape, leaf.dtype, sharding=sharding
             ),
             state,
+            self._shardings(),
         )
+
+    def _shapes(self) -> TrainState:
+        shape = self.dataset.train.statistics_shape()
+        pixels: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return jax.eval_shape(self._init, PixelStatistics(mean=pixels, std=pixels))
+
+    def _shardings(self) -> TrainState:
+        cut = self.config.parallel.fully_sharded
+        return state_shardings(self._shapes(), self.mesh, cut)
 
     def _init(self, statistics: PixelStatistics) -> TrainState:
         return init_state(
@@ -122,7 +135,12 @@ def prepare(config: Config, mesh: Mesh | None = None) -> Setup:
     """
     dataset = open_dataset(config)
     mesh = mesh or parallel.data_mesh()
-    parallel.check_divides(config.training.global_batch_size, mesh)
+    parallel.check_divides(
+        config.training.global_batch_size,
+        mesh,
+        config.training.micro_batches,
+        config.model.batch_norm_groups,
+    )
     derived = derive(config, len(dataset.train))
     model = create_model(
         config.model.name,

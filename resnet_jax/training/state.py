@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 
+from resnet_jax import parallel
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.evaluation.metrics import Sums
 from resnet_jax.training.schedule import Schedule, ScheduleState
@@ -78,3 +80,22 @@ def init_state(
         sums=Sums.zeros(),
         first_bad_step=jnp.full((), -1, jnp.int32),
     )
+
+
+def state_shardings(state: TrainState, mesh: Mesh, fully_sharded: bool) -> TrainState:
+    """The sharding of every leaf of a state.
+
+    Args:
+      state: of arrays or of their shapes.
+      mesh: the devices.
+      fully_sharded: parameters, the optimizer's state and the averages are cut over
+        the devices; the rest, and all of it otherwise, is replicated.
+    """
+    same = jax.tree.map(lambda leaf: parallel.replicated(mesh), state)
+    if not fully_sharded:
+        return same
+    cut = {
+        name: parallel.fully_sharded(getattr(state, name), mesh)
+        for name in ("params", "opt_state", "ema")
+    }
+    return same.replace(**cut)

@@ -1,18 +1,25 @@
 """One optimizer step as a jitted function of the global batch."""
 
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax import lax
 from jax.sharding import Mesh
 
 from resnet_jax import parallel
 from resnet_jax.config import Config
 from resnet_jax.data.batch import gather
 from resnet_jax.data.transforms import augment_and_mix, mixed_targets
-from resnet_jax.evaluation.metrics import batch_sums
+from resnet_jax.evaluation.metrics import Sums, batch_sums
+from resnet_jax.training.accumulation import add_over_parts, in_loop, micro_batches
 from resnet_jax.training.losses import main_labels, training_loss
 from resnet_jax.training.schedule import Schedule
+from resnet_jax.training.state import TrainState
 
 _DROPOUT = 1
 """What dropout and stochastic depth fold into a step's key, to draw apart from the
@@ -28,6 +35,7 @@ def make_train_step(
     schedule: Schedule,
     config: Config,
     mesh: Mesh,
+    shardings: TrainState | None = None,
 ) -> TrainStep:
     """A jitted function of (state, resident, batch) to the next state.
 
@@ -38,13 +46,22 @@ def make_train_step(
     The loss in the state's sums is the one minimised. Where images are mixed, its
     errors are those against the label of the larger part.
 
+    With micro-batches the step is the same to rounding where batch normalisation has
+    groups: images are augmented and mixed as a whole batch first, a micro-batch holds
+    whole groups, and the running statistics move once, by the mean over all groups.
+    Where it has one group, each micro-batch has statistics of its own: those of
+    examples i of equal i mod ``training.micro_batches``. Dropout and stochastic depth
+    draw by the place in the micro-batch.
+
     Args:
       model: the net.
       optimizer: see ``make_optimizer``.
       schedule: of the learning rate.
-      config: its sections ``augmentation``, ``loss`` and ``optimizer``.
+      config: its sections ``augmentation``, ``loss``, ``optimizer`` and ``training``.
       mesh: the devices.
+      shardings: of the state, see ``state_shardings``; replicated by default.
     """
+    gradients_of = _gradients_of(model, config, mesh)
 
     def train_step(state, resident, batch):
         images, labels = gather(resident, batch)
@@ -52,32 +69,27 @@ def make_train_step(
         images, share = augment_and_mix(
             key, images, state.statistics, config.augmentation
         )
-
-        def loss_fn(params):
-            logits, updates = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": jax.random.fold_in(key, _DROPOUT)},
-            )
-            targets = labels
-            if share is not None:
-                targets = mixed_targets(labels, share, logits.shape[-1])
-            losses = training_loss(config.loss, logits, targets)
-            sums = batch_sums(
-                logits, main_labels(targets), losses, jnp.ones(labels.shape)
-            )
-            return losses.mean(), (sums, updates.get("batch_stats", {}))
-
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (sums, batch_stats)), gradients = grad_fn(state.params)
+        targets = labels
+        if share is not None:
+            targets = mixed_targets(labels, share, model.num_classes)
+        found = gradients_of(
+            parallel.gathered(state.params, mesh),
+            state.batch_stats,
+            images,
+            targets,
+            jax.random.fold_in(key, _DROPOUT),
+        )
+        gradients = found.gradients
+        if shardings is not None:
+            # Each device updates its own part of what is cut.
+            gradients = lax.with_sharding_constraint(gradients, shardings.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = schedule.rate(state.schedule, state.step)
         params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
 
         step = state.step + 1
-        newly_bad = (state.first_bad_step < 0) & ~jnp.isfinite(loss)
+        sums, batch_stats = found.sums, found.batch_stats
+        newly_bad = (state.first_bad_step < 0) & ~jnp.isfinite(found.loss)
         return state.replace(
             step=step,
             params=params,
@@ -91,9 +103,80 @@ def make_train_step(
         )
 
     same, cut = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    state_sharding = same if shardings is None else shardings
     return jax.jit(
-        train_step, in_shardings=(same, same, cut), out_shardings=same, donate_argnums=0
+        train_step,
+        in_shardings=(state_sharding, same, cut),
+        out_shardings=state_sharding,
+        donate_argnums=0,
     )
+
+
+@flax.struct.dataclass
+class _Found:
+    """What the examples of a batch, or of a part of it, say.
+
+    Attributes:
+      loss: the mean over the examples.
+      gradients: of that loss.
+      sums: metrics.
+      batch_stats: the next running statistics.
+    """
+
+    loss: jax.Array
+    gradients: Any
+    sums: Sums
+    batch_stats: Any
+
+
+def _gradients_of(
+    model: nn.Module, config: Config, mesh: Mesh
+) -> Callable[[Any, Any, jax.Array, jax.Array, jax.Array], _Found]:
+    """A function of (params, batch_stats, images, targets, dropout key) to _Found."""
+    count = config.training.micro_batches
+    groups = getattr(model, "batch_norm_groups", 1)
+    if count > 1:
+        model = in_loop(model, count)
+
+    def of_examples(params, batch_stats, images, targets, key):
+        def loss_fn(params):
+            logits, updates = model.apply(
+                {"params": params, "batch_stats": batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": key},
+            )
+            losses = training_loss(config.loss, logits, targets)
+            labels = main_labels(targets)
+            sums = batch_sums(logits, labels, losses, jnp.ones(labels.shape))
+            return losses.mean(), (sums, updates.get("batch_stats", {}))
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (sums, new_stats)), gradients = grad_fn(params)
+        return _Found(loss, gradients, sums, new_stats)
+
+    def accumulated(params, batch_stats, images, targets, key):
+        def of_part(part):
+            index, images, targets = part
+            part_key = jax.random.fold_in(key, index)
+            found = of_examples(params, batch_stats, images, targets, part_key)
+            # As changes: the mean of equal numbers, frozen ones, may be another.
+            changes = jax.tree.map(jnp.subtract, found.batch_stats, batch_stats)
+            return found.replace(batch_stats=changes)
+
+        unit = len(images) // groups if groups > 1 else 1
+        cut = micro_batches((images, targets), count, unit, mesh)
+        total = add_over_parts(of_part, (jnp.arange(count), *cut))
+        mean = jax.tree.map(
+            lambda leaf: leaf / count, total.replace(sums=None, batch_stats={})
+        )
+        new_stats = jax.tree.map(
+            lambda old, change: old + change / count, batch_stats, total.batch_stats
+        )
+        return mean.replace(sums=total.sums, batch_stats=new_stats)
+
+    return of_examples if count == 1 else accumulated
 
 
 def _averaged(ema, params, batch_stats, step, config):
@@ -107,4 +190,4 @@ def _averaged(ema, params, batch_stats, step, config):
 
     if config.ema_every_steps == 1:
         return average()
-    return jax.lax.cond(step % config.ema_every_steps == 0, average, lambda: ema)
+    return lax.cond(step % config.ema_every_steps == 0, average, lambda: ema)

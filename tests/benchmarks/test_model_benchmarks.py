@@ -52,3 +52,18 @@ def test_deep_nets_writes_every_form_and_stops_at_its_limit(tmp_path):
     run("deep_nets", *arguments.split(), str(file))
     rows = json.loads(file.read_text())["rows"]
     assert {row["status"] for row in rows} == {"stopped after 1 s"}
+
+
+def test_sharded_memory_writes_what_the_devices_hold(tmp_path):
+    file = tmp_path / "result.json"
+    arguments = "--model cifar_resnet8 --batch 32 --size 32 --devices 4 --json"
+    printed = run("sharded_memory", *arguments.split(), str(file))
+    rows = {row["form"]: row for row in json.loads(file.read_text())["rows"]}
+    assert all(form in printed for form in rows)
+    # What is cut are the kernels of 4608 elements and more, and their velocities:
+    # 3x3 of 16 x 32, 32 x 32, 32 x 64 and 64 x 64.
+    cut = 9 * (16 * 32 + 32 * 32 + 32 * 64 + 64 * 64)
+    saved = (
+        rows["replicated"]["argument_bytes"] - rows["fully sharded"]["argument_bytes"]
+    )
+    assert saved == 2 * 4 * cut * 3 // 4

@@ -24,18 +24,21 @@ def run(config, num_devices, steps):
     return state, np.array(losses)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_eight_devices_train_as_one_does(tiny_config, groups):
-    tiny_config.model.batch_norm_groups = groups
-    one, losses_of_one = run(tiny_config, 1, 4)
-    eight, losses_of_eight = run(tiny_config, 8, 4)
-    np.testing.assert_allclose(losses_of_eight, losses_of_one, rtol=1e-4)
-    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params)):
-        np.testing.assert_allclose(a, b, atol=2e-4)
-    for a, b in zip(
-        jax.tree.leaves(one.batch_stats), jax.tree.leaves(eight.batch_stats)
-    ):
-        np.testing.assert_allclose(a, b, atol=2e-4)
+def assert_alike(config, found, expected, tolerance=0.1):
+    """Two results of ``run`` agree, but for what rounding grows to in 20 steps.
+
+    Where rounding turns a ReLU over, gradients differ by more than it: seen were 2 %
+    of the parameters' way from their start, and 3e-4 of a loss. Statistics of each
+    device's own examples make it 55 % and 2e-2.
+    """
+    start = prepare(resolve(config), parallel.data_mesh(1)).fresh_state()
+    np.testing.assert_allclose(found[1], expected[1], rtol=2e-3)
+    for name in ("params", "batch_stats"):
+        first, a, b = (
+            np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+            for tree in (getattr(s, name) for s in (start, found[0], expected[0]))
+        )
+        assert np.linalg.norm(a - b) < tolerance * np.linalg.norm(b - first)
 
 
 def use_modern_options(config):

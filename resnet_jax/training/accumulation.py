@@ -1,0 +1,79 @@
+"""Gradient accumulation: a batch in parts, one after another, in less memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from resnet_jax.models.convolution import loop_algorithm
+
+
+def micro_batches(batch: Any, count: int, unit: int, mesh: Mesh) -> Any:
+    """Cuts a global batch into equal parts; inside jit.
+
+    Consecutive examples form units, and unit u lies in part u mod ``count``: the same
+    examples on any number of devices. Where ``count`` times the number of devices
+    divides the number of units, each device has its share of every part already, and
+    nothing moves; elsewhere the compiler moves what it must.
+
+    Args:
+      batch: a tree of arrays (n, ...), cut over the devices along their first axis.
+      count: parts; divides the number of units.
+      unit: examples that stay together in their order, such as a group of batch
+        normalisation; divides n.
+      mesh: the devices.
+
+    Returns:
+      A tree of arrays (count, n / count, ...), each part cut over the devices.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
+
+    def cut(array: jax.Array) -> jax.Array:
+        shape = array.shape[1:]
+        units = array.reshape(-1, count, unit, *shape)
+        parts = units.swapaxes(0, 1).reshape(count, -1, *shape)
+        return lax.with_sharding_constraint(parts, sharding)
+
+    return jax.tree.map(cut, batch)
+
+
+def add_over_parts(function: Callable[[Any], Any], parts: Any) -> Any:
+    """The sum of ``function`` over parts, of which one at a time is in memory.
+
+    It is a compiled loop: what is compiled does not grow with the number of parts, and
+    no part can begin before the one before it is done. (Unrolled, XLA keeps the maps
+    of all parts in memory on the CPU, barriers or not.)
+
+    Args:
+      function: of one part to a tree of arrays.
+      parts: a tree of arrays (count, ...).
+    """
+    first = jax.tree.map(lambda array: array[0], parts)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first)
+    )
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    total, _ = lax.scan(add, zeros, parts)
+    return total
+
+
+def in_loop(model: nn.Module, count: int) -> nn.Module:
+    """The net that computes one of ``count`` parts inside a compiled loop.
+
+    It holds its share of the groups of batch normalisation, and its convolutions are
+    computed as suits a loop; see ``loop_algorithm``. Nets without that choice train
+    slowly in parts on the CPU.
+    """
+    options: dict[str, Any] = {}
+    if getattr(model, "batch_norm_groups", 1) > 1:
+        options["batch_norm_groups"] = model.batch_norm_groups // count
+    if hasattr(model, "conv_algorithm"):
+        options["conv_algorithm"] = loop_algorithm(model.conv_algorithm)
+    return model.clone(**options)
