@@ -5,7 +5,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
 
 from resnet_jax.errors import UserError
 
@@ -30,17 +36,17 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
     )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The leading axis cut over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def fully_sharded(tree: Any, mesh: Mesh) -> Any:
+def fully_sharded(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of each leaf when a state is cut over the devices.
 
     A leaf is cut along its largest axis that the number of devices divides. It stays
@@ -62,30 +68,29 @@ def fully_sharded(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(sharding, tree)
 
 
-def gathered(tree: Any, mesh: Mesh) -> Any:
+def gathered(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Whole arrays on every device, of leaves that may be cut; inside jit."""
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def check_divides(
-    global_batch_size: int, mesh: Mesh, micro_batches: int = 1, groups: int = 1
+    global_batch_size: int, num_devices: int, micro_batches: int = 1, groups: int = 1
 ) -> None:
     """Raises UserError where a batch cannot be cut as it must be.
 
     Args:
       global_batch_size: examples a step.
-      mesh: the devices; each cuts its even share of every micro-batch.
+      num_devices: each computes its even share of every micro-batch.
       micro_batches: parts of the batch that are computed one after another.
       groups: of batch normalisation; valid choices divide into these too.
     """
-    _refuse_uneven_processes(mesh)
-    parts = mesh.size * micro_batches
+    parts = num_devices * micro_batches
     if global_batch_size % parts == 0:
         return
     whole = math.lcm(parts, groups)
     lower = global_batch_size // whole * whole
     choices = [str(size) for size in (lower, lower + whole) if size]
-    over = f"{mesh.size} devices"
+    over = f"{num_devices} devices"
     if micro_batches > 1:
         over = f"training.micro_batches={micro_batches} times {over}"
     raise UserError(
@@ -95,8 +100,11 @@ def check_divides(
     )
 
 
-def _refuse_uneven_processes(mesh: Mesh) -> None:
-    """Each process feeds an equal part of every batch to its own devices."""
+def check_processes(mesh: Mesh) -> None:
+    """Raises UserError where processes have unequal numbers of the devices.
+
+    Each feeds an equal part of every batch to its own.
+    """
     owners = [device.process_index for device in mesh.devices.flat]
     _, counts = np.unique(owners, return_counts=True)
     if counts.min() != counts.max():

@@ -53,15 +53,15 @@ def test_an_uneven_batch_is_refused_with_those_that_do(
     batch, micro_batches, groups, choices
 ):
     with pytest.raises(UserError, match=f"={batch} does not divide .*{choices}$"):
-        parallel.check_divides(batch, parallel.data_mesh(8), micro_batches, groups)
+        parallel.check_divides(batch, 8, micro_batches, groups)
 
 
 def test_an_even_batch_is_accepted():
-    parallel.check_divides(64, parallel.data_mesh(8), 4, 4)
+    parallel.check_divides(64, 8, 4, 4)
 
 
 def test_processes_of_unequal_devices_are_refused():
     devices = [SimpleNamespace(process_index=index) for index in (0, 0, 0, 1)]
     mesh = SimpleNamespace(size=4, devices=np.array(devices))
     with pytest.raises(UserError, match="the processes have 3, 1 devices"):
-        parallel.check_divides(16, mesh)
+        parallel.check_processes(mesh)

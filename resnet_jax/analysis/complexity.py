@@ -126,7 +126,7 @@ def _multiply_adds(program, jaxpr, caller):
     for equation in jaxpr.eqns:
         path = program.computed_by(equation)
         path = caller if path is None else path
-        total[path] += _own_multiply_adds(equation)
+        total[path] += own_multiply_adds(equation)
         inner = [
             _multiply_adds(program, nested, path) for nested in inner_programs(equation)
         ]
@@ -141,7 +141,7 @@ def _multiply_adds(program, jaxpr, caller):
     return total
 
 
-def _own_multiply_adds(equation: Any) -> int:
+def own_multiply_adds(equation: Any) -> int:
     """Those of a convolution or a product of matrices; 0 of anything else."""
     if equation.primitive.name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape

@@ -14,6 +14,7 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax evaluate --workdir runs/digits
   resnet-jax report --workdir runs/digits --figure digits.png
   resnet-jax summary --compare resnet34 plain34
+  resnet-jax plan --config configs/imagenet.py:resnet50 --devices 256 --hosts 32
   resnet-jax prepare /data/imagenet prepared --splits train,val
   resnet-jax convert resnet50.pth resnet50.safetensors --model resnet50
   resnet-jax benchmark step --model cifar_resnet20 --batch 128
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         benchmark,
         convert,
         evaluate,
+        plan,
         prepare,
         report,
         summary,
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (train, evaluate, report, summary, prepare, convert, benchmark):
+    for module in (train, evaluate, report, summary, plan, prepare, convert, benchmark):
         module.add_parser(commands)
     # Overrides of config fields have names that argparse cannot list.
     options, rest = parser.parse_known_args(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from resnet_jax.config import Config
-from resnet_jax.data.sources import Subset, open_sources
+from resnet_jax.data.sources import Collection, Subset, open_sources
 from resnet_jax.data.split import Split
 from resnet_jax.errors import UserError
 
@@ -41,14 +41,16 @@ class Dataset:
         return self.train.training_shape
 
 
-def open_dataset(config: Config) -> Dataset:
+def open_dataset(config: Config, collection: Collection | None = None) -> Dataset:
     """Opens the data that a config names.
+
+    ``collection`` stands in for them where it is given.
 
     Raises:
       UserError: data are missing or contradict the config.
     """
     data = config.data
-    train, test, chosen_by = open_sources(data)
+    train, test, chosen_by = open_sources(data, collection)
     holdout = None if chosen_by is None else Split("holdout", chosen_by, data)
     if data.holdout_examples:
         if data.holdout_examples >= len(train):

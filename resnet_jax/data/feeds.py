@@ -268,9 +268,16 @@ def make_feed(
     Training images that change on the host are never resident; a split for evaluation
     may be, whatever the augmentation.
     """
-    small = split.nbytes <= data.resident_mib * 2**20
-    on_host = augmentation.on_host and split.name == "train"
-    resident = small and not on_host if data.resident is None else data.resident
-    if resident:
+    if is_resident(split, data, augmentation):
         return ResidentFeed.load(split, mesh, data, augmentation)
     return StreamingFeed(split, mesh, data, augmentation)
+
+
+def is_resident(
+    split: Split, data: DataConfig, augmentation: AugmentationConfig
+) -> bool:
+    """Whether the whole split lies on every device; see ``make_feed``."""
+    if data.resident is not None:
+        return data.resident
+    small = split.nbytes <= data.resident_mib * 2**20
+    return small and not (augmentation.on_host and split.name == "train")

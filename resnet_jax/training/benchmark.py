@@ -118,7 +118,7 @@ def synthetic_step(
     ``model_options`` are ``create_model``'s.
     """
     mesh = parallel.data_mesh()
-    parallel.check_divides(batch_size, mesh, micro_batches)
+    parallel.check_divides(batch_size, mesh.size, micro_batches)
     entry = catalog_entry(model)
     is_cifar = entry.image_size == 32
     net = create_model(model, dtype=jnp.dtype(dtype), **model_options)
@@ -159,8 +159,17 @@ def write_json(path: str, content: dict[str, Any]) -> None:
     Raises:
       UserError: the file cannot be written.
     """
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     try:
-        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+        Path(path).write_text(text)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from error
 

@@ -50,7 +50,7 @@ def benchmark_input(
     console = console or rich.console.Console()
     mesh = parallel.data_mesh()
     size = config.training.global_batch_size
-    parallel.check_divides(size, mesh)
+    parallel.check_divides(size, mesh.size)
     start = time.perf_counter()
     source = open_collection(config.data).source(config.data.train_split)
     split = Split("train", source, config.data)

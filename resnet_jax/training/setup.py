@@ -123,21 +123,25 @@ class Setup:
         )
 
 
-def prepare(config: Config, mesh: Mesh | None = None) -> Setup:
+def prepare(
+    config: Config, mesh: Mesh | None = None, dataset: Dataset | None = None
+) -> Setup:
     """Opens the data and builds the net, optimizer and schedule of a config.
 
     Args:
       config: of the run.
       mesh: the devices; all of them by default.
+      dataset: the data, where they are open already.
 
     Raises:
       UserError: the data are missing, or the batch does not divide over the devices.
     """
-    dataset = open_dataset(config)
+    dataset = dataset or open_dataset(config)
     mesh = mesh or parallel.data_mesh()
+    parallel.check_processes(mesh)
     parallel.check_divides(
         config.training.global_batch_size,
-        mesh,
+        mesh.size,
         config.training.micro_batches,
         config.model.batch_norm_groups,
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from resnet_jax import parallel
 from resnet_jax.data.transforms import PixelStatistics
@@ -82,7 +82,9 @@ def init_state(
     )
 
 
-def state_shardings(state: TrainState, mesh: Mesh, fully_sharded: bool) -> TrainState:
+def state_shardings(
+    state: TrainState, mesh: Mesh | AbstractMesh, fully_sharded: bool
+) -> TrainState:
     """The sharding of every leaf of a state.
 
     Args:

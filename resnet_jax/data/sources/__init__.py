@@ -110,13 +110,17 @@ def _exists(path: epath.Path) -> bool:
         ) from error
 
 
-def open_sources(data: DataConfig) -> tuple[Source, Source, Source | None]:
+def open_sources(
+    data: DataConfig, collection: Collection | None = None
+) -> tuple[Source, Source, Source | None]:
     """The sources to train on, to test on and to choose by, where there is a split.
+
+    ``collection`` stands in for the data set that the config names.
 
     Raises:
       UserError: data are missing, or two of the splits share examples.
     """
-    collection = open_collection(data)
+    collection = collection or open_collection(data)
     uses = {"data.train_split": data.train_split, "data.test_split": data.test_split}
     if data.holdout_split is not None:
         uses["data.holdout_split"] = data.holdout_split
