@@ -36,7 +36,7 @@ def test_mistakes_leave_no_traceback(capsys):
     error = capsys.readouterr().err
     assert error == (
         "resnet-jax: error: training.global_batch_size=128 does not divide over 256 "
-        "devices; the nearest that do are 256\n"
+        "devices; the nearest that does is 256\n"
     )
     assert main(["plan", "--config", CONFIG, "--json", "/nowhere/a.json"]) == 1
     assert "cannot be written" in capsys.readouterr().err
