@@ -1,6 +1,7 @@
 """The files of a run: config.json, metrics.jsonl, result.json, report.html.
 
-Of several processes only the first writes them.
+Of several processes only the first writes them. They lie in a folder, or below a URL
+such as ``gs://bucket/run`` (see ``storage``).
 
 Every file is replaced in one step or grows by whole lines, so that a run killed at any
 moment leaves files that can be read.
@@ -8,7 +9,6 @@ moment leaves files that can be read.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import secrets
@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from resnet_jax import distributed
+from resnet_jax import distributed, storage
 from resnet_jax.config import Config, Derived, fields, flatten, resolve
 from resnet_jax.errors import UserError
 
@@ -27,13 +27,14 @@ class Workdir:
     """A run's folder.
 
     Attributes:
-      path: absolute.
+      path: absolute, or epath's where it is a URL.
       checkpoints, tensorboard, profile, report: paths in it.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         """Names the folder; touches nothing."""
-        self.path = Path(path).expanduser().resolve()
+        self.path: Path = storage.locate(path)
+        self._storage = storage.storage_of(self.path)
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
@@ -46,11 +47,8 @@ class Workdir:
         """Makes the folder, or raises UserError where it cannot be written to."""
         if not distributed.is_primary():
             return
-        probe = self.path / ".write_probe"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
-            probe.unlink()
+            self._storage.check_writable(self.path)
         except OSError as error:
             raise UserError(
                 f"workdir {self.path} cannot be written to ({error.strerror}); "
@@ -58,8 +56,11 @@ class Workdir:
             ) from error
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keeps other runs off; the lock goes with the process, however it ends.
+    def lock(self, tell: storage.Tell) -> Iterator[None]:
+        """Keeps other runs off.
+
+        On a disk the lock goes with the process, however it ends; in a store it is an
+        object, and ``tell`` hears of one that a killed run may have left.
 
         Raises:
           UserError: another run has it.
@@ -67,17 +68,18 @@ class Workdir:
         if not distributed.is_primary():
             yield
             return
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with self._storage.lock(self.path, tell):
             yield
-        except BlockingIOError:
-            raise UserError(
-                f"workdir {self.path} is in use by another run; wait for it, or give "
-                "another --workdir"
-            ) from None
-        finally:
-            os.close(folder)
+
+    def mirror(self, folder: Path) -> contextlib.AbstractContextManager[storage.Mirror]:
+        """``folder`` on the disk of this host, for what writes to disks alone."""
+        return self._storage.mirror(folder)
+
+    def compiled_programs(self, folder: str) -> Path:
+        """Where compiled programs go: a folder from the workdir on, or a URL."""
+        return (
+            storage.locate(folder) if storage.is_remote(folder) else self.path / folder
+        )
 
     def check_shared(self) -> None:
         """Raises UserError where the processes of a run see different folders."""
@@ -86,7 +88,7 @@ class Workdir:
         number = distributed.broadcast(secrets.randbits(31))
         mark = self.path / f".shared-{number}"
         if distributed.is_primary():
-            mark.touch()
+            mark.write_bytes(b"")
         distributed.wait_for_all("mark")
         if not mark.exists():
             raise UserError(
@@ -113,7 +115,7 @@ class Workdir:
             "derived": dataclasses.asdict(derived),
             "command": command,
         }
-        write_whole(self._config, json.dumps(content, indent=2) + "\n")
+        self.write(self._config, json.dumps(content, indent=2) + "\n")
 
     def refuse_other_run(self, config: Config) -> None:
         """Raises UserError where the folder holds a run that differs in its result."""
@@ -137,50 +139,39 @@ class Workdir:
 
     def write_rows(self, rows: list[dict[str, Any]]) -> None:
         """Replaces metrics.jsonl by these rows."""
-        write_whole(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        self.write(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append_row(self, row: dict[str, Any]) -> None:
         """Adds a row to metrics.jsonl."""
         if distributed.is_primary():
-            with self._metrics.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            self._storage.append(self._metrics, json.dumps(row) + "\n")
 
     def read_rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
-        if not self._metrics.exists():
-            return []
-        lines = self._metrics.read_text().split("\n")[:-1]
+        lines = (storage.read_text(self._metrics) or "").split("\n")[:-1]
         return [json.loads(line) for line in lines]
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes result.json, which says that the run is finished."""
-        write_whole(self._result, json.dumps(result, indent=2) + "\n")
+        self.write(self._result, json.dumps(result, indent=2) + "\n")
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""
         return self._read_json(self._result)
 
+    def write(self, path: Path, text: str) -> None:
+        """Replaces a file in one step: a reader sees the old or the new one, whole.
+
+        Only the first of several processes does.
+        """
+        if distributed.is_primary():
+            self._storage.write(path, text)
+
     def _read_json(self, path: Path) -> dict[str, Any] | None:
         try:
-            return json.loads(path.read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+            text = storage.read_text(path)
+            return None if text is None else json.loads(text)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path} cannot be read ({error}); restore it or give another --workdir"
             ) from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one step: a reader sees the old or the new one, whole.
-
-    Only the first of several processes does.
-    """
-    if not distributed.is_primary():
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

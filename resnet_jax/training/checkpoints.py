@@ -7,7 +7,6 @@ of both, since a flipped bit on a disk is restored without a word otherwise.
 
 import contextlib
 import json
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from resnet_jax import distributed
 from resnet_jax.config.schema import CheckpointConfig
 from resnet_jax.errors import UserError
+from resnet_jax.storage import is_remote, storage_of
 from resnet_jax.training.state import TrainState
 
 Warn = Callable[[str], None]
@@ -39,7 +39,7 @@ class Checkpoints:
         """Opens the folder, making it where it is missing.
 
         Args:
-          directory: absolute path.
+          directory: absolute path, or epath's.
           config: what to keep.
         """
         kept: list[Any] = [policies.LatestN(config.keep_last)]
@@ -81,7 +81,11 @@ class Checkpoints:
         """Says in one sentence that a save has failed, a full disk for example."""
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
+            # A store has errors of its own; on a disk the others are faults of ours.
+            known = isinstance(error, (OSError, ValueError, RuntimeError))
+            if not known and not is_remote(self._directory):
+                raise
             if distributed.process_count() > 1 and distributed.is_lost_peer(error):
                 raise
             raise UserError(
@@ -224,9 +228,7 @@ class Checkpoints:
             self._directory / f"damaged-{step}",
         )
         if distributed.is_primary():
-            if target.exists():
-                shutil.rmtree(target)
-            source.rename(target)
+            storage_of(source).move(source, target)
         distributed.wait_for_all("put aside")
         self._manager.reload()
         warn(f"moved {source} to {target.name}; delete it when you have looked at it")

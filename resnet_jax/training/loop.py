@@ -37,7 +37,7 @@ def train(
 
     Args:
       config: made by a config file's ``get_config``, or a Config.
-      workdir: a folder, made where it is missing.
+      workdir: a folder, made where it is missing, or gs://BUCKET/FOLDER.
       console: where to print; standard output by default.
 
     Returns:
@@ -63,9 +63,11 @@ def train(
     folder.prepare()
     cache = config.compilation_cache
     with (
-        folder.lock(),
+        folder.lock(lambda text: say(console, text)),
         StopSignal(lambda text: say(console, text)) as stop,
-        compiled_programs_in(None if cache is None else folder.path / cache),
+        compiled_programs_in(
+            None if cache is None else folder.compiled_programs(cache)
+        ),
     ):
         try:
             return _train(config, folder, console, stop)

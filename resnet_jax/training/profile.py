@@ -1,16 +1,27 @@
 """A profile of some steps, for xprof."""
 
-from pathlib import Path
+import contextlib
+from collections.abc import Callable
 
 import jax
+
+from resnet_jax.storage import Mirror
 
 
 class Profile:
     """Traces the steps of a range with jax's profiler, on every host."""
 
-    def __init__(self, folder: Path, steps: range | None):
-        """Traces ``steps`` into ``folder``; None: nothing."""
-        self._folder, self._steps = folder, steps or range(0)
+    def __init__(
+        self,
+        mirror: Callable[[], contextlib.AbstractContextManager[Mirror]],
+        steps: range | None,
+    ):
+        """Traces ``steps`` into the folder that ``mirror`` opens; None: nothing.
+
+        jax's profiler writes to disks; to a store only where TensorFlow's xprof does.
+        """
+        self._mirror, self._steps = mirror, steps or range(0)
+        self._open = contextlib.ExitStack()
         self._tracing = False
 
     def before(self, step: int) -> None:
@@ -19,7 +30,8 @@ class Profile:
             options = jax.profiler.ProfileOptions()
             # One name for all hosts: xprof shows their traces together.
             options.session_id = f"steps_{self._steps.start}_{self._steps.stop}"
-            jax.profiler.start_trace(self._folder, profiler_options=options)
+            folder = self._open.enter_context(self._mirror()).path
+            jax.profiler.start_trace(folder, profiler_options=options)
             self._tracing = True
 
     def after(self, step: int, state: object) -> bool:
@@ -33,5 +45,6 @@ class Profile:
     def close(self) -> None:
         """Ends a trace that is under way."""
         if self._tracing:
-            jax.profiler.stop_trace()
             self._tracing = False
+            with self._open:
+                jax.profiler.stop_trace()

@@ -13,7 +13,7 @@ from resnet_jax.config import fields, flatten
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import describe_error
 from resnet_jax.training.progress import describe_seconds, say
-from resnet_jax.workdir import Workdir, write_whole
+from resnet_jax.workdir import Workdir
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -110,7 +110,7 @@ def write_report(
         config=_table(values, bold={n for n in values if values[n] != defaults[n]}),
         environment=_table(result["environment"]),
     )
-    write_whole(folder.report, page)
+    folder.write(folder.report, page)
 
 
 def _title(result: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import jax
 import rich.console
 from tensorboardX import SummaryWriter
 
-from resnet_jax import distributed, parallel
+from resnet_jax import distributed, parallel, storage
 from resnet_jax.data.batch import Batch, Feed
 from resnet_jax.errors import Preempted
 from resnet_jax.evaluation.evaluator import EvalStep, Interrupted, evaluate_split
@@ -80,7 +80,9 @@ class Run:
         self.eval_step: EvalStep = setup.eval_step()
         self.told_broken: set[str] = set()
         self.skipped_before = -start.skipped
-        self.profile = Profile(folder.profile, setup.config.profile.range)
+        self.profile = Profile(
+            lambda: folder.mirror(folder.profile), setup.config.profile.range
+        )
         self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
         self.began = time.perf_counter()
 
@@ -134,7 +136,7 @@ class Run:
         self.progress.start(step)
 
     def _between(
-        self, state: TrainState, step: int, tb: SummaryWriter, saved: bool = False
+        self, state: TrainState, step: int, tb: "_TensorBoard", saved: bool = False
     ) -> TrainState:
         """What is due after a step: a row of metrics, an evaluation, a checkpoint.
 
@@ -176,7 +178,7 @@ class Run:
         )
 
     def _write_row(
-        self, state: TrainState, step: int, evaluates: bool, tb: SummaryWriter
+        self, state: TrainState, step: int, evaluates: bool, tb: "_TensorBoard"
     ) -> TrainState:
         self._refuse_bad_loss(state)
         sums = state.sums.summary()
@@ -205,7 +207,9 @@ class Run:
         self._tell_broken()
         self.rows.append(row)
         self.folder.append_row(row)
-        _write_to_tensorboard(tb, row)
+        _write_to_tensorboard(tb.writer, row)
+        if evaluates:
+            tb.publish()
         self.progress.show(row)
         self.throughput.restart()
         return state
@@ -302,20 +306,37 @@ class Run:
         )
 
     @contextlib.contextmanager
-    def _tensorboard(self) -> Iterator[SummaryWriter]:
+    def _tensorboard(self) -> Iterator["_TensorBoard"]:
         """TensorBoard's files, written anew from the rows so far.
 
         A killed run's files lack what was not flushed and may hold steps that will be
         run again.
         """
-        if distributed.is_primary():
-            for file in self.folder.tensorboard.glob("events.out.tfevents.*"):
-                file.unlink()
-        folder = str(self.folder.tensorboard)
-        with SummaryWriter(folder, write_to_disk=distributed.is_primary()) as writer:
+        folder, writes = self.folder.tensorboard, distributed.is_primary()
+        if writes:
+            with storage.reached(folder):
+                for file in folder.glob("events.out.tfevents.*"):
+                    file.unlink()
+        with (
+            self.folder.mirror(folder) as mirror,
+            SummaryWriter(str(mirror.path), write_to_disk=writes) as writer,
+        ):
             for row in self.rows:
                 _write_to_tensorboard(writer, row)
-            yield writer
+            yield _TensorBoard(writer, mirror)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TensorBoard:
+    """Where metrics go as well, and the way of its files to a store."""
+
+    writer: SummaryWriter
+    mirror: storage.Mirror
+
+    def publish(self) -> None:
+        """Brings the files up to date where they are to be looked at."""
+        self.writer.flush()
+        self.mirror.copy()
 
 
 def _write_to_tensorboard(writer: SummaryWriter, row: dict[str, Any]) -> None:

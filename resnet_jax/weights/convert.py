@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from resnet_jax.errors import UserError
 from resnet_jax.models import create_model
+from resnet_jax.storage import is_remote
 from resnet_jax.weights import shapes
 from resnet_jax.weights.files import read_arrays
 from resnet_jax.weights.hub import TORCHVISION_PREFIX, locate
@@ -79,8 +80,8 @@ def convert_weights(
     console = console or rich.console.Console()
     target = Path(target).expanduser()
     _refuse_target(target, force)
-    if Path(source).expanduser().is_dir():
-        net = _from_run(Path(source).expanduser(), model)
+    if is_remote(source) or Path(source).expanduser().is_dir():
+        net = _from_run(source, model)
         layout = layout or "flax"
     else:
         net, found = _from_file(source, model)
@@ -162,7 +163,7 @@ def _options(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     return options
 
 
-def _from_run(folder: Path, model: str | None) -> _Net:
+def _from_run(folder: str | os.PathLike[str], model: str | None) -> _Net:
     """The net of a run's last checkpoint; the data need not be there."""
     # Imported here: only this form needs the libraries of training.
     from resnet_jax.config import model_options
