@@ -23,6 +23,7 @@ from resnet_jax.data.sources.folders import FolderCollection
 from resnet_jax.data.sources.imagenet import readable_names
 from resnet_jax.data.sources.splits import refuse_overlap, split_names
 from resnet_jax.errors import UserError
+from resnet_jax.storage import reached
 
 __all__ = [
     "Collection",
@@ -66,7 +67,9 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
     from resnet_jax.data.sources.records import RecordsCollection
 
     root = epath.Path(os.path.expanduser(path))
-    if not _exists(root):
+    with reached(f"data.path {root}"):
+        exists = root.exists()
+    if not exists:
         raise UserError(
             f"data.path {root} does not exist; give the folder that resnet-jax prepare "
             "made, or that holds train/CLASS/IMAGE, CIFAR's .bin or MNIST's idx files"
@@ -82,7 +85,8 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
     if "://" in os.fspath(root):
         raise UserError(
             f"data.path {root} has no manifest.json; only what resnet-jax prepare made "
-            "can be read from there"
+            "can be read from there. Copy other files to a disk, or mount the bucket "
+            "(gcsfuse), and give that folder"
         )
     if (root / "progress.json").exists():
         raise UserError(
@@ -94,20 +98,6 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
         if found is not None:
             return found
     return FolderCollection(root, classes_of)
-
-
-def _exists(path: epath.Path) -> bool:
-    try:
-        return path.exists()
-    except Exception as error:
-        # Each way to reach a store of objects has errors of its own.
-        if "://" not in os.fspath(path):
-            raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"data.path {path} cannot be reached: {reason[0]}; it needs the network, "
-            "credentials, and gcsfs or TensorFlow"
-        ) from error
 
 
 def open_sources(
