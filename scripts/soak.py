@@ -14,6 +14,8 @@ status is 1 where anything failed. docs/faults.md says what each fault comes to.
 """
 
 import argparse
+import concurrent.futures
+import copy
 import dataclasses
 import glob
 import json
@@ -182,7 +184,7 @@ def disk_full(soak: Soak) -> Iterator[str]:
             ballast.write_bytes(bytes(1024 * (20 * size - free)))
             sentence = runs.the_error(soak.start(workdir).ends(1))
             kept = runs.steps_of(workdir)
-            if "cannot be written" not in sentence or not kept:
+            if "make room, and the same command" not in sentence or not kept:
                 raise Failed(f"it kept {kept} and said: {sentence}")
             runs.last_state(shutil.copytree(workdir, soak.root / f"kept-{number}"))
             again = runs.the_error(soak.start(workdir).ends(1))
@@ -446,6 +448,9 @@ class Outcome:
 def attempt(name: str, soak: Soak) -> Outcome:
     """Runs a scenario, printing each try; a fault of it never stops the others."""
     start, seen, status, reason = time.monotonic(), [], "passed", ""
+    soak = copy.copy(soak)
+    # Of its own, so that --only and --jobs draw the same.
+    soak.rng = random.Random(f"{soak.options.seed} {name}")
     try:
         for line in SCENARIOS[name](soak):
             seen.append(runs.without_paths(line, soak.root))
@@ -466,12 +471,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     soak = Soak(options)
     soak.undisturbed()
     soak.measure()
+    soak.make_stopped()
     outcomes = []
-    for name in options.only or SCENARIOS:
-        outcomes.append(attempt(name, soak))
-        print(outcomes[-1], flush=True)
-        if options.json:
-            write(options, outcomes)
+    names = options.only or SCENARIOS
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for outcome in pool.map(lambda name: attempt(name, soak), names):
+            outcomes.append(outcome)
+            print(outcome, flush=True)
+            if options.json:
+                write(options, outcomes)
     print("", *outcomes, sep="\n")
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
@@ -490,14 +498,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--terminations", type=int, default=8)
     parser.add_argument("--tries", type=int, default=3, help="of other drawn faults")
     parser.add_argument("--steps", type=int, default=60, help="of each run")
+    parser.add_argument("--jobs", type=int, default=1, help="scenarios at once")
     parser.add_argument("--data-dir", type=Path, help="of tfds; default: in --workdir")
     parser.add_argument(
         "--faketime", type=Path, help=f"libfaketime; default: {FAKETIME}"
     )
     parser.add_argument("--json", type=Path, help="file for what was seen")
     options = parser.parse_args(arguments)
-    if min(options.kills, options.terminations, options.tries) < 1:
-        parser.error("--kills, --terminations and --tries are at least 1")
+    if min(options.kills, options.terminations, options.tries, options.jobs) < 1:
+        parser.error("--kills, --terminations, --tries and --jobs are at least 1")
     if options.steps < 20:
         parser.error("--steps is at least 20, for several checkpoints")
     return options
@@ -505,7 +514,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def write(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
     """Writes all that was seen as JSON."""
-    counts = ("seed", "steps", "kills", "terminations", "tries")
+    counts = ("seed", "steps", "kills", "terminations", "tries", "jobs")
     content: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "options": {name: getattr(options, name) for name in counts},

@@ -110,7 +110,7 @@ class Runs:
         """Names the folder; starts nothing."""
         self.root, self._overrides = root, list(overrides)
         self.rng = random.Random(seed)
-        self._logs = 0
+        self._logs = itertools.count(1)
         (root / "logs").mkdir(parents=True, exist_ok=True)
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
         self._environment = dict(
@@ -140,8 +140,7 @@ class Runs:
         self, command: Sequence[str], environment: dict[str, str] | None = None
     ) -> Process:
         """Starts any command with the runs' environment."""
-        self._logs += 1
-        log = self.root / "logs" / f"{self._logs:03}.log"
+        log = self.root / "logs" / f"{next(self._logs):03}.log"
         return Process(command, log, self._environment | (environment or {}))
 
     def undisturbed(self, name: str = "undisturbed", *overrides: str) -> Path:
@@ -151,15 +150,17 @@ class Runs:
             self.start(workdir, *overrides).ends(0)
         return workdir
 
+    def make_stopped(self) -> None:
+        """A run that is killed when it has saved three times."""
+        workdir = self.root / "stopped"
+        process = self.start(workdir)
+        if not process.wait_until(lambda: saves_of(workdir) >= 3):
+            raise Failed("the run ended before its third checkpoint")
+        process.kill()
+
     def stopped(self, name: str) -> Path:
-        """A copy of a run that was killed when it had saved at least three times."""
-        template, workdir = self.root / "stopped", self.root / name
-        if not template.exists():
-            process = self.start(template)
-            if not process.wait_until(lambda: saves_of(template) >= 3):
-                raise Failed("the run ended before its third checkpoint")
-            process.kill()
-        return Path(shutil.copytree(template, workdir))
+        """A copy of that run's workdir."""
+        return Path(shutil.copytree(self.root / "stopped", self.root / name))
 
     def finish(self, workdir: Path) -> str:
         """Goes on to the end, which has to be the undisturbed one; the output."""
