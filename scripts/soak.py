@@ -475,9 +475,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = []
     names = options.only or SCENARIOS
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        for outcome in pool.map(lambda name: attempt(name, soak), names):
-            outcomes.append(outcome)
-            print(outcome, flush=True)
+        attempts = [pool.submit(attempt, name, soak) for name in names]
+        for ended in concurrent.futures.as_completed(attempts):
+            outcomes.append(ended.result())
+            print(outcomes[-1], flush=True)
             if options.json:
                 write(options, outcomes)
     print("", *outcomes, sep="\n")
