@@ -466,7 +466,7 @@ def attempt(name: str, soak: Soak) -> Outcome:
     start, seen, status, reason = time.monotonic(), [], "passed", ""
     soak = copy.copy(soak)
     # Of its own, so that --only and --jobs draw the same.
-    soak.rng = random.Random(f"{soak.options.seed} {name}")
+    soak.rng = random.Random(f"{soak.seed} {name}")
     try:
         for line in SCENARIOS[name](soak):
             seen.append(runs.without_paths(line, soak.root))

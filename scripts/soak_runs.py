@@ -109,7 +109,7 @@ class Runs:
     def __init__(self, root: Path, overrides: Sequence[str], seed: int):
         """Names the folder; starts nothing."""
         self.root, self._overrides = root, list(overrides)
-        self.rng = random.Random(seed)
+        self.seed, self.rng = seed, random.Random(seed)
         self._logs = itertools.count(1)
         (root / "logs").mkdir(parents=True, exist_ok=True)
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
