@@ -140,9 +140,13 @@ class Workdir:
         write_whole(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append_row(self, row: dict[str, Any]) -> None:
-        """Adds a row to metrics.jsonl."""
+        """Adds a row to metrics.jsonl.
+
+        Raises:
+          UserError: it cannot be written, to a full disk for example.
+        """
         if distributed.is_primary():
-            with self._metrics.open("a") as file:
+            with _writing(self._metrics), self._metrics.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def read_rows(self) -> list[dict[str, Any]]:
@@ -175,12 +179,27 @@ def write_whole(path: Path, text: str) -> None:
     """Replaces a file in one step: a reader sees the old or the new one, whole.
 
     Only the first of several processes does.
+
+    Raises:
+      UserError: it cannot be written, to a full disk for example.
     """
     if not distributed.is_primary():
         return
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _writing(path):
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); make room, and the same "
+            "command goes on from the last checkpoint"
+        ) from error

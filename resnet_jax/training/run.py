@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import jax
 import rich.console
-from tensorboardX import SummaryWriter
 
 from resnet_jax import distributed, parallel
 from resnet_jax.data.batch import Batch, Feed
@@ -17,6 +16,7 @@ from resnet_jax.errors import Preempted
 from resnet_jax.evaluation.evaluator import EvalStep, Interrupted, evaluate_split
 from resnet_jax.evaluation.metrics import Sums
 from resnet_jax.training.checkpoints import Checkpoints, DivergedError
+from resnet_jax.training.curves import Curves
 from resnet_jax.training.precise_statistics import with_precise_statistics
 from resnet_jax.training.profile import Profile
 from resnet_jax.training.progress import Progress, Throughput
@@ -102,10 +102,10 @@ class Run:
             contextlib.closing(batches),
             contextlib.closing(self.profile),
             self.progress,
-            self._tensorboard() as tb,
+            self._curves() as curves,
         ):
             if self.start.row_is_due:
-                state = self._between(state, first, tb, saved=True)
+                state = self._between(state, first, curves, saved=True)
             for step in range(first + 1, derived.steps + 1):
                 batch = self._next(batches)
                 self.profile.before(step)
@@ -117,7 +117,7 @@ class Run:
                     self.throughput.count(batch_size)
                 if self.profile.after(step, state):
                     self.progress.message(f"profile of steps: {self.folder.profile}")
-                state = self._between(state, step, tb)
+                state = self._between(state, step, curves)
         return self.rows
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
@@ -134,14 +134,14 @@ class Run:
         self.progress.start(step)
 
     def _between(
-        self, state: TrainState, step: int, tb: SummaryWriter, saved: bool = False
+        self, state: TrainState, step: int, curves: Curves, saved: bool = False
     ) -> TrainState:
         """What is due after a step: a row of metrics, an evaluation, a checkpoint.
 
         Args:
           state: after the step.
           step: its number.
-          tb: where metrics go as well.
+          curves: where metrics go as well.
           saved: the state came from a checkpoint of this step.
         """
         config, derived = self.setup.config, self.setup.derived
@@ -152,7 +152,7 @@ class Run:
         evaluates = evaluates or (saves and config.checkpoint.best)
         if evaluates or step % config.training.log_every_steps == 0:
             try:
-                state = self._write_row(state, step, evaluates, tb)
+                state = self._write_row(state, step, evaluates, curves)
             except Interrupted:
                 self._preempted(state, step, saved, row_is_due=True)
         if saves:
@@ -176,7 +176,7 @@ class Run:
         )
 
     def _write_row(
-        self, state: TrainState, step: int, evaluates: bool, tb: SummaryWriter
+        self, state: TrainState, step: int, evaluates: bool, curves: Curves
     ) -> TrainState:
         self._refuse_bad_loss(state)
         sums = state.sums.summary()
@@ -205,7 +205,7 @@ class Run:
         self._tell_broken()
         self.rows.append(row)
         self.folder.append_row(row)
-        _write_to_tensorboard(tb, row)
+        curves.add(row)
         self.progress.show(row)
         self.throughput.restart()
         return state
@@ -301,27 +301,6 @@ class Run:
             "optimizer.learning_rate or add a warm-up, in another workdir"
         )
 
-    @contextlib.contextmanager
-    def _tensorboard(self) -> Iterator[SummaryWriter]:
-        """TensorBoard's files, written anew from the rows so far.
-
-        A killed run's files lack what was not flushed and may hold steps that will be
-        run again.
-        """
-        if distributed.is_primary():
-            for file in self.folder.tensorboard.glob("events.out.tfevents.*"):
-                file.unlink()
-        folder = str(self.folder.tensorboard)
-        with SummaryWriter(folder, write_to_disk=distributed.is_primary()) as writer:
-            for row in self.rows:
-                _write_to_tensorboard(writer, row)
-            yield writer
-
-
-def _write_to_tensorboard(writer: SummaryWriter, row: dict[str, Any]) -> None:
-    """Writes ``test_error`` as ``error/test``: a metric's curves share a group."""
-    for name, value in row.items():
-        split, _, metric = name.partition("_")
-        tag = f"{metric}/{split}" if split in ("train", "holdout", "test") else name
-        if name not in ("step", "seconds"):
-            writer.add_scalar(tag, value, row["step"])
+    def _curves(self) -> Curves:
+        folder = self.folder.tensorboard if distributed.is_primary() else None
+        return Curves(folder, self.rows, warn=self.progress.message)
