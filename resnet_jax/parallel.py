@@ -23,7 +23,8 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
     """Devices along one axis, ``data``, over which batches are cut; all by default.
 
     The axis is Auto: programs are written for the global batch, and the compiler
-    places them.
+    places them. Devices of one process lie side by side, so that a process reads a run
+    of consecutive examples, whatever the order of the network.
     """
     try:
         devices = jax.devices()[:num_devices]
@@ -31,9 +32,8 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
         # jax asserts where JAX_PLATFORMS names only what this machine lacks.
         reason = str(error).split("\n")[0] or "none of JAX_PLATFORMS is here"
         raise UserError(f"jax finds no device: {reason}") from error
-    return jax.make_mesh(
-        (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
-    )
+    devices.sort(key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

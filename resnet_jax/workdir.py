@@ -142,9 +142,14 @@ class Workdir:
         self.write(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append_row(self, row: dict[str, Any]) -> None:
-        """Adds a row to metrics.jsonl."""
+        """Adds a row to metrics.jsonl.
+
+        Raises:
+          UserError: it cannot be written, to a full disk for example.
+        """
         if distributed.is_primary():
-            self._storage.append(self._metrics, json.dumps(row) + "\n")
+            with _writing(self._metrics):
+                self._storage.append(self._metrics, json.dumps(row) + "\n")
 
     def read_rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
@@ -163,9 +168,13 @@ class Workdir:
         """Replaces a file in one step: a reader sees the old or the new one, whole.
 
         Only the first of several processes does.
+
+        Raises:
+          UserError: it cannot be written, to a full disk for example.
         """
         if distributed.is_primary():
-            self._storage.write(path, text)
+            with _writing(path):
+                self._storage.write(path, text)
 
     def _read_json(self, path: Path) -> dict[str, Any] | None:
         try:
@@ -175,3 +184,14 @@ class Workdir:
             raise UserError(
                 f"{path} cannot be read ({error}); restore it or give another --workdir"
             ) from error
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); make room, and the same "
+            "command goes on from the last checkpoint"
+        ) from error

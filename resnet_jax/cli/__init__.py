@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import absl.logging
 
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.rest = rest
     # Orbax logs the tracebacks of its threads beside the one sentence told here.
     absl.logging.set_verbosity(absl.logging.FATAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _but_for_late_answers
     try:
         options.run(options)
     except UserError as error:
@@ -73,3 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 130
     return 0
+
+
+def _but_for_late_answers(unraisable: Any) -> None:
+    """What Python does by itself, but for one kind of traceback.
+
+    Where a save fails, Orbax closes its event loop while TensorStore still writes other
+    arrays. Each of them then finds no loop to answer to, after the save's own error.
+    """
+    late = unraisable.object is None and str(unraisable.exc_value) == (
+        "Event loop is closed"
+    )
+    if not late:
+        sys.__unraisablehook__(unraisable)

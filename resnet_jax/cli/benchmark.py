@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from resnet_jax.cli.overrides import parse_overrides
+from resnet_jax.cli.processes import add_process_flags, connected
 
 
 def add_parser(commands: Any) -> None:
@@ -65,6 +66,7 @@ def add_parser(commands: Any) -> None:
         "--rounds", type=int, default=5, metavar="N", help="(default: 5)"
     )
     reading.add_argument("--json", metavar="FILE", help="also write the result here")
+    add_process_flags(reading)
     reading.set_defaults(run=_run_input, takes_overrides=True)
 
 
@@ -85,9 +87,11 @@ def _run_input(options: argparse.Namespace) -> None:
     from resnet_jax.config import load_config
     from resnet_jax.training.input_benchmark import benchmark_input
 
-    benchmark_input(
-        load_config(options.config, parse_overrides(options.rest)),
-        batches=options.batches,
-        rounds=options.rounds,
-        json_path=options.json,
-    )
+    config = load_config(options.config, parse_overrides(options.rest))
+    with connected(options):
+        benchmark_input(
+            config,
+            batches=options.batches,
+            rounds=options.rounds,
+            json_path=options.json,
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import rich.console
 
-from resnet_jax import parallel
+from resnet_jax import distributed, parallel
 from resnet_jax.config import Config
 from resnet_jax.data.feeds import make_feed
 from resnet_jax.data.sources import open_collection
@@ -47,7 +47,7 @@ def benchmark_input(
     """
     if batches < 1 or rounds < 1:
         raise UserError("--batches and --rounds must be at least 1")
-    console = console or rich.console.Console()
+    console = console or rich.console.Console(quiet=not distributed.is_primary())
     mesh = parallel.data_mesh()
     size = config.training.global_batch_size
     parallel.check_divides(size, mesh.size)
@@ -88,7 +88,7 @@ def benchmark_input(
         "environment": environment(),
     }
     _print(console, result)
-    if json_path is not None:
+    if json_path is not None and distributed.is_primary():
         write_json(json_path, result)
     return result
 

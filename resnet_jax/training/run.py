@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import jax
 import rich.console
-from tensorboardX import SummaryWriter
 
 from resnet_jax import distributed, parallel, storage
 from resnet_jax.data.batch import Batch, Feed
@@ -17,6 +16,7 @@ from resnet_jax.errors import Preempted
 from resnet_jax.evaluation.evaluator import EvalStep, Interrupted, evaluate_split
 from resnet_jax.evaluation.metrics import Sums
 from resnet_jax.training.checkpoints import Checkpoints, DivergedError
+from resnet_jax.training.curves import Curves
 from resnet_jax.training.precise_statistics import with_precise_statistics
 from resnet_jax.training.profile import Profile
 from resnet_jax.training.progress import Progress, Throughput
@@ -104,10 +104,10 @@ class Run:
             contextlib.closing(batches),
             contextlib.closing(self.profile),
             self.progress,
-            self._tensorboard() as tb,
+            self._curves() as curves,
         ):
             if self.start.row_is_due:
-                state = self._between(state, first, tb, saved=True)
+                state = self._between(state, first, curves, saved=True)
             for step in range(first + 1, derived.steps + 1):
                 batch = self._next(batches)
                 self.profile.before(step)
@@ -119,7 +119,7 @@ class Run:
                     self.throughput.count(batch_size)
                 if self.profile.after(step, state):
                     self.progress.message(f"profile of steps: {self.folder.profile}")
-                state = self._between(state, step, tb)
+                state = self._between(state, step, curves)
         return self.rows
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
@@ -136,14 +136,14 @@ class Run:
         self.progress.start(step)
 
     def _between(
-        self, state: TrainState, step: int, tb: "_TensorBoard", saved: bool = False
+        self, state: TrainState, step: int, curves: Curves, saved: bool = False
     ) -> TrainState:
         """What is due after a step: a row of metrics, an evaluation, a checkpoint.
 
         Args:
           state: after the step.
           step: its number.
-          tb: where metrics go as well.
+          curves: where metrics go as well.
           saved: the state came from a checkpoint of this step.
         """
         config, derived = self.setup.config, self.setup.derived
@@ -154,7 +154,7 @@ class Run:
         evaluates = evaluates or (saves and config.checkpoint.best)
         if evaluates or step % config.training.log_every_steps == 0:
             try:
-                state = self._write_row(state, step, evaluates, tb)
+                state = self._write_row(state, step, evaluates, curves)
             except Interrupted:
                 self._preempted(state, step, saved, row_is_due=True)
         if saves:
@@ -178,7 +178,7 @@ class Run:
         )
 
     def _write_row(
-        self, state: TrainState, step: int, evaluates: bool, tb: "_TensorBoard"
+        self, state: TrainState, step: int, evaluates: bool, curves: Curves
     ) -> TrainState:
         self._refuse_bad_loss(state)
         sums = state.sums.summary()
@@ -207,9 +207,7 @@ class Run:
         self._tell_broken()
         self.rows.append(row)
         self.folder.append_row(row)
-        _write_to_tensorboard(tb.writer, row)
-        if evaluates:
-            tb.publish()
+        curves.add(row)
         self.progress.show(row)
         self.throughput.restart()
         return state
@@ -306,12 +304,8 @@ class Run:
         )
 
     @contextlib.contextmanager
-    def _tensorboard(self) -> Iterator["_TensorBoard"]:
-        """TensorBoard's files, written anew from the rows so far.
-
-        A killed run's files lack what was not flushed and may hold steps that will be
-        run again.
-        """
+    def _curves(self) -> Iterator[Curves]:
+        """TensorBoard's file; those of earlier starts are deleted."""
         folder, writes = self.folder.tensorboard, distributed.is_primary()
         if writes:
             with storage.reached(folder):
@@ -319,30 +313,11 @@ class Run:
                     file.unlink()
         with (
             self.folder.mirror(folder) as mirror,
-            SummaryWriter(str(mirror.path), write_to_disk=writes) as writer,
+            Curves(
+                mirror.path if writes else None,
+                self.rows,
+                warn=self.progress.message,
+                flushed=mirror.copy,
+            ) as curves,
         ):
-            for row in self.rows:
-                _write_to_tensorboard(writer, row)
-            yield _TensorBoard(writer, mirror)
-
-
-@dataclasses.dataclass(frozen=True)
-class _TensorBoard:
-    """Where metrics go as well, and the way of its files to a store."""
-
-    writer: SummaryWriter
-    mirror: storage.Mirror
-
-    def publish(self) -> None:
-        """Brings the files up to date where they are to be looked at."""
-        self.writer.flush()
-        self.mirror.copy()
-
-
-def _write_to_tensorboard(writer: SummaryWriter, row: dict[str, Any]) -> None:
-    """Writes ``test_error`` as ``error/test``: a metric's curves share a group."""
-    for name, value in row.items():
-        split, _, metric = name.partition("_")
-        tag = f"{metric}/{split}" if split in ("train", "holdout", "test") else name
-        if name not in ("step", "seconds"):
-            writer.add_scalar(tag, value, row["step"])
+            yield curves

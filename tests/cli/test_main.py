@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -146,3 +149,40 @@ def test_benchmark_refuses_what_is_not_positive(capsys, option):
     status, _, err = run(capsys, "benchmark", "step", option, "0")
     assert status == 1
     assert "must be at least 1" in err
+
+
+LATE_ANSWER = """
+import asyncio
+import tensorstore
+from resnet_jax.cli import main
+
+class Broken:
+    def __del__(self):
+        raise ValueError("another fault")
+
+async def wait():
+    await future
+
+main(["report", "--workdir", "/nowhere"])
+promise, future = tensorstore.Promise.new()
+loop = asyncio.new_event_loop()
+task = loop.create_task(wait())
+loop.run_until_complete(asyncio.sleep(0.1))
+loop.close()
+promise.set_result(1)
+Broken()
+"""
+
+
+def test_a_write_that_ends_after_a_failed_save_prints_no_traceback():
+    """But all other faults that Python can only print are printed."""
+    result = subprocess.run(
+        [sys.executable, "-c", LATE_ANSWER],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=str(REPOSITORY)),
+        timeout=60,
+    )
+    assert result.returncode == 0
+    assert "Event loop is closed" not in result.stderr
+    assert "ValueError: another fault" in result.stderr

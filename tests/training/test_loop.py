@@ -340,6 +340,30 @@ def test_a_second_run_in_one_workdir_is_refused(tiny_config, tmp_path, console):
     assert list(workdir.iterdir()) == []
 
 
+def test_a_disk_too_full_for_tensorboard_costs_its_curves_alone(
+    tiny_config, finished, tmp_path, console, monkeypatch
+):
+    def full(_):
+        return open("/dev/full", "wb")
+
+    monkeypatch.setattr("tensorboardX.record_writer.open_file", full)
+    resnet_jax.train(tiny_config, tmp_path / "run", console)
+    assert printed(console).count("no more curves for TensorBoard") == 1
+    assert "No space left on device" in printed(console)
+    same(
+        final_state(tiny_config, tmp_path / "run")[0],
+        final_state(tiny_config, finished[1])[0],
+    )
+
+
+def test_metrics_that_cannot_be_written_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl cannot be written \(No space .*; make room"
+    ):
+        Workdir(tmp_path).append_row({"step": 1})
+
+
 def command(config_file, workdir):
     return [
         sys.executable, "-m", "resnet_jax", "train",

@@ -1,0 +1,219 @@
+"""Real processes over loopback, as scripts/launch_local.py starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from resnet_jax.cli import main
+from resnet_jax.distributed import Processes
+from resnet_jax.errors import UserError
+from tests.conftest import REPOSITORY
+from tests.training.test_checkpoints import same
+from tests.training.test_loop import final_state, rows_of
+
+LAUNCH = [sys.executable, str(REPOSITORY / "scripts" / "launch_local.py")]
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory, tfds_dir):
+    file = tmp_path_factory.mktemp("config") / "tiny.py"
+    file.write_text(
+        "from resnet_jax.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.model.name = 'cifar_resnet8'\n"
+        f"    config.data.data_dir = {tfds_dir!r}\n"
+        "    config.augmentation.pad = 1\n"
+        "    config.training.steps = 16\n"
+        "    config.training.global_batch_size = 32\n"
+        "    config.training.log_every_steps = 1\n"
+        "    config.evaluation.every_steps = 8\n"
+        "    config.checkpoint.every_steps = 3\n"
+        "    config.parallel.peer_timeout_seconds = 3\n"
+        "    return config\n"
+    )
+    return file
+
+
+def environment(**variables):
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), **variables}
+
+
+def train(config_file, workdir, *overrides):
+    flags = ["--config", str(config_file), "--workdir", str(workdir)]
+    return ["train", *flags, *overrides]
+
+
+def run_alone(config_file, workdir, devices):
+    """One process with simulated devices."""
+    command = [sys.executable, "-m", "resnet_jax", *train(config_file, workdir)]
+    variables = environment(JAX_NUM_CPU_DEVICES=str(devices), JAX_PLATFORMS="cpu")
+    subprocess.run(command, check=True, env=variables, stdout=subprocess.DEVNULL)
+
+
+def start(config_file, workdir, processes):
+    """Several processes with one device each."""
+    command = [*LAUNCH, f"--processes={processes}", "--"]
+    return subprocess.Popen(
+        [*command, *train(config_file, workdir)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_rows(launcher, workdir, count):
+    metrics = workdir / "metrics.jsonl"
+    while launcher.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"the run ended early: {launcher.communicate()[0]}")
+
+
+def process_of(launcher, index):
+    """The number of a process that the launcher started."""
+    listed = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(launcher.pid)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    (line,) = (line for line in listed.splitlines() if f"--process-id={index}" in line)
+    return int(line.split()[0])
+
+
+@pytest.fixture(scope="module")
+def alone(config_file, tmp_path_factory):
+    """The workdir of one process with two devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    run_alone(config_file, workdir, devices=2)
+    return workdir
+
+
+def load(config_file):
+    import resnet_jax
+
+    return resnet_jax.load_config(str(config_file))
+
+
+def assert_ends_as(alone, workdir, config_file):
+    """Bit for bit, with the same rows and the same result."""
+    config = load(config_file)
+    (a, _), (b, content) = final_state(config, alone), final_state(config, workdir)
+    same(a, b)
+    assert [row["step"] for row in rows_of(workdir)] == list(range(1, 17))
+    assert content["rows"] == rows_of(workdir)
+    results = [
+        json.loads((run / "result.json").read_text()) for run in (alone, workdir)
+    ]
+    for name in ("test_errors", "test_count", "test_loss", "train_error"):
+        assert results[0][name] == results[1][name]
+    assert results[1]["test_count"] == 360
+
+
+def test_two_processes_end_as_one_with_two_devices(config_file, alone, tmp_path):
+    workdir = tmp_path / "two"
+    launcher = start(config_file, workdir, 2)
+    output, _ = launcher.communicate()
+    assert launcher.returncode == 0, output
+    # Only the first process tells and writes.
+    assert output.count("test error") == 1 + sum(
+        "test_error" in r for r in rows_of(alone)
+    )
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    assert_ends_as(alone, workdir, config_file)
+
+
+def test_a_process_that_dies_stops_the_other_and_one_process_goes_on(
+    config_file, alone, tmp_path
+):
+    workdir = tmp_path / "killed"
+    launcher = start(config_file, workdir, 2)
+    wait_for_rows(launcher, workdir, 5)
+    os.kill(process_of(launcher, 1), signal.SIGKILL)
+    output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 128 + signal.SIGKILL
+    assert "error: process 1 of 2 has died" in output
+    assert "Traceback" not in output
+    assert not (workdir / "result.json").exists()
+    run_alone(config_file, workdir, devices=2)
+    assert_ends_as(alone, workdir, config_file)
+
+
+def test_one_sigterm_stops_all_at_the_same_step_and_they_go_on(
+    config_file, alone, tmp_path
+):
+    workdir = tmp_path / "stopped"
+    launcher = start(config_file, workdir, 2)
+    wait_for_rows(launcher, workdir, 4)
+    os.kill(process_of(launcher, 1), signal.SIGTERM)
+    output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, output
+    stopped_at = rows_of(workdir)[-1]["step"]
+    assert f"stopped by SIGTERM and saved at step {stopped_at};" in output
+    assert (workdir / "checkpoints" / str(stopped_at)).is_dir()
+    launcher = start(config_file, workdir, 2)
+    output, _ = launcher.communicate(timeout=120)
+    assert f"going on from the checkpoint at step {stopped_at}" in output
+    assert_ends_as(alone, workdir, config_file)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"coordinator": "a:1", "count": 2}, "go together"),
+        ({"coordinator": "a", "count": 2, "index": 0}, "HOST:PORT of process 0"),
+        ({"coordinator": "a:0", "count": 2, "index": 0}, "HOST:PORT of process 0"),
+        ({"coordinator": "a:1", "count": 0, "index": 0}, "at least 1, not 0"),
+        ({"coordinator": "a:1", "count": 2, "index": 2}, "one of 0 to 1, not 2"),
+    ],
+)
+def test_flags_that_do_not_fit_together_are_refused(flags, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Processes(**flags).check()
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "sentence"),
+    [
+        (["--processes=2"], {}, "go together"),
+        (["--distributed", "--process-id=0"], {}, "one or the other"),
+        ([], {"JAX_NUM_PROCESSES": "two"}, "are integers, not 'two'"),
+        (["--distributed"], {}, "cannot be connected"),
+    ],
+)
+def test_faults_of_a_start_are_one_sentence(
+    config_file, tmp_path, monkeypatch, capsys, flags, variables, sentence
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if flags == ["--distributed"]:
+        # Out of a cluster, and in a process that has used no device yet.
+        command = [sys.executable, "-m", "resnet_jax"]
+        command += [*train(config_file, tmp_path / "run"), *flags]
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True
+        )
+        status, output = done.returncode, done.stderr
+    else:
+        status = main([*train(config_file, tmp_path / "run"), *flags])
+        output = capsys.readouterr().err
+    assert status == 1
+    assert sentence in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_sums_and_numbers_of_a_lone_process():
+    from resnet_jax import distributed
+
+    assert distributed.is_primary()
+    assert distributed.process_count() == 1
+    assert distributed.broadcast(3) == distributed.sum_over_processes(3) == 3
+    np.testing.assert_equal(distributed.wait_for_all("nobody"), None)
