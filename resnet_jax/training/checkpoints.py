@@ -26,6 +26,8 @@ from resnet_jax.training.state import TrainState
 
 Warn = Callable[[str], None]
 _HOLDOUT_ERROR = "holdout_error"
+_SAVE_SECONDS = 10**8
+"""Orbax measures by the wall clock, and takes a save for hung when that jumps."""
 
 
 class DivergedError(UserError):
@@ -65,6 +67,7 @@ class Checkpoints:
                 # of every checkpoint that has none.
                 best_fn=_holdout_error if config.best else None,
                 best_mode="min",
+                async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
             ),
         )
 
