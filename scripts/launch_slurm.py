@@ -69,19 +69,23 @@ def batch_script(options: argparse.Namespace, command: Sequence[str]) -> str:
 
 _BODY = """
 stopped=
+signalled=
 # Before the time limit this script alone gets USR1, and scancel reaches the run alone.
-trap 'stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'stopped=1; signalled=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 # A preemption tells the run by itself, and a second TERM would end it at once.
-trap 'stopped=1' TERM
+trap 'stopped=1; signalled=1' TERM
 
 {program} &
 step=$!
-wait "$step"
-code=$?
-# A signal ends wait early, and the run goes on until it has saved.
-while kill -0 "$step" 2>/dev/null; do
+# A signal ends wait early, with a status of its own. The run goes on until it has
+# saved, and may have ended by the time that the trap has: bash keeps its status.
+while
+  signalled=
   wait "$step"
   code=$?
+  [ -n "$signalled" ]
+do
+  :
 done
 
 if [ -n "$stopped" ] && [ "$code" -eq 0 ]; then

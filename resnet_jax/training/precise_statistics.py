@@ -37,10 +37,12 @@ def make_statistics_step(
     """A jitted function that adds a batch to a net's statistics; see ``add_batch``.
 
     It takes (variables, batches before, rng, pixel statistics, resident, batch) and
-    gives ``batch_stats``. The images are augmented as in the step of that number.
+    gives ``batch_stats``. The images are augmented as in the step of that number. The
+    variables may be replicated or cut over the devices.
     """
 
     def statistics_step(variables, seen, rng, pixels, resident, batch):
+        variables = parallel.gathered(variables, mesh)
         images, _ = gather(resident, batch)
         key = jax.random.fold_in(rng, seen)
         images, _ = augment_and_mix(key, images, pixels, augmentation)
@@ -49,7 +51,7 @@ def make_statistics_step(
     same, cut = parallel.replicated(mesh), parallel.batch_sharding(mesh)
     return jax.jit(
         statistics_step,
-        in_shardings=(same, same, same, same, same, cut),
+        in_shardings=(None, same, same, same, same, cut),
         out_shardings=same,
     )
 

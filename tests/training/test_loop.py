@@ -335,7 +335,7 @@ def test_a_second_run_in_one_workdir_is_refused(tiny_config, tmp_path, console):
     workdir = tmp_path / "run"
     folder = Workdir(workdir)
     folder.prepare()
-    with folder.lock(), pytest.raises(UserError, match=r"in use by another run"):
+    with folder.lock(print), pytest.raises(UserError, match=r"in use by another run"):
         resnet_jax.train(tiny_config, workdir, console)
     assert list(workdir.iterdir()) == []
 
