@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from resnet_jax.config import default_config, load_config
     from resnet_jax.data.prepare import prepare
     from resnet_jax.training.evaluate import evaluate
-    from resnet_jax.training.loop import train
     from resnet_jax.training.report import report
+    from resnet_jax.training.seeds import train
     from resnet_jax.weights import load_weights, save_weights
 
 __all__ = [
@@ -35,7 +35,7 @@ _LAZY = {
     "default_config": "resnet_jax.config",
     "load_config": "resnet_jax.config",
     "prepare": "resnet_jax.data.prepare",
-    "train": "resnet_jax.training.loop",
+    "train": "resnet_jax.training.seeds",
     "evaluate": "resnet_jax.training.evaluate",
     "report": "resnet_jax.training.report",
     "load_weights": "resnet_jax.weights",

@@ -42,6 +42,7 @@ class Workdir:
         self._config = self.path / "config.json"
         self._metrics = self.path / "metrics.jsonl"
         self._result = self.path / "result.json"
+        self._failure = self.path / "failure.json"
 
     def prepare(self) -> None:
         """Makes the folder, or raises UserError where it cannot be written to."""
@@ -108,11 +109,16 @@ class Workdir:
         saved = self._read_json(self._config)
         return None if saved is None else resolve(saved["config"])
 
-    def write_config(self, config: Config, derived: Derived, command: str) -> None:
-        """Writes config.json: the resolved config, derived values and the command."""
+    def write_config(
+        self, config: Config, derived: Derived | None, command: str
+    ) -> None:
+        """Writes config.json: the resolved config, derived values and the command.
+
+        The folder of several runs has no derived values: theirs have.
+        """
         content = {
             "config": dataclasses.asdict(config),
-            "derived": dataclasses.asdict(derived),
+            "derived": None if derived is None else dataclasses.asdict(derived),
             "command": command,
         }
         self.write(self._config, json.dumps(content, indent=2) + "\n")
@@ -130,6 +136,12 @@ class Workdir:
                 )
             return
         here, wanted = flatten(present), flatten(config)
+        if (present.seeds > 1) != (config.seeds > 1):
+            kinds = ("a single run", f"runs of {present.seeds} seeds")
+            raise UserError(
+                f"workdir {self.path} holds {kinds[present.seeds > 1]}, and "
+                f"seeds={config.seeds} is asked for; give another --workdir"
+            )
         for name, field in fields().items():
             if here[name] != wanted[name] and not field.operational:
                 raise UserError(
@@ -163,6 +175,15 @@ class Workdir:
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""
         return self._read_json(self._result)
+
+    def write_failure(self, sentence: str) -> None:
+        """Writes failure.json, which says that the run has diverged and how."""
+        self.write(self._failure, json.dumps({"failure": sentence}, indent=2) + "\n")
+
+    def read_failure(self) -> str | None:
+        """How the run has diverged, or None."""
+        content = self._read_json(self._failure)
+        return None if content is None else content["failure"]
 
     def write(self, path: Path, text: str) -> None:
         """Replaces a file in one step: a reader sees the old or the new one, whole.

@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> None:
                 "of a workdir, without overrides"
             )
         config = present
-    from resnet_jax.training.loop import train
+    from resnet_jax.training.seeds import train
 
     with connected(options, resolve(config).parallel.peer_timeout_seconds):
         train(config, options.workdir)

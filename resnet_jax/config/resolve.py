@@ -235,6 +235,11 @@ def _refuse_contradictions(config: Config) -> None:
         raise UserError(
             "model.new_head replaces the classifier of model.weights: set it"
         )
+    if config.seed + config.seeds > 2**31:
+        raise UserError(
+            f"the last of seeds={config.seeds} from seed={config.seed} on is not below "
+            "2147483648: lower seed"
+        )
     _refuse_durations(config)
     _refuse_schedule(config)
     _refuse_data(config)

@@ -499,6 +499,13 @@ class Config:
     seed: int = option(
         0, "of initialisation, order and augmentation", at_least=0, below=2**31
     )
+    seeds: int = option(
+        1,
+        "so many runs, of this seed and of those after it, each in a folder of the "
+        "workdir; the result is their mean and standard deviation",
+        at_least=1,
+        operational=True,
+    )
     compilation_cache: str | None = option(
         "cache",
         "folder for compiled programs, from the workdir on: a restart need not compile "

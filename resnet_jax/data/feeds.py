@@ -16,9 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax import parallel
-from resnet_jax.config.schema import AugmentationConfig, DataConfig
+from resnet_jax.config.schema import AugmentationConfig, Config, DataConfig
 from resnet_jax.data.batch import Batch, Feed
 from resnet_jax.data.chunks import Chunk, EvaluationChunks, Layout, TrainingChunks, join
+from resnet_jax.data.dataset import Dataset, open_dataset
 from resnet_jax.data.order import Order
 from resnet_jax.data.split import Split
 from resnet_jax.errors import UserError
@@ -71,10 +72,11 @@ class ResidentFeed:
         broken = labels < 0
         if broken.all():
             raise UserError(f"no image of the {split.name} split can be decoded")
-        # The next whole one stands in for a broken one, in training.
-        whole = np.flatnonzero(~broken)
-        place = np.searchsorted(whole, np.flatnonzero(broken)) % len(whole)
-        images[broken], labels[broken] = images[whole[place]], labels[whole[place]]
+        if broken.any():
+            # The next whole one stands in for a broken one, in training.
+            whole = np.flatnonzero(~broken)
+            place = np.searchsorted(whole, np.flatnonzero(broken)) % len(whole)
+            images[broken], labels[broken] = images[whole[place]], labels[whole[place]]
         arrays = {"image": images, "label": labels}
         resident = parallel.place(arrays, parallel.replicated(mesh))
         return cls(resident, broken, skipped, mesh, data, augmentation)
@@ -281,3 +283,31 @@ def is_resident(
         return data.resident
     small = split.nbytes <= data.resident_mib * 2**20
     return small and not (augmentation.on_host and split.name == "train")
+
+
+class LastDataset:
+    """Opens data sets, and keeps the last: runs in a row mostly have the same.
+
+    The images of splits that lie on the devices whole are decoded once for all runs.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[DataConfig, AugmentationConfig] | None = None
+        self._dataset: Dataset | None = None
+
+    def open(self, config: Config) -> Dataset:
+        """See ``open_dataset``, which it calls where the data are others than before.
+
+        Raises:
+          UserError: data are missing, broken or contradict the config.
+        """
+        key = config.data, config.augmentation
+        if self._dataset is None or key != self._key:
+            # The old one's images are not to be in memory beside the new one's.
+            self._dataset = None
+            dataset = open_dataset(config)
+            for split in (dataset.train, dataset.holdout, dataset.test):
+                if split is not None and is_resident(split, *key):
+                    split.keep(config.data.threads)
+            self._key, self._dataset = key, dataset
+        return self._dataset

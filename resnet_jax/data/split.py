@@ -31,6 +31,7 @@ class Split:
         """Looks at the first image where the config leaves the size open."""
         self.name = name
         self._source, self._data = source, data
+        self._kept: tuple[np.ndarray, np.ndarray] | None = None
         channels = source.channels
         if data.image_size is None:
             first = images.decode(source[0], channels)
@@ -55,6 +56,8 @@ class Split:
         Raises:
           UserError: the image is broken, or of another size where none is set.
         """
+        if self._kept is not None:
+            return self._kept[0][index], int(self._kept[1][index])
         example = self._source[index]
         image = images.decode(example, self._source.channels)
         if self._data.image_size is not None:
@@ -127,6 +130,8 @@ class Split:
         Raises:
           UserError: an image is broken and none is to be skipped.
         """
+        if self._kept is not None:
+            return *self._kept, []
         pixels = np.zeros((len(self), *self.image_shape), np.uint8)
         labels = np.empty(len(self), np.int32)
 
@@ -143,6 +148,16 @@ class Split:
         with ThreadPoolExecutor(num_threads) as pool:
             faults = list(pool.map(fill, range(len(self))))
         return pixels, labels, [fault for fault in faults if fault]
+
+    def keep(self, num_threads: int) -> None:
+        """Decodes all images now and keeps them, for several runs on the same data.
+
+        Not where some are broken: each run has to tell of them.
+        """
+        pixels, labels, faults = self.arrays(num_threads)
+        if not faults:
+            pixels.flags.writeable = labels.flags.writeable = False
+            self._kept = pixels, labels
 
     def statistics_shape(self) -> tuple[int, ...]:
         """Shape of the mean and the deviation of ``statistics``."""

@@ -56,6 +56,11 @@ def evaluate(
             f"workdir {folder.path} holds no run (no config.json); train one with "
             "resnet-jax train"
         )
+    if config.seeds > 1:
+        raise UserError(
+            f"workdir {folder.path} holds runs of {config.seeds} seeds; give that of "
+            f"one: {folder.path / f'seed-{config.seed}'}"
+        )
     setup = prepare(config)
     part = {
         "train": setup.dataset.train,

@@ -1,4 +1,4 @@
-"""The training loop: one call runs a config in a workdir, or goes on where it was."""
+"""One run: a call trains a config in a workdir, or goes on where it was."""
 
 import os
 from typing import Any
@@ -8,6 +8,8 @@ import rich.console
 from resnet_jax import distributed
 from resnet_jax.analysis.complexity import count_parameters
 from resnet_jax.config import Config, resolve
+from resnet_jax.data.dataset import Dataset
+from resnet_jax.data.feeds import LastDataset
 from resnet_jax.errors import Preempted
 from resnet_jax.training.checkpoints import Checkpoints
 from resnet_jax.training.compilation_cache import compiled_programs_in
@@ -23,10 +25,11 @@ from resnet_jax.training.stopping import StopSignal
 from resnet_jax.workdir import Workdir
 
 
-def train(
+def train_one(
     config: Any,
     workdir: str | os.PathLike[str],
     console: rich.console.Console | None = None,
+    datasets: LastDataset | None = None,
 ) -> dict[str, Any]:
     """Trains a net as a config says; goes on where an earlier call was stopped.
 
@@ -39,6 +42,7 @@ def train(
       config: made by a config file's ``get_config``, or a Config.
       workdir: a folder, made where it is missing, or gs://BUCKET/FOLDER.
       console: where to print; standard output by default.
+      datasets: opens the data, for several runs in a row.
 
     Returns:
       The content of result.json: ``test_error`` as a share, ``test_errors`` of
@@ -70,17 +74,22 @@ def train(
         ),
     ):
         try:
-            return _train(config, folder, console, stop)
+            dataset = None if datasets is None else datasets.open(config)
+            return _train(config, folder, console, stop, dataset)
         except Preempted as stopped:
             say(console, str(stopped))
             raise
 
 
 def _train(
-    config: Config, folder: Workdir, console: rich.console.Console, stop: StopSignal
+    config: Config,
+    folder: Workdir,
+    console: rich.console.Console,
+    stop: StopSignal,
+    dataset: Dataset | None,
 ) -> dict[str, Any]:
     # 2. Open the data and build the parts; write down what is going to run.
-    setup = prepare(config)
+    setup = prepare(config, dataset=dataset)
     check_precise_statistics(setup)
     folder.check_shared()
     folder.write_config(config, setup.derived, command_line())

@@ -1,50 +1,17 @@
 """report.html: one page that says what a run did, with its pictures inside."""
 
-import html
-import io
 import os
-from collections.abc import Collection
 from typing import Any
 
 import rich.console
 
+from resnet_jax.analysis import pages
 from resnet_jax.analysis.plots import training_curves
 from resnet_jax.config import fields, flatten
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import describe_error
 from resnet_jax.training.progress import describe_seconds, say
 from resnet_jax.workdir import Workdir
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff;
-  max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-.error {{ font-size: 1.35rem; font-weight: 600; }}
-table {{ border-collapse: collapse; }}
-td, th {{ text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top; }}
-th {{ font-weight: 400; color: #666; }}
-td {{ overflow-wrap: anywhere; }}
-.set {{ font-weight: 600; }}
-svg {{ max-width: 100%; height: auto; }}
-</style>
-<h1>{title}</h1>
-<p class="error">{error}</p>
-<p>{how}</p>
-{curves}
-<h2>The run</h2>
-{facts}
-<h2>Config</h2>
-<p>Bold: set otherwise than the default.</p>
-{config}
-<h2>Where it ran</h2>
-{environment}
-</html>
-"""
 
 
 def report(
@@ -71,6 +38,15 @@ def report(
             f"workdir {folder.path} holds no finished run (no result.json); train one "
             "with resnet-jax train"
         )
+    if "runs" in result:
+        if figure is not None:
+            raise UserError(
+                f"workdir {folder.path} holds runs of several seeds; for a figure give "
+                f"that of one: {folder.path / next(iter(result['runs']))}"
+            )
+        write_seeds_report(folder, result)
+        say(console, f"report: {folder.report}")
+        return
     rows = folder.read_rows()
     write_report(folder, result, rows)
     say(console, f"report: {folder.report}")
@@ -96,19 +72,62 @@ def write_report(
     config = folder.read_config()
     values = flatten(config) if config else {}
     defaults = {name: field.default for name, field in fields().items()}
-    page = _PAGE.format(
-        title=html.escape(title),
-        error=html.escape(
-            describe_error("test", result["test_errors"], result["test_count"])
+    page = pages.page(
+        title,
+        pages.paragraph(
+            describe_error("test", result["test_errors"], result["test_count"]), "error"
         ),
-        how=(
+        pages.paragraph(
             f"The last checkpoint (step {result['step']:,}) on every test example, one "
             f"run of seed {result['seed']}. The test set chose no checkpoint."
         ),
-        curves=_svg(training_curves(rows, title)),
-        facts=_table(_facts(result)),
-        config=_table(values, bold={n for n in values if values[n] != defaults[n]}),
-        environment=_table(result["environment"]),
+        pages.svg(training_curves(rows, title)),
+        pages.heading("The run"),
+        pages.facts(_facts(result)),
+        pages.heading("Config"),
+        pages.paragraph("Bold: set otherwise than the default."),
+        pages.facts(values, bold={n for n in values if values[n] != defaults[n]}),
+        pages.heading("Where it ran"),
+        pages.facts(result["environment"]),
+    )
+    folder.write(folder.report, page)
+
+
+def write_seeds_report(folder: Workdir, result: dict[str, Any]) -> None:
+    """Writes report.html of several seeds.
+
+    Args:
+      folder: their workdir.
+      result: the content of its result.json; see ``seeds.train``.
+    """
+    runs = result["runs"]
+    table = [
+        [
+            name,
+            f"{100 * run['train_error']:.2f}",
+            f"{100 * run['test_error']:.2f}",
+            f"{run['test_errors']} of {run['test_count']}",
+            describe_seconds(run["seconds"]),
+        ]
+        for name, run in runs.items()
+    ]
+    page = pages.page(
+        _title(result),
+        pages.paragraph(f"test error {result['summary']}", "error"),
+        pages.paragraph(
+            "Mean and standard deviation (n - 1) over seeds, each at its last "
+            f"checkpoint (step {result['step']:,}), on every test example. The test "
+            "set chose no checkpoint."
+        ),
+        *(
+            pages.paragraph(f"{name} diverged: {failure}")
+            for name, failure in result["failures"].items()
+        ),
+        pages.grid(
+            ["run", "training error (%)", "test error (%)", "wrong", "time"], table
+        ),
+        pages.heading("Where it ran"),
+        pages.facts({"command": result["command"], **result["environment"]}),
     )
     folder.write(folder.report, page)
 
@@ -140,19 +159,3 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
     if result["images_per_second"] is not None:
         facts["speed"] = f"{result['images_per_second']:,.0f} images/s (median)"
     return facts
-
-
-def _table(values: dict[str, Any], bold: Collection[str] = ()) -> str:
-    rows = []
-    for name, value in values.items():
-        mark = ' class="set"' if name in bold else ""
-        cells = f"<th>{html.escape(name)}</th><td{mark}>{html.escape(str(value))}</td>"
-        rows.append(f"<tr>{cells}</tr>")
-    return "\n".join(["<table>", *rows, "</table>"])
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
