@@ -8,12 +8,10 @@ import rich.console
 from resnet_jax import distributed
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import describe_error, evaluate_split
-from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.training.opened import open_run
 from resnet_jax.training.precise_statistics import with_precise_statistics
 from resnet_jax.training.progress import say
 from resnet_jax.training.run import MANY_CLASSES
-from resnet_jax.training.setup import prepare
-from resnet_jax.workdir import Workdir
 
 
 def evaluate(
@@ -49,40 +47,8 @@ def evaluate(
             f"the precise batches must be at least 1, not {precise_batches}"
         )
     console = console or rich.console.Console(quiet=not distributed.is_primary())
-    folder = Workdir(workdir)
-    config = folder.read_config()
-    if config is None:
-        raise UserError(
-            f"workdir {folder.path} holds no run (no config.json); train one with "
-            "resnet-jax train"
-        )
-    if config.seeds > 1:
-        raise UserError(
-            f"workdir {folder.path} holds runs of {config.seeds} seeds; give that of "
-            f"one: {folder.path / f'seed-{config.seed}'}"
-        )
-    setup = prepare(config)
-    part = {
-        "train": setup.dataset.train,
-        "holdout": setup.dataset.holdout,
-        "test": setup.dataset.test,
-    }.get(split)
-    if part is None:
-        raise UserError(
-            f"there is no split {split!r}; choose test or train, or holdout where "
-            "data.holdout_examples or data.holdout_split is set"
-        )
-    if not folder.checkpoints.is_dir():
-        raise UserError(f"workdir {folder.path} holds no checkpoint yet")
-    with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
-        step = _find_step(checkpoints, checkpoint, folder)
-        try:
-            state, _ = checkpoints.restore(step, setup.abstract_state())
-        except UserError as error:
-            others = [str(other) for other in checkpoints.steps() if other != step]
-            raise UserError(
-                f"{error}; other checkpoints: {', '.join(others) or 'none'}"
-            ) from error
+    run = open_run(workdir, split=split, checkpoint=checkpoint)
+    setup, state = run.setup, run.state
     if precise_batches is not None:
         feed = setup.feed(setup.dataset.train)
         state = with_precise_statistics(setup, state, feed, precise_batches)
@@ -93,35 +59,13 @@ def evaluate(
         setup.eval_step(),
         state.evaluation_variables(),
         state.statistics,
-        setup.feed(part),
+        setup.feed(run.split),
         size,
     )
-    say(console, f"checkpoint at step {step}, loss {summary['loss']:.4f}")
+    say(console, f"checkpoint at step {run.step}, loss {summary['loss']:.4f}")
     if setup.dataset.num_classes >= MANY_CLASSES:
         say(console, f"{split} top-5 error {100 * summary['top5_error']:.2f} %")
     else:
         del summary["top5_error"]
     say(console, describe_error(split, summary["errors"], summary["count"]))
-    return summary | {"step": step}
-
-
-def _find_step(checkpoints: Checkpoints, wanted: int | str, folder: Workdir) -> int:
-    steps = checkpoints.steps()
-    if not steps:
-        raise UserError(f"workdir {folder.path} holds no checkpoint yet")
-    if wanted == "last":
-        return steps[-1]
-    if wanted == "best":
-        best = checkpoints.best_step()
-        if best is None:
-            raise UserError(
-                f"the run in {folder.path} has no best checkpoint: it needs "
-                "data.holdout_examples or data.holdout_split, and checkpoint.best"
-            )
-        return best
-    if wanted not in steps:
-        raise UserError(
-            f"there is no checkpoint at step {wanted}; there are "
-            f"{', '.join(map(str, steps))}"
-        )
-    return int(wanted)
+    return summary | {"step": run.step}

@@ -1,0 +1,62 @@
+"""The convolutions of a net, found as it is called, by names of the unrolled net."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from resnet_jax.models.convolution import Conv
+from resnet_jax.models.trees import STACKED
+
+Path = tuple[str, ...]
+"""Where a module stands in its net: ("stage1", "block2", "conv1")."""
+
+
+def is_convolution(context: nn.module.InterceptorContext) -> bool:
+    """Whether an intercepted call is that of a convolution."""
+    return context.method_name == "__call__" and isinstance(
+        context.module, (Conv, nn.Conv)
+    )
+
+
+def leaf(tree: Mapping[str, Any], path: Path) -> Any:
+    """The entry of a nested mapping."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def is_stacked(path: Path) -> bool:
+    """Whether a module runs in a loop, and its arrays have an axis of rounds first."""
+    return STACKED in path
+
+
+def unrolled(values: Mapping[Path, Any]) -> dict[str, Any]:
+    """Each layer's values under its name in the unrolled net, in the order of calls.
+
+    Args:
+      values: by path, in the order of the calls; those of a module in a loop have the
+        loop's rounds as first axis.
+
+    Returns:
+      By names such as "stage1/block2/conv1", which count a loop's rounds.
+    """
+    layers = {}
+    for loop, group in itertools.groupby(values, key=_loop):
+        paths = list(group)
+        if loop is None:
+            layers.update({"/".join(path): values[path] for path in paths})
+            continue
+        for index in range(len(values[paths[0]])):
+            for path in paths:
+                inside = path[len(loop) + 1 :]
+                # block1 stands before the loop.
+                name = "/".join((*loop, f"block{index + 2}", *inside))
+                layers[name] = values[path][index]
+    return layers
+
+
+def _loop(path: Path) -> Path | None:
+    """Where the loop stands in which a module runs."""
+    return path[: path.index(STACKED)] if is_stacked(path) else None

@@ -1,0 +1,172 @@
+"""Norms of gradients layer by layer: do they vanish or explode (section 4.1)?"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from resnet_jax.analysis.convolutions import (
+    Path,
+    is_convolution,
+    is_stacked,
+    leaf,
+    unrolled,
+)
+from resnet_jax.errors import UserError
+
+QUANTITIES = ("kernels", "outputs")
+
+
+class GradientNorm(NamedTuple):
+    """How strong the gradient is at a convolution.
+
+    Attributes:
+      layer: its name in the unrolled net: "stem/conv", "stage1/block1/conv2".
+      norm: the l2 norm, of the batch's mean loss.
+    """
+
+    layer: str
+    norm: float
+
+
+def gradient_norms(
+    model: nn.Module,
+    variables: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    of: str = "kernels",
+    train: bool = True,
+) -> list[GradientNorm]:
+    """The l2 norm of the loss' gradient at every convolution of a net.
+
+    The loss is the batch's mean cross-entropy, without weight decay. Norms down to the
+    smallest float32, about 1e-38, are told from zero.
+
+    Args:
+      model: a net, unrolled or scanned, with or without normalisation.
+      variables: its params and, if it has any, batch_stats; fresh or trained.
+      images: (n, h, w, c), normalised as the net expects them.
+      labels: (n,), integers.
+      of: "kernels": the gradient with respect to each kernel. "outputs": with respect
+        to each convolution's output map (n, h', w', c'), before any normalisation, of
+        all images together.
+      train: normalise by the batch's statistics, as a training step does, with dropout
+        and stochastic depth drawn from one fixed key; False: as in evaluation.
+
+    Returns:
+      All convolutions, 1x1 and shortcuts' included, in the order in which the net
+      computes them.
+
+    Raises:
+      UserError: an unknown ``of``, or no convolution in the net.
+    """
+    if of not in QUANTITIES:
+        raise UserError(f"gradients are those of {' or '.join(QUANTITIES)}, not {of!r}")
+    found = jax.device_get(_norms(model, variables, images, labels, of, train))
+    if not found.layers:
+        raise UserError(f"{type(model).__name__} has no convolution")
+    return [
+        GradientNorm(layer, float(norm))
+        for layer, norm in zip(found.layers, found.norms, strict=True)
+    ]
+
+
+@flax.struct.dataclass
+class _Norms:
+    layers: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    norms: list[jax.Array]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _norms(model, variables, images, labels, of, train):
+    def apply(interceptor, variables, mutable):
+        with nn.intercept_methods(interceptor):
+            return model.apply(
+                variables,
+                images,
+                train=train,
+                mutable=mutable,
+                rngs={"dropout": jax.random.key(0)},
+            )
+
+    probes, paths = _probes(apply, variables)
+
+    def loss(params, probes):
+        inputs = variables | {"params": params, "intermediates": probes}
+        logits, _ = apply(_pass_probe, inputs, ["batch_stats"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    if of == "outputs":
+        gradients = jax.grad(loss, 1)(variables["params"], probes)
+        norms = {path: leaf(gradients, (*path, "probe")) for path in paths}
+    else:
+        gradients = jax.grad(loss)(variables["params"], probes)
+        kernels = {path: leaf(gradients, (*path, "kernel")) for path in paths}
+        norms = {
+            path: jax.vmap(_l2_norm)(kernel) if is_stacked(path) else _l2_norm(kernel)
+            for path, kernel in kernels.items()
+        }
+    layers = unrolled(norms)
+    return _Norms(tuple(layers), list(layers.values()))
+
+
+def _probes(apply: Any, variables: Any) -> tuple[Any, list[Path]]:
+    """A zero for each convolution, as variables, and the convolutions in order.
+
+    They lie in the collection that nets carry through their loops.
+    """
+    paths: dict[Path, None] = {}
+
+    def place(method, args, kwargs, context):
+        y = method(*args, **kwargs)
+        if is_convolution(context):
+            paths[context.module.path] = None
+            probe = jnp.zeros((), _wide(y))
+            context.module.put_variable("intermediates", "probe", probe)
+        return y
+
+    mutable = ["batch_stats", "intermediates"]
+    _, updates = jax.eval_shape(lambda: apply(place, variables, mutable))
+    shapes = updates.get("intermediates", {})
+    zeros = jax.tree.map(lambda probe: jnp.zeros(probe.shape, probe.dtype), shapes)
+    return zeros, list(paths)
+
+
+def _pass_probe(method, args, kwargs, context):
+    y = method(*args, **kwargs)
+    if not is_convolution(context):
+        return y
+    return _with_probe(y, context.module.get_variable("intermediates", "probe"))
+
+
+@jax.custom_vjp
+def _with_probe(y, probe):
+    """``y``; the gradient with respect to the probe is the norm of that of ``y``.
+
+    So a scalar comes back from each layer, out of loops too, and no map is kept.
+    """
+    del probe
+    return y
+
+
+_with_probe.defvjp(
+    lambda y, probe: (y, None), lambda _, gradient: (gradient, _l2_norm(gradient))
+)
+
+
+def _l2_norm(x: jax.Array) -> jax.Array:
+    """The l2 norm; squares neither underflow nor overflow."""
+    x = x.astype(_wide(x))
+    largest = jnp.abs(x).max()
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return scale * jnp.sqrt(jnp.square(x / scale).sum())
+
+
+def _wide(x: jax.Array) -> Any:
+    """Float32, or the array's dtype if that is wider."""
+    return jnp.promote_types(x.dtype, jnp.float32)
