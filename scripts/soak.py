@@ -43,6 +43,7 @@ SECOND_SIGNAL_SECONDS = 0.35
 LATEST_SECONDS = 0.05
 """Drawn up to this after a save's begin or end, so that kills hit all parts of it."""
 
+SHORT_JUMP = 120  # seconds off; two looks then differ by less than Orbax waits
 CLOCK = """
 import random, time
 real, jumps = time.time, random.Random(0)
@@ -250,17 +251,17 @@ def two_runs(soak: Soak) -> Iterator[str]:
 def clock(soak: Soak) -> Iterator[str]:
     """A wall clock that jumps, from a killed run on.
 
-    Orbax gives a save ten minutes by that clock: further jumps may stop the run, in one
-    sentence, and the same command goes on.
+    Orbax gives parts of a save five minutes by that clock: jumps that are longer may
+    stop the run, in one sentence, and the same command goes on.
     """
-    for seconds in (240, 1_000_000):
+    for seconds in (SHORT_JUMP, 1_000_000):
         patch = soak.root / f"clock-{seconds}"
         patch.mkdir()
         (patch / "sitecustomize.py").write_text(CLOCK.replace("SECONDS", str(seconds)))
         path = f"{patch}{os.pathsep}{runs.REPOSITORY}"
         workdir = soak.stopped(f"clock-{seconds}-run")
         process = soak.start(workdir, environment={"PYTHONPATH": path})
-        seen = end_of_jumps(soak, process, workdir, may_stop=seconds > 240)
+        seen = end_of_jumps(soak, process, workdir, may_stop=seconds > SHORT_JUMP)
         yield f"time.time patched, each call up to {seconds} s off: {seen}"
     library = soak.options.faketime or next(iter(glob.glob(FAKETIME)), None)
     if library is None:
@@ -278,10 +279,13 @@ def clock(soak: Soak) -> Iterator[str]:
         },
     )
     while process.wait_for(0.3):
-        offset.write_text(f"{soak.rng.randint(-240, 240):+}")
+        offset.write_text(f"{soak.rng.randint(-SHORT_JUMP, SHORT_JUMP):+}")
         jumps += 1
     seen = end_of_jumps(soak, process, workdir, may_stop=False)
-    yield f"libfaketime: {jumps} jumps of the system's clock by up to 480 s: {seen}"
+    yield (
+        f"libfaketime: {jumps} jumps of the system's clock by up to "
+        f"{2 * SHORT_JUMP} s: {seen}"
+    )
 
 
 def end_of_jumps(soak: Soak, process: Process, workdir: Path, may_stop: bool) -> str:

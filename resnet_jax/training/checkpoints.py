@@ -27,7 +27,8 @@ from resnet_jax.training.state import TrainState
 Warn = Callable[[str], None]
 _HOLDOUT_ERROR = "holdout_error"
 _SAVE_SECONDS = 10**8
-"""Orbax measures by the wall clock, and takes a save for hung when that jumps."""
+"""Orbax measures by the wall clock, and takes a save for hung when that jumps. For some
+parts of a save its limit is a constant of its own, 300 s."""
 
 
 class DivergedError(UserError):
@@ -91,10 +92,13 @@ class Checkpoints:
                 raise
             if distributed.process_count() > 1 and distributed.is_lost_peer(error):
                 raise
+            reason = _reason(error)
+            hint = "make room"
+            if "timed out" in reason.lower():
+                hint = "if the clock was not set forward meanwhile, look at the disk"
             raise UserError(
-                f"a checkpoint cannot be written in {self._directory}: "
-                f"{_reason(error)}; make room, and the same command goes on from the "
-                "checkpoint before"
+                f"a checkpoint cannot be written in {self._directory}: {reason}; "
+                f"{hint}, and the same command goes on from the checkpoint before"
             ) from error
 
     def save(
