@@ -189,6 +189,7 @@ class ResNet(nn.Module):
                 conv=inner_conv,
                 norm=self._norm(name, train),
                 preactivation=self.preactivation,
+                train=train,
                 **self._regularization(train),
             )
             stage = self.stage(
