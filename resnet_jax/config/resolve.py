@@ -235,6 +235,11 @@ def _refuse_contradictions(config: Config) -> None:
         raise UserError(
             "model.new_head replaces the classifier of model.weights: set it"
         )
+    if config.model.initialization is not None and config.model.weights is not None:
+        raise UserError(
+            f"model.initialization={config.model.initialization} is of fresh weights, "
+            "and model.weights gives others: set one of both to None"
+        )
     _refuse_durations(config)
     _refuse_schedule(config)
     _refuse_data(config)

@@ -118,7 +118,7 @@ class Scaled:
 
 @dataclasses.dataclass(frozen=True)
 class Gated:
-    """Gating (He et al. 2016, section 3.1): g(x) = sigmoid(W_g x + b_g) for each element.
+    """Gating (He et al. 2016, section 3.1) by g(x) = sigmoid(W_g x + b_g).
 
     The shortcut is multiplied by 1 - g(x). An exclusive gate multiplies the residual
     function by g(x), as highway layers do; a shortcut-only gate leaves it as it is. W_g

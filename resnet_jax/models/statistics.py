@@ -94,9 +94,7 @@ def add_batch(
         return y
 
     with nn.intercept_methods(collect):
-        _, updates = model.apply(
-            variables, images, train=True, mutable=["batch_stats"]
-        )
+        _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
     return updates["batch_stats"]
 
 

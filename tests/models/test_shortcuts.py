@@ -1,4 +1,4 @@
-"""The shortcuts by themselves (He et al. 2015, section 3.3; He et al. 2016, Table 1)."""
+"""The shortcuts by themselves (He et al. 2015, section 3.3; 2016, section 3.1)."""
 
 import functools
 
@@ -8,8 +8,24 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from resnet_jax.models import BasicBlock, BatchNorm, Conv, Highway, shortcuts
-from tests.models.reference import KEY, Layers, apply, random_variables
+from resnet_jax.models import (
+    BasicBlock,
+    BatchNorm,
+    CifarStem,
+    Conv,
+    Highway,
+    ResNet,
+    create_model,
+    precise_batch_stats,
+    shortcuts,
+)
+from tests.models.reference import (
+    KEY,
+    Layers,
+    apply,
+    assert_trees_equal,
+    random_variables,
+)
 
 average_pool = jax.jit(shortcuts.average_pool, static_argnums=(1, 2, 3))
 EVALUATING = functools.partial(BatchNorm, use_running_average=True)
@@ -309,3 +325,69 @@ def test_the_names_of_the_options():
         "shortcut_gate": shortcuts.Gated(False, -6.0),
         "dropout": shortcuts.Dropped(0.5),
     } == shortcuts.BY_NAME
+
+
+# In whole nets
+
+
+@pytest.mark.parametrize("name", ["scaled_both", "exclusive_gate", "shortcut_gate"])
+def test_the_net_passes_them_on(x, name):
+    """A stage of one block: the stem's map, joined to its residual function."""
+    model = ResNet(
+        (1,),
+        shortcut=shortcuts.BY_NAME[name],
+        stem=CifarStem,
+        width=4,
+        num_classes=None,
+    )
+    variables = random_variables(model, x)
+    _, seen = model.apply(variables, x, capture_intermediates=True)
+    seen = seen["intermediates"]
+    stem, block = seen["stem"]["__call__"][0][0], seen["stage1"]["block1"]
+    module = Shortcut(model.shortcut, stem.shape, 1)
+    params = variables["params"]["stage1"]["block1"]
+    own = {key: params[key] for key in params if key.startswith("shortcut")}
+    total = module.apply({"params": own}, stem, block["norm2"]["__call__"][0])
+    np.testing.assert_allclose(
+        block["__call__"][0], np.maximum(total, 0), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_shortcuts_are_dropped_in_training_alone(x, scan):
+    model = ResNet((3,), stem=CifarStem, width=3, num_classes=2, scan=scan).clone(
+        shortcut=shortcuts.Dropped()
+    )
+    variables = random_variables(model, x)
+    evaluated = apply(model, variables, x)
+    whole = model.clone(shortcut=shortcuts.ZeroPad())
+    np.testing.assert_allclose(evaluated, apply(whole, variables, x), rtol=1e-6)
+    first, again, other = (
+        apply(model, variables, x, train=True, rngs={"dropout": jax.random.key(seed)})
+        for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+
+
+def test_precise_statistics_are_taken_with_whole_shortcuts(x):
+    model = ResNet((1,), stem=CifarStem, width=3, num_classes=2)
+    variables = random_variables(model, x)
+    dropped, whole = (
+        precise_batch_stats(model.clone(shortcut=shortcut), variables, [x])
+        for shortcut in (shortcuts.Dropped(), shortcuts.ZeroPad())
+    )
+    assert_trees_equal(dropped, whole)
+
+
+@pytest.mark.parametrize("name", ["exclusive_gate", "shortcut_gate"])
+def test_a_gate_costs_a_1x1_convolution_with_bias(name):
+    """54 blocks of ResNet-110: 18 of each width, two of them change it."""
+
+    def count(**options):
+        model = create_model("cifar_resnet110", scan=True, **options)
+        shapes = jax.eval_shape(model.init, KEY, jnp.zeros((1, 32, 32, 3)))
+        return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
+
+    gates = 18 * 16 * 17 + 17 * 32 * 33 + 17 * 64 * 65 + 17 * 32 + 33 * 64
+    assert count(shortcut=name) - count() == gates
