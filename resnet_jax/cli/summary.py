@@ -52,7 +52,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--shortcut",
         metavar="OPTION",
-        help="A, B, C, pooled or none, not the nets' own; plain nets stay plain",
+        help="A, B, C, pooled, none or another of the config's model.shortcut, not the "
+        "nets' own; plain nets stay plain",
     )
     parser.add_argument(
         "--stride-version",

@@ -240,6 +240,11 @@ def _refuse_contradictions(config: Config) -> None:
             f"the last of seeds={config.seeds} from seed={config.seed} on is not below "
             "2147483648: lower seed"
         )
+    if config.model.initialization is not None and config.model.weights is not None:
+        raise UserError(
+            f"model.initialization={config.model.initialization} is of fresh weights, "
+            "and model.weights gives others: set one of both to None"
+        )
     _refuse_durations(config)
     _refuse_schedule(config)
     _refuse_data(config)

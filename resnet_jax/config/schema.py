@@ -10,7 +10,8 @@ from resnet_jax.errors import UserError
 from resnet_jax.machine import usable_cores
 from resnet_jax.models import shortcuts
 from resnet_jax.models.blocks import STRIDE_VERSIONS
-from resnet_jax.models.convolution import ALGORITHMS
+from resnet_jax.models.convolution import ALGORITHMS, INITIALIZATIONS
+from resnet_jax.models.normalization import NORMALIZATIONS as NET_NORMALIZATIONS
 
 if TYPE_CHECKING:
     import ml_collections
@@ -63,7 +64,8 @@ class ModelConfig:
     name: str = option("cifar_resnet20", "a name of resnet_jax.list_models()")
     shortcut: str | None = option(
         None,
-        "A, B, C, pooled or none; None: the net's own",
+        "A, B, C, pooled or none, or one of those that He et al. 2016 compare with the "
+        "identity; None: the net's own",
         choices=tuple(shortcuts.BY_NAME),
     )
     stride_version: str | None = option(
@@ -96,7 +98,21 @@ class ModelConfig:
         below=1,
     )
     gate_bias: float | None = option(
-        None, "the first bias of a highway net's gates; None: the net's own"
+        None,
+        "the first bias of the gates of a highway net or gated shortcut; None: the "
+        "net's own",
+    )
+    normalization: str | None = option(
+        None,
+        "batch, or none: a residual or plain net without, whose convolutions have "
+        "biases; None: the net's own",
+        choices=NET_NORMALIZATIONS,
+    )
+    initialization: str | None = option(
+        None,
+        "of kernels: he (fan-out), he_fan_in, xavier or normal_0.01; a residual or "
+        "plain net's classifier keeps its own; None: the net's own",
+        choices=tuple(INITIALIZATIONS),
     )
     weights: str | None = option(
         None, "file or hub name of weights to start from; None: fresh ones"

@@ -8,6 +8,7 @@ from resnet_jax.models.convolution import Conv
 from resnet_jax.models.features import FeatureMap
 from resnet_jax.models.freezing import trainable_mask
 from resnet_jax.models.highway import HighwayNet
+from resnet_jax.models.mlp import HighwayMLP, PlainMLP
 from resnet_jax.models.normalization import BatchNorm
 from resnet_jax.models.regularization import StochasticDepth
 from resnet_jax.models.residual import Highway, Residual
@@ -28,9 +29,11 @@ __all__ = [
     "DeepStem",
     "FeatureMap",
     "Highway",
+    "HighwayMLP",
     "HighwayNet",
     "ImageNetStem",
     "OverlappingStage",
+    "PlainMLP",
     "ResNet",
     "Residual",
     "ResidualBlock",

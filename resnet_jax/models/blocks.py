@@ -43,7 +43,7 @@ class ResidualBlock(nn.Module):
       features: channels of the block before any expansion.
       strides: of the block and of the shortcut.
       norm: factory of the normalisations, ``norm(name=...)``.
-      shortcut: what is added to the residual function.
+      shortcut: how the block's input is joined to the residual function.
       conv: factory of the convolutions.
       activation: after each normalisation, and after the addition.
       dilation: spacing of taps at the block's input and behind the convolution that
@@ -61,6 +61,7 @@ class ResidualBlock(nn.Module):
         2016).
       stochastic_depth: factory of a module ``(y, rate)`` that drops the residual
         function in training.
+      train: whether a shortcut that acts at random does so.
     """
 
     features: int
@@ -76,6 +77,7 @@ class ResidualBlock(nn.Module):
     squeeze_excite: ModuleFactory | None = None
     dropout: ModuleFactory | None = None
     stochastic_depth: ModuleFactory | None = None
+    train: bool = False
 
     def layers(self) -> list[Layer]:
         """The convolutions of the residual function, in order."""
@@ -117,10 +119,9 @@ class ResidualBlock(nn.Module):
         if self.stochastic_depth is not None:
             y = self.stochastic_depth(name="stochastic_depth")(y, drop_rate)
         branch = branch or Branch(leaves, self.strides)
-        added = self.shortcut(
-            branch.x, y, branch.strides, self.conv, self.norm, self.dilation
+        y = self.shortcut(
+            branch.x, y, branch.strides, self.conv, self.norm, self.dilation, self.train
         )
-        y = y if added is None else y + added
         return y if self.preactivation else self.activation(y)
 
     def _postactivated(self, x):

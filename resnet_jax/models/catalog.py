@@ -22,10 +22,13 @@ from resnet_jax.errors import UserError, nearest
 from resnet_jax.models import shortcuts
 from resnet_jax.models.attention import SqueezeExcite
 from resnet_jax.models.blocks import STRIDE_VERSIONS, BasicBlock, BottleneckBlock
-from resnet_jax.models.convolution import ALGORITHMS
+from resnet_jax.models.convolution import ALGORITHMS, INITIALIZATIONS
 from resnet_jax.models.factories import class_of
 from resnet_jax.models.highway import HighwayNet
+from resnet_jax.models.mlp import HighwayMLP, PlainMLP
+from resnet_jax.models.normalization import NORMALIZATIONS
 from resnet_jax.models.resnet import CifarStem, DeepStem, ResNet, plan_strides
+from resnet_jax.models.stages import OverlappingStage
 from resnet_jax.models.vgg import VGG
 
 
@@ -39,6 +42,7 @@ class Entry:
       source: where it is defined.
       parameters: trainable numbers, counted from the definition.
       multiply_adds: of one image of ``image_size``, convolutions and classifier.
+      channels: of those images.
     """
 
     net: nn.Module
@@ -46,11 +50,12 @@ class Entry:
     source: str
     parameters: int | None = None
     multiply_adds: int | None = None
+    channels: int = 3
 
     @property
     def num_classes(self) -> int:
         """Classes of the data set that it was published for."""
-        return 10 if self.image_size == 32 else 1000
+        return 1000 if self.image_size == 224 else 10
 
 
 HE2015 = "He et al. 2015, Table 1"
@@ -63,6 +68,7 @@ TIMM = "timm, resnet.py"
 SQUEEZE = "Hu et al. 2018, timm"
 HIGHWAY = "Srivastava et al. 2015"
 SIMONYAN = "Simonyan & Zisserman 2014"
+OVERLAPPING = "not published: section 4.2 with other shortcuts"
 
 BOTTLENECK_V1 = functools.partial(BottleneckBlock, stride_version="v1")
 SE_BASIC = functools.partial(BasicBlock, squeeze_excite=SqueezeExcite)
@@ -160,6 +166,15 @@ def _preact_bottleneck(
 def _wide(parameters: int | None, multiply_adds: int | None, n: int, k: int) -> Entry:
     fields: dict[str, Any] = {"width": 16 * k, "stem_width": 16, "preactivation": True}
     return _cifar(parameters, multiply_adds, n, BARE, BasicBlock, WIDE, **fields)
+
+
+def _overlapping(n: int) -> Entry:
+    stage = functools.partial(OverlappingStage, every=1, span=2)
+    return _cifar(None, None, n, source=OVERLAPPING, stage=stage)
+
+
+def _mnist(parameters: int, multiply_adds: int, net: PlainMLP) -> Entry:
+    return Entry(net, 28, HIGHWAY, parameters, multiply_adds, channels=1)
 
 
 def _highway(
@@ -280,6 +295,14 @@ CATALOG: dict[str, Entry] = {
     "cifar_wide_resnet28_10": _wide(36_479_194, 5_243_328_768, 4, 10),
     "cifar_highway19": _highway(2_256_838, 330_826_728, (32, 80, 128), (4, 5, 5)),
     "cifar_highway32": _highway(1_255_270, 314_491_880, (32, 48, 64), (9, 9, 9)),
+    "mnist_highway10": _mnist(85_660, 84_700, HighwayMLP(10)),
+    "mnist_highway20": _mnist(136_660, 134_700, HighwayMLP(20)),
+    "mnist_highway50": _mnist(289_660, 284_700, HighwayMLP(50)),
+    "mnist_highway100": _mnist(544_660, 534_700, HighwayMLP(100)),
+    "mnist_plain10": _mnist(102_463, 101_743, PlainMLP(10)),
+    "mnist_plain20": _mnist(153_583, 152_153, PlainMLP(20)),
+    "mnist_plain50": _mnist(306_943, 303_383, PlainMLP(50)),
+    "mnist_plain100": _mnist(562_543, 555_433, PlainMLP(100)),
 }
 # fmt: on
 
@@ -287,6 +310,7 @@ CATALOG: dict[str, Entry] = {
 FAMILIES = {
     "cifar_resnet<6n+2>[_b|_c]": "residual, basic blocks, shortcut A (or B, C)",
     "cifar_plain<6n+2>": "plain",
+    "cifar_overlapping_resnet<6n+2>": "residual, from every layer a shortcut over two",
     "cifar_preact_resnet<6n+2>": "pre-activation, basic blocks",
     "cifar_bottleneck_resnet<9n+2>": "residual, bottlenecks",
     "cifar_preact_bottleneck_resnet<9n+2>": "pre-activation, bottlenecks",
@@ -300,7 +324,7 @@ published, with bottlenecks; the longer names say it for the others.
 """
 
 _FAMILY = re.compile(
-    r"cifar_(?P<kind>(?:preact_)?(?:bottleneck_)?resnet|plain|wide_resnet)"
+    r"cifar_(?P<kind>(?:preact_)?(?:bottleneck_)?resnet|overlapping_resnet|plain|wide_resnet)"
     r"(?P<depth>0|[1-9][0-9]*)(?:_(?P<suffix>b|c|[1-9][0-9]*))?"
 )
 
@@ -340,6 +364,8 @@ def _family_entry(name: str, kind: str, depth: str, suffix: str | None) -> Entry
         return _cifar(None, None, _blocks(name, layers, 6, 2), suffix.upper())
     if kind == "plain":
         return _cifar(None, None, _blocks(name, layers, 6, 2), "none")
+    if kind == "overlapping_resnet":
+        return _overlapping(_blocks(name, layers, 6, 2))
     makers = {"resnet": (_cifar, _bottleneck), "preact": (_preact, _preact_bottleneck)}
     basic, bottleneck = makers["preact" if kind.startswith("preact") else "resnet"]
     if "bottleneck" in kind:
@@ -372,6 +398,8 @@ def create_model(
     stochastic_depth_rate: float | None = None,
     dropout_rate: float | None = None,
     gate_bias: float | None = None,
+    normalization: str | None = None,
+    initialization: str | None = None,
     output_stride: int | None = None,
     batch_norm_groups: int | None = None,
     batch_norm_momentum: float | None = None,
@@ -391,14 +419,21 @@ def create_model(
         depth of ``FAMILIES``.
       num_classes: classes of the classifier; None for pooled features; "published"
         for those of the data set the net was published for.
-      shortcut: "A", "B", "C", "pooled" (ResNet-D) or "none".
+      shortcut: a name of ``shortcuts.BY_NAME``: "A", "B", "C", "pooled" (ResNet-D) or
+        "none"; "scaled", "scaled_both", "exclusive_gate", "shortcut_gate" or "dropout"
+        (He et al. 2016, Table 1, where "C" is the 1x1 convolution).
       stride_version: where a bottleneck strides: "v1" (the paper) or "v1.5".
       block_convs: 3x3 convolutions of a basic block.
       squeeze_excite: whether the residual functions are gated by their channels' means.
       zero_init_last: whether a block's last normalisation starts with scale zero.
       stochastic_depth_rate: with which the last block is dropped in training.
       dropout_rate: of the net's own kind of dropout.
-      gate_bias: the first bias of a highway net's gates.
+      gate_bias: the first bias of the gates of a highway net or gated shortcut.
+      normalization: "batch", or "none" for a residual or plain net without; its
+        convolutions have biases then.
+      initialization: of the kernels, a name of ``INITIALIZATIONS``: "he" (fan-out),
+        "he_fan_in", "xavier" or "normal_0.01". A residual or plain net's classifier
+        keeps its own.
       output_stride: 8, 16 or 32 of an ImageNet net; below 32 the last stages dilate.
       batch_norm_groups: parts of the batch with statistics of their own.
       batch_norm_momentum: decay of the running statistics; torch's 0.1 is 0.9 here.
@@ -424,6 +459,8 @@ def create_model(
         "stochastic_depth_rate": stochastic_depth_rate,
         "dropout_rate": dropout_rate,
         "gate_bias": gate_bias,
+        "normalization": normalization,
+        "initialization": initialization,
         "output_stride": output_stride,
         "batch_norm_groups": batch_norm_groups,
         "batch_norm_momentum": batch_norm_momentum,
@@ -442,12 +479,17 @@ def create_model(
     given = {key: value for key, value in options.items() if value is not None}
     given_block = {k: value for k, value in block_options.items() if value is not None}
     _check_values({"num_classes": num_classes} | given | given_block)
+    _refuse_unnormalized(given | given_block)
+    given = _as_fields(net, given)
     fields = {field.name for field in dataclasses.fields(net)}
     _refuse_unknown(name, given, fields)
     if isinstance(net, ResNet):
         _check_output_stride(net, output_stride)
+        overlapping = class_of(net.stage) is OverlappingStage
+        if overlapping:
+            _refuse_overlapping(name, given | given_block)
         given["block"] = _with_options(name, net.block, given_block)
-        if scan is None:
+        if scan is None and not overlapping:
             given["scan"] = scans_by_default(sum(net.stage_sizes))
     else:
         _refuse_unknown(name, given_block, fields)
@@ -467,6 +509,38 @@ def scans_by_default(blocks: int) -> bool:
     return blocks > 100
 
 
+def _as_fields(net: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Options by the names of the module's fields, where these differ."""
+    fields = dict(options)
+    if "initialization" in fields:
+        fields["kernel_init"] = INITIALIZATIONS[fields.pop("initialization")]
+    shortcut = fields.get("shortcut", getattr(net, "shortcut", None))
+    if isinstance(shortcut, shortcuts.Gated) and "gate_bias" in fields:
+        bias = fields.pop("gate_bias")
+        fields["shortcut"] = dataclasses.replace(shortcut, bias=bias)
+    return fields
+
+
+def _refuse_unnormalized(options: dict[str, Any]) -> None:
+    """Raises UserError where what acts on normalisations is asked of a net of none."""
+    if options.get("normalization") != "none":
+        return
+    for option, value in options.items():
+        if option.startswith("batch_norm_") or (option == "zero_init_last" and value):
+            raise UserError(
+                f"{option}={value} acts on batch normalisation, and normalization is "
+                f"none: leave {option} at its default"
+            )
+
+
+def _refuse_overlapping(name: str, options: dict[str, Any]) -> None:
+    """Raises UserError for options of blocks: single layers have no inside."""
+    of_blocks = ("scan", "remat", "stochastic_depth_rate", "dropout_rate")
+    for option in (*of_blocks, "block_convs", "zero_init_last"):
+        if options.get(option):
+            raise UserError(f"model {name} has no option {option}")
+
+
 def _with_options(name: str, block: Any, options: dict[str, Any]) -> Any:
     """The block with options of its own set; the same object where there are none."""
     names = {"block_convs": "num_convs"}
@@ -484,7 +558,8 @@ def _with_options(name: str, block: Any, options: dict[str, Any]) -> Any:
 def _refuse_unknown(name: str, options: Iterable[str], valid: Container[str]) -> None:
     for option in options:
         if option not in valid:
-            option = {"num_convs": "block_convs"}.get(option, option)
+            names = {"num_convs": "block_convs", "kernel_init": "initialization"}
+            option = names.get(option, option)
             raise UserError(f"model {name} has no option {option}")
 
 
@@ -516,9 +591,14 @@ def _check_values(options: dict[str, Any]) -> None:
             raise UserError(
                 f"{option} must be at least 0 and below 1, not {options[option]}"
             )
-    choices = {"stride_version": STRIDE_VERSIONS, "conv_algorithm": ALGORITHMS}
+    choices: dict[str, Iterable[str]] = {
+        "stride_version": STRIDE_VERSIONS,
+        "conv_algorithm": ALGORITHMS,
+        "normalization": NORMALIZATIONS,
+        "initialization": INITIALIZATIONS,
+    }
     for option, valid in choices.items():
-        if option in options and options[option] not in valid:
+        if option in options and options[option] not in tuple(valid):
             raise UserError(
                 f"unknown {option} {options[option]!r}; valid are {', '.join(valid)}"
             )

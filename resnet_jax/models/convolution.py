@@ -14,6 +14,16 @@ ALGORITHMS = ("auto", "xla", "products", "patches")
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 """He initialisation with the fan-out, as the authors' released code draws it."""
 
+INITIALIZATIONS: dict[str, Any] = {
+    "he": he_normal,
+    "he_fan_in": nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
+    "xavier": nn.initializers.xavier_uniform(),
+    "normal_0.01": nn.initializers.normal(0.01),
+}
+"""He et al. 2015 (rectifiers) with either fan; Glorot & Bengio 2010; and a normal
+distribution of one width for all layers, as before them (Krizhevsky et al. 2012).
+"""
+
 
 class Conv(nn.Module):
     """A convolution, by default without bias, padded the same on every side.

@@ -1,4 +1,4 @@
-"""Batch normalisation with global or per-group (ghost) statistics."""
+"""Batch normalisation with global or per-group (ghost) statistics, or none."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+NORMALIZATIONS = ("batch", "none")
 
 
 class BatchNorm(nn.Module):
@@ -83,6 +85,14 @@ class BatchNorm(nn.Module):
     def _normalize(self, x, mean, var, scale, bias):
         y = (_widen(x) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale)
         return (y + bias).astype(self.dtype)
+
+
+class NoNorm(nn.Module):
+    """The identity in a normalisation's place."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns ``x``."""
+        return x
 
 
 def is_frozen(frozen: bool | Sequence[str], part: str) -> bool:

@@ -14,10 +14,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resnet_jax.models.blocks import BasicBlock
-from resnet_jax.models.convolution import Conv, loop_algorithm
+from resnet_jax.models.convolution import Conv, he_normal, loop_algorithm
 from resnet_jax.models.factories import ModuleFactory
 from resnet_jax.models.features import FeatureMap
-from resnet_jax.models.normalization import BatchNorm, is_frozen
+from resnet_jax.models.normalization import (
+    NORMALIZATIONS,
+    BatchNorm,
+    NoNorm,
+    is_frozen,
+)
 from resnet_jax.models.regularization import StochasticDepth, linear_rates
 from resnet_jax.models.shortcuts import Projection, Shortcut
 from resnet_jax.models.stages import Stage
@@ -110,6 +115,9 @@ class ResNet(nn.Module):
       output_stride: pixels of the image between neighbours on the last map; below the
         net's own, the last stages dilate their taps in place of striding. None: the
         net's own, 32 of an ImageNet net.
+      normalization: "batch", or "none": nothing is normalised, and every convolution
+        has a bias, which starts at zero, as those of nets before batch normalisation.
+      kernel_init: initialiser of the convolutions; the classifier has its own.
       batch_norm_groups, batch_norm_momentum, batch_norm_epsilon: see BatchNorm.
       batch_norm_frozen: normalise by the running statistics in training too, and keep
         them: True everywhere, or the names of parts, ``("stem", "stage1")``.
@@ -131,6 +139,8 @@ class ResNet(nn.Module):
     num_classes: int | None = 1000
     preactivation: bool = False
     output_stride: int | None = None
+    normalization: str = "batch"
+    kernel_init: Any = he_normal
     batch_norm_groups: int = 1
     batch_norm_momentum: float = 0.9
     batch_norm_epsilon: float = 1e-5
@@ -167,7 +177,13 @@ class ResNet(nn.Module):
 
     @nn.compact
     def _maps_and_output(self, images, train):
-        conv = functools.partial(Conv, dtype=self.dtype, algorithm=self.conv_algorithm)
+        conv = functools.partial(
+            Conv,
+            use_bias=self.normalization == "none",
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            algorithm=self.conv_algorithm,
+        )
         inner_conv = conv
         if self.scan:
             algorithm = loop_algorithm(self.conv_algorithm)
@@ -189,6 +205,7 @@ class ResNet(nn.Module):
                 conv=inner_conv,
                 norm=self._norm(name, train),
                 preactivation=self.preactivation,
+                train=train,
                 **self._regularization(train),
             )
             stage = self.stage(
@@ -216,6 +233,13 @@ class ResNet(nn.Module):
         return tuple(maps), output
 
     def _norm(self, part, train):
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"the normalization is one of {', '.join(NORMALIZATIONS)}, "
+                f"not {self.normalization!r}"
+            )
+        if self.normalization == "none":
+            return NoNorm
         return functools.partial(
             BatchNorm,
             use_running_average=not train or is_frozen(self.batch_norm_frozen, part),

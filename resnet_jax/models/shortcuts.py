@@ -1,10 +1,12 @@
-"""The shortcut connections of section 3.3 and Table 3 (He et al. 2015).
+"""Shortcut connections: section 3.3 and Table 3 (He et al. 2015), and those which He et
+al. 2016 compare with the identity ("Identity Mappings in Deep Residual Networks",
+section 3 and Table 1).
 
-A shortcut is a small frozen value: ``shortcut(x, like, strides, conv, norm, dilation)``
-returns what is added to the residual function's output, an array of the same
-shape as ``like``, or None where nothing is added. It is called inside the block's
-compact scope, so that its layers stand beside the block's own as
-``shortcut_conv`` and ``shortcut_norm``.
+A shortcut is a small frozen value that joins the two paths of a block:
+``shortcut(x, residual, strides, conv, norm, dilation, train)`` returns the sum of the
+residual function's output and of what it makes of the block's input. It is called
+inside the block's compact scope, so that its layers stand beside the block's own as
+``shortcut_conv``, ``shortcut_norm`` and ``shortcut_gate``.
 """
 
 import dataclasses
@@ -12,6 +14,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from resnet_jax.models.factories import ModuleFactory
 
@@ -22,16 +25,18 @@ class Shortcut(Protocol):
     def __call__(
         self,
         x: jax.Array,
-        like: jax.Array,
+        residual: jax.Array,
         strides: int,
         conv: ModuleFactory,
         norm: ModuleFactory,
         dilation: tuple[int, int] = (1, 1),
-    ) -> jax.Array | None:
-        """Maps the block's input (n, h, w, c) to the shape of ``like``, or None.
+        train: bool = False,
+    ) -> jax.Array:
+        """Joins the block's input (n, h, w, c) and its residual function's output.
 
         ``dilation`` is the spacing of taps at the block's input and at its output;
-        they differ where dilation stands for a stride.
+        they differ where dilation stands for a stride. The sum has the shape of
+        ``residual``.
         """
         ...
 
@@ -40,27 +45,20 @@ class Shortcut(Protocol):
 class ZeroPad:
     """Option A: the identity; where the shape changes, subsampled and zero-padded.
 
-    Every ``strides``-th pixel is kept and zero channels are appended: no
-    parameters and no multiply-adds.
+    See ``zero_pad``: no parameters and no multiply-adds.
     """
 
-    def __call__(self, x, like, strides, conv, norm, dilation=(1, 1)):
+    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
         """See ``Shortcut``. Raises ValueError where channels become fewer."""
-        if x.shape == like.shape:
-            return x
-        x = x[:, ::strides, ::strides, :]
-        extra = like.shape[-1] - x.shape[-1]
-        if extra < 0:
-            raise ValueError(
-                f"shortcut A cannot go from {x.shape[-1]} to {like.shape[-1]} "
-                "channels: it only appends zero channels; use a projection (B or C)"
-            )
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra)))
+        return residual + zero_pad(x, residual.shape, strides)
 
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
     """Options B and C: a 1x1 convolution and its normalisation, W_s x of equation 2.
+
+    Option C is the "1x1 convolutional shortcut" of He et al. 2016 too, who replace the
+    identities of ResNet-110 by it and say that it is option C.
 
     Attributes:
       everywhere: False is option B, the projection only where the shape changes and
@@ -74,26 +72,129 @@ class Projection:
     normalized: bool = True
     pooled: bool = False
 
-    def __call__(self, x, like, strides, conv, norm, dilation=(1, 1)):
+    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
         """See ``Shortcut``."""
+        features = residual.shape[-1]
         # By stride and width, not by shape: parameters must not depend on image sizes.
-        unchanged = strides == 1 and x.shape[-1] == like.shape[-1]
+        unchanged = strides == 1 and x.shape[-1] == features
         if unchanged and not self.everywhere:
-            return x
+            return residual + x
         if self.pooled:
             window = strides * dilation[1] // dilation[0]
             x, strides = average_pool(x, window, strides, dilation[0]), 1
-        x = conv(like.shape[-1], (1, 1), strides=strides, name="shortcut_conv")(x)
-        return norm(name="shortcut_norm")(x) if self.normalized else x
+        x = conv(features, (1, 1), strides=strides, name="shortcut_conv")(x)
+        return residual + (norm(name="shortcut_norm")(x) if self.normalized else x)
 
 
 @dataclasses.dataclass(frozen=True)
 class NoShortcut:
     """The plain nets: nothing is added."""
 
-    def __call__(self, x, like, strides, conv, norm, dilation=(1, 1)):
+    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
         """See ``Shortcut``."""
-        del x, like, strides, conv, norm, dilation
+        return residual
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """Constant scaling (He et al. 2016, section 3.1): both paths times a number.
+
+    Where the shape changes, option A is what is scaled: the paper says that all but the
+    shortcut's form is as in He et al. 2015, and names no other.
+
+    Attributes:
+      shortcut: the factor of the shortcut, lambda of the paper's equation 6.
+      residual: the factor of the residual function.
+    """
+
+    shortcut: float = 0.5
+    residual: float = 1.0
+
+    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
+        """See ``Shortcut``."""
+        x = zero_pad(x, residual.shape, strides)
+        return self.residual * residual + self.shortcut * x
+
+
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """Gating (He et al. 2016, section 3.1) by g(x) = sigmoid(W_g x + b_g).
+
+    The shortcut is multiplied by 1 - g(x). An exclusive gate multiplies the residual
+    function by g(x), as highway layers do; a shortcut-only gate leaves it as it is. W_g
+    is a 1x1 convolution of the block's input.
+
+    The paper does not say how gates meet a change of shape. Here W_g has the block's
+    stride and gives as many channels as its output, and what is multiplied is option A.
+    Nor does it say whether a normalisation follows W_g; here none does, as equation and
+    bias are written.
+
+    Attributes:
+      exclusive: whether the residual function is gated too.
+      bias: the first value of b_g. The paper tries 0 and -1 to -10; -6 is its best for
+        both kinds of gate.
+    """
+
+    exclusive: bool
+    bias: float = -6.0
+
+    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
+        """See ``Shortcut``."""
+        logits = conv(
+            residual.shape[-1],
+            (1, 1),
+            strides=strides,
+            use_bias=True,
+            bias_init=nn.initializers.constant(self.bias),
+            name="shortcut_gate",
+        )(x)
+        gate = nn.sigmoid(logits)
+        if self.exclusive:
+            residual = gate * residual
+        return residual + (1 - gate) * zero_pad(x, residual.shape, strides)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+    """Dropout on the output of the shortcut (He et al. 2016, section 3.1), in training.
+
+    Option A stands where the shape changes, as in ``Scaled``. What is kept is divided
+    by 1 - ``rate``, as dropout is defined today, and so keeps its expectation; the
+    paper's remark that its own halves it reads as if there it were not divided.
+
+    Attributes:
+      rate: the share of elements that become zero.
+    """
+
+    rate: float = 0.5
+
+    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
+        """See ``Shortcut``; draws from the rng "dropout"."""
+        drop = nn.Dropout(self.rate, deterministic=not train, name="shortcut_dropout")
+        return residual + drop(zero_pad(x, residual.shape, strides))
+
+
+def zero_pad(x: jax.Array, shape: tuple[int, ...], strides: int) -> jax.Array:
+    """Every ``strides``-th pixel of ``x``, and zero channels behind its own.
+
+    Args:
+      x: (n, h, w, c).
+      shape: of the result: (n, ceil(h / strides), ceil(w / strides), at least c).
+      strides: of both axes.
+
+    Raises:
+      ValueError: fewer channels than x has.
+    """
+    if x.shape == shape:
+        return x
+    x = x[:, ::strides, ::strides, :]
+    extra = shape[-1] - x.shape[-1]
+    if extra < 0:
+        raise ValueError(
+            f"shortcut A cannot go from {x.shape[-1]} to {shape[-1]} channels: it only "
+            "appends zero channels; use a projection (B or C)"
+        )
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra)))
 
 
 def average_pool(
@@ -130,4 +231,9 @@ BY_NAME: dict[str, Shortcut] = {
     "C": Projection(everywhere=True),
     "pooled": Projection(pooled=True),
     "none": NoShortcut(),
+    "scaled": Scaled(),
+    "scaled_both": Scaled(residual=0.5),
+    "exclusive_gate": Gated(exclusive=True),
+    "shortcut_gate": Gated(exclusive=False),
+    "dropout": Dropped(),
 }

@@ -1,6 +1,5 @@
 """Batch statistics recomputed after training ("precise" batch normalisation)."""
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -74,9 +73,8 @@ def add_batch(
       seen: the number of batches before, of the same shape.
       images: (n, h, w, c), normalised as the net expects them.
     """
-    names = {field.name for field in dataclasses.fields(model)}
-    rates = names & {"dropout_rate", "stochastic_depth_rate"}
-    options: dict[str, Any] = dict.fromkeys(rates, 0.0)
+    if hasattr(model, "stochastic_depth_rate"):
+        model = model.clone(stochastic_depth_rate=0.0)
 
     def collect(
         call: Callable[..., jax.Array],
@@ -85,6 +83,8 @@ def add_batch(
         context: nn.module.InterceptorContext,
     ) -> jax.Array:
         norm = context.module
+        if isinstance(norm, nn.Dropout):
+            return args[0]
         if not isinstance(norm, BatchNorm) or norm.use_running_average:
             return call(*args, **kwargs)
         before: Any = {name: norm.get_variable("batch_stats", name) for name in _NAMES}
@@ -94,9 +94,7 @@ def add_batch(
         return y
 
     with nn.intercept_methods(collect):
-        _, updates = model.clone(**options).apply(
-            variables, images, train=True, mutable=["batch_stats"]
-        )
+        _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
     return updates["batch_stats"]
 
 

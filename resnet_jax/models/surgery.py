@@ -10,11 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from resnet_jax.errors import UserError
+from resnet_jax.models.blocks import BasicBlock
 from resnet_jax.models.factories import class_of
+from resnet_jax.models.normalization import NoNorm
 from resnet_jax.models.resnet import ResNet
-from resnet_jax.models.shortcuts import NoShortcut
+from resnet_jax.models.shortcuts import NoShortcut, Projection, ZeroPad
 from resnet_jax.models.stages import Stage
 from resnet_jax.models.trees import stack_blocks, unstack_blocks
 
@@ -25,17 +28,27 @@ def deepen(
     stage_sizes: Sequence[int],
     rng: jax.Array,
 ) -> tuple[ResNet, dict[str, Any]]:
-    """Inserts identity blocks at the end of the stages of a trained residual net.
+    """Inserts identity blocks at the end of the stages of a trained net.
 
-    The residual function of a new block is zero: the scale and bias of its last
-    normalisation are, or with pre-activation its last kernel. So its output is its
-    input, bit for bit, in evaluation and in training; its other weights are fresh, and
-    it can learn. Compiled as a whole, two nets of different depth are two programs, and
+    In a residual net the residual function of a new block is zero: the scale and bias
+    of its last normalisation are, or its last kernel (and bias) where that comes last:
+    with pre-activation, or without normalisation. So its output is its input, bit for
+    bit, in evaluation and in training; its other weights are fresh, and it can learn.
+
+    In a plain net every new layer is an identity: its kernels copy their centres, and
+    its normalisations have mean 0, variance 1 - epsilon, scale 1 and bias 0, which by
+    the running statistics is the identity too. ReLU changes nothing, for the map comes
+    from one. This holds in evaluation. In training a normalisation takes the batch's
+    statistics, and so the new layers change the map from the first step on, unless the
+    net has no normalisation or a frozen one.
+
+    Compiled as a whole, two nets of different depth are two programs, and
     XLA may fuse and so round what is around the blocks differently, in the last bits.
 
     Args:
       variables: of ``model``, trained or not.
-      model: a net with shortcuts A, B or pooled, and ordinary stages.
+      model: a net with shortcuts A, B or pooled, or a plain net of basic blocks in
+        the order of the paper; of ordinary stages.
       stage_sizes: blocks of each stage of the deeper net, no fewer than the model's.
       rng: key of the new weights.
 
@@ -43,7 +56,7 @@ def deepen(
       The deeper model, and its variables.
 
     Raises:
-      UserError: the net has no identity shortcuts, or would become shallower.
+      UserError: the net's blocks cannot be identities, or it would become shallower.
     """
     _check(model, stage_sizes)
     deeper = model.clone(stage_sizes=tuple(stage_sizes))
@@ -62,27 +75,54 @@ def deepen(
             new[collection][stage] = dict(old[collection][stage])
             for number in range(before + 1, after + 1):
                 block = tree[stage][f"block{number}"]
-                if collection == "params":
-                    block = _silenced(block, model.preactivation)
+                if isinstance(model.shortcut, NoShortcut):
+                    block = _identity(block, model.batch_norm_epsilon)
+                elif collection == "params":
+                    block = _silenced(block, _ends_with(model))
                 new[collection][stage][f"block{number}"] = block
     return deeper, stack_blocks(new) if deeper.scan else new
 
 
-def _silenced(block: Mapping[str, Any], preactivation: bool) -> dict[str, Any]:
-    """The block with a residual function that is zero."""
-    kind = "conv" if preactivation else "norm"
+def _ends_with(model: ResNet) -> str:
+    """The kind of layer that a residual function ends with."""
+    bare = model.preactivation or model.normalization == "none"
+    return "conv" if bare else "norm"
+
+
+def _silenced(block: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The block with a residual function of zero: its last layer of ``kind`` is."""
     last = max(name for name in block if name.startswith(kind))
     return dict(block) | {last: jax.tree.map(jnp.zeros_like, block[last])}
+
+
+def _identity(block: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
+    """The block's params or batch_stats, such that each layer is the identity."""
+    # Rounded, this variance and epsilon still add up to 1 in float32.
+    values = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0 - epsilon}
+
+    def fill(path: Any, leaf: jax.Array) -> jax.Array:
+        name = path[-1].key
+        if name != "kernel":
+            return jnp.full_like(leaf, values[name])
+        centre = tuple(size // 2 for size in leaf.shape[:2])
+        copy = jnp.eye(leaf.shape[-1], dtype=leaf.dtype)
+        return jnp.zeros_like(leaf).at[centre].set(copy)
+
+    return dict(jax.tree_util.tree_map_with_path(fill, block))
 
 
 def _check(model: ResNet, stage_sizes: Sequence[int]) -> None:
     if not isinstance(model, ResNet) or class_of(model.stage) is not Stage:
         raise UserError("deepen needs a ResNet of ordinary stages")
     shortcut = model.shortcut
-    if isinstance(shortcut, NoShortcut) or getattr(shortcut, "everywhere", False):
+    if isinstance(shortcut, NoShortcut):
+        _check_plain(model)
+    elif not isinstance(shortcut, (ZeroPad, Projection)) or (
+        isinstance(shortcut, Projection) and shortcut.everywhere
+    ):
         raise UserError(
-            "deepen needs identity shortcuts (A, B or pooled): a plain net has none, "
-            "and option C projects in every block"
+            "deepen needs identity shortcuts (A, B or pooled) or a plain net: option C "
+            "projects in every block, and others scale, gate or drop what they carry"
         )
     if len(stage_sizes) != len(model.stage_sizes) or any(
         after < before
@@ -91,6 +131,20 @@ def _check(model: ResNet, stage_sizes: Sequence[int]) -> None:
         raise UserError(
             f"deepen cannot go from stages of {tuple(model.stage_sizes)} blocks to "
             f"{tuple(stage_sizes)}: as many stages, and none with fewer blocks"
+        )
+
+
+def _check_plain(model: ResNet) -> None:
+    block = model.block(model.width, 1, NoNorm)
+    if (
+        model.preactivation
+        or type(block) is not BasicBlock
+        or block.squeeze_excite is not None
+        or block.activation is not nn.relu
+    ):
+        raise UserError(
+            "deepen needs plain nets of basic blocks, each layer a convolution, a "
+            "normalisation and a ReLU: only such layers can be identities"
         )
 
 

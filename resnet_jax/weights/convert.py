@@ -37,6 +37,7 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "stride_version": (str,),
     "block_convs": (int,),
     "squeeze_excite": (bool,),
+    "normalization": (str,),
     "batch_norm_epsilon": (float, int),
 }
 

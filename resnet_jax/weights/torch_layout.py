@@ -167,6 +167,8 @@ def _refuse_foreign(model: nn.Module) -> None:
         ]
         if model.preactivation:
             odd.append("with pre-activation")
+        if model.normalization == "none":
+            odd.append("without normalisation")
     elif type(model) is not VGG:
         odd.append(f"like {type(model).__name__}")
     if odd:

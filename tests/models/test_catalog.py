@@ -15,6 +15,7 @@ from resnet_jax.models import (
     BasicBlock,
     BottleneckBlock,
     HighwayNet,
+    OverlappingStage,
     ResNet,
     SqueezeExcite,
     catalog_entry,
@@ -23,7 +24,7 @@ from resnet_jax.models import (
     shortcuts,
 )
 from resnet_jax.models.catalog import FAMILIES, scans_by_default
-from resnet_jax.models.convolution import ALGORITHMS
+from resnet_jax.models.convolution import ALGORITHMS, INITIALIZATIONS
 from resnet_jax.models.factories import class_of
 
 # Counting by hand: a k x k convolution from i to o channels in g groups has
@@ -132,6 +133,16 @@ def vgg(convs, norms):
     return tally
 
 
+def mlp(depth, width, gates):
+    """Dense layers on 28x28 pixels; all but the first may have a gate, a second one."""
+    tally = Tally()
+    tally.dense(28 * 28, width)
+    for _ in range((depth - 1) * (2 if gates else 1)):
+        tally.dense(width, width)
+    tally.dense(width, 10)
+    return tally
+
+
 def highway(widths, layers):
     tally, channels, side = Tally(), 3, 32
     for width, count in zip(widths, layers, strict=True):
@@ -228,6 +239,9 @@ def by_hand():
         )
     nets["cifar_highway19"] = highway((32, 80, 128), (4, 5, 5))
     nets["cifar_highway32"] = highway((32, 48, 64), (9, 9, 9))
+    for depth in (10, 20, 50, 100):
+        nets[f"mnist_highway{depth}"] = mlp(depth, 50, gates=True)
+        nets[f"mnist_plain{depth}"] = mlp(depth, 71, gates=False)
     return nets
 
 
@@ -307,9 +321,12 @@ def test_the_catalog_is_what_is_counted():
     for name in list_models():
         entry = catalog_entry(name)
         assert entry.source
-        is_cifar = name.startswith("cifar")
-        assert entry.image_size == (32 if is_cifar else 224)
-        assert entry.num_classes == (10 if is_cifar else 1000)
+        kind = name.partition("_")[0]
+        side, channels, classes = {"cifar": (32, 3, 10), "mnist": (28, 1, 10)}.get(
+            kind, (224, 3, 1000)
+        )
+        assert (entry.image_size, entry.channels) == (side, channels)
+        assert entry.num_classes == classes
         assert entry.net.num_classes == entry.num_classes
 
 
@@ -367,8 +384,8 @@ def test_closed_forms_of_section_4_2():
 # The modules behind the lines
 
 
-def parameters(model, side):
-    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+def parameters(model, side, channels=3):
+    images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
 
@@ -384,6 +401,8 @@ QUICK = [
     "cifar_preact_resnet1001",
     "cifar_wide_resnet16_8",
     "cifar_highway19",
+    "mnist_highway10",
+    "mnist_plain10",
 ]
 """One of each kind."""
 
@@ -401,8 +420,8 @@ def test_the_net_is_as_large_as_its_line_says(name):
     if isinstance(model, ResNet):
         # Stacked blocks have the same parameters, and are traced once.
         model = model.clone(scan=True)
-    assert parameters(model, entry.image_size) == entry.parameters
-    shape = (entry.image_size, entry.image_size, 3)
+    assert parameters(model, entry.image_size, entry.channels) == entry.parameters
+    shape = (entry.image_size, entry.image_size, entry.channels)
     assert count_multiply_adds(model, shape) == entry.multiply_adds
 
 
@@ -416,7 +435,7 @@ def test_an_unrolled_net_is_as_large_as_its_line_says(name):
 # The same names elsewhere
 
 
-ELSEWHERE = [name for name in list_models() if not name.startswith("cifar")]
+ELSEWHERE = [name for name in list_models() if not name.startswith(("cifar", "mnist"))]
 QUICK_PEERS = ("resnet18", "resnet50", "resnext50_32x4d", "vgg16", "resnet14t")
 
 
@@ -559,7 +578,9 @@ def test_other_depths_are_as_large_as_counted_by_hand(name, count):
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 7, 9, 21, 55, 57, 1201])
-@pytest.mark.parametrize("kind", ["resnet", "plain", "preact_resnet"])
+@pytest.mark.parametrize(
+    "kind", ["resnet", "plain", "preact_resnet", "overlapping_resnet"]
+)
 def test_cifar_depths_that_are_not_6n_plus_2_are_refused(kind, depth):
     sentence = (
         rf"^model cifar_{kind}{depth}: the depth of such a net is 6n\+2 "
@@ -599,6 +620,9 @@ def test_depths_of_the_other_families(name, sentence):
         "cifar_preact_resnet20_c",
         "cifar_bottleneck_resnet20_b",
         "cifar_preact_plain20",
+        "cifar_overlapping_resnet20_b",
+        "cifar_preact_overlapping_resnet20",
+        "mnist_highway11",
         "xcifar_resnet20",
         "cifar_resnet20 ",
     ],
@@ -606,6 +630,86 @@ def test_depths_of_the_other_families(name, sentence):
 def test_names_of_no_family_are_unknown(name):
     with pytest.raises(UserError, match=rf"^unknown model '{name}'; "):
         create_model(name)
+
+
+@pytest.mark.parametrize("depth", [8, 20, 56, 110])
+def test_overlapping_shortcuts_cost_nothing(depth):
+    """At the parameters and multiply-adds of the ordinary net, counted by hand."""
+    model = create_model(f"cifar_overlapping_resnet{depth}")
+    assert class_of(model.stage) is OverlappingStage
+    assert model.stage.keywords == {"every": 1, "span": 2}
+    assert model.shortcut == shortcuts.ZeroPad()
+    count = cifar((depth - 2) // 6)
+    assert parameters(model, 32) == count.parameters
+    if depth < 56:
+        assert count_multiply_adds(model, (32, 32, 3)) == count.multiply_adds
+
+
+def test_a_deep_overlapping_net_is_no_loop():
+    assert not create_model("cifar_overlapping_resnet1202").scan
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("scan", True),
+        ("remat", True),
+        ("stochastic_depth_rate", 0.1),
+        ("dropout_rate", 0.1),
+        ("block_convs", 2),
+        ("zero_init_last", True),
+    ],
+)
+def test_overlapping_nets_have_no_options_of_blocks(option, value):
+    name = "cifar_overlapping_resnet8"
+    with pytest.raises(UserError, match=rf"^model {name} has no option {option}$"):
+        create_model(name, **{option: value})
+
+
+def kernels(model, group, side=32, channels=3):
+    """Sizes of the kernels of a part of the net, in no order."""
+    images = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"][group]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return sorted(leaf.shape for path, leaf in leaves if path[-1].key == "kernel")
+
+
+@pytest.mark.parametrize("shortcut", ["A", "none"])
+def test_blocks_of_one_two_and_three_convolutions_at_equal_depth(shortcut):
+    """Six convolutions a stage, cut into blocks in three ways: one count of all."""
+    count = cifar(3)
+    for name, convs, blocks in (
+        ("cifar_resnet38", 1, 6),
+        ("cifar_resnet20", 2, 3),
+        ("cifar_resnet14", 3, 2),
+    ):
+        model = create_model(name, block_convs=convs, shortcut=shortcut)
+        assert model.stage_sizes == (blocks,) * 3
+        for stage, (before, after) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
+            inner = [(3, 3, after, after)] * 5
+            assert kernels(model, f"stage{stage}") == [(3, 3, before, after), *inner]
+        assert parameters(model, 32) == count.parameters
+        assert count_multiply_adds(model, (32, 32, 3)) == count.multiply_adds
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cifar_plain20",
+        "cifar_resnet20",
+        "cifar_overlapping_resnet8",
+        "cifar_highway19",
+        "cifar_wide_resnet10_1",
+        "mnist_highway10",
+        "mnist_plain10",
+    ],
+)
+@pytest.mark.parametrize("shape", [(28, 28, 1), (8, 8, 1), (13, 13, 3)])
+def test_small_nets_take_images_of_any_size_and_channels(name, shape):
+    model = create_model(name)
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert jax.eval_shape(model.apply, variables, images).shape == (2, 10)
 
 
 def test_every_family_builds_what_it_says():
@@ -764,6 +868,7 @@ NET_OPTIONS = {
     "dropout_rate": ("cifar_wide_resnet28_10", 0.3),
     "gate_bias": ("cifar_highway19", -3.0),
     "output_stride": ("resnet50", 16),
+    "normalization": ("resnet50", "none"),
     "batch_norm_groups": ("resnet50", 8),
     "batch_norm_momentum": ("vgg16_bn", 0.99),
     "batch_norm_epsilon": ("resnet50", 1e-3),
@@ -789,9 +894,52 @@ def test_options_of_the_net(option):
 
 
 def test_every_option_has_its_test():
-    tested = {"name", "num_classes", "shortcut", *NET_OPTIONS}
+    tested = {"name", "num_classes", "shortcut", "initialization", *NET_OPTIONS}
     tested |= {option for _, options, _ in BLOCK_OPTIONS for option in options}
     assert set(inspect.signature(create_model).parameters) == tested
+
+
+@pytest.mark.parametrize("name", ["resnet50", "cifar_highway19", "mnist_plain10"])
+@pytest.mark.parametrize("initialization", INITIALIZATIONS)
+def test_initialization_option(name, initialization):
+    model = create_model(name, initialization=initialization)
+    assert model.kernel_init is INITIALIZATIONS[initialization]
+    published = catalog_entry(name).net
+    assert model.clone(kernel_init=published.kernel_init) == published
+
+
+def test_he_initialization_is_the_nets_own():
+    assert create_model("resnet50", initialization="he") == create_model("resnet50")
+
+
+@pytest.mark.parametrize(
+    ("letter", "shortcut"),
+    [
+        ("exclusive_gate", shortcuts.Gated(exclusive=True, bias=-1.5)),
+        ("shortcut_gate", shortcuts.Gated(exclusive=False, bias=-1.5)),
+    ],
+)
+def test_gate_bias_of_a_gated_shortcut(letter, shortcut):
+    model = create_model("cifar_resnet110", shortcut=letter, gate_bias=-1.5)
+    assert model.shortcut == shortcut
+    assert shortcuts.BY_NAME[letter].bias == -6
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("batch_norm_groups", 2),
+        ("batch_norm_momentum", 0.0),
+        ("batch_norm_epsilon", 1e-3),
+        ("batch_norm_frozen", ("stem",)),
+        ("zero_init_last", True),
+    ],
+)
+def test_without_normalisation_its_options_are_refused(option, value):
+    sentence = rf"^{option}=.* acts on batch norm.*: leave {option} at its default$"
+    with pytest.raises(UserError, match=sentence):
+        create_model("cifar_resnet20", normalization="none", **{option: value})
+    assert create_model("cifar_resnet20", normalization="batch", **{option: value})
 
 
 def test_other_kinds_of_net_take_the_options_they_have():
@@ -821,6 +969,12 @@ def test_other_kinds_of_net_take_the_options_they_have():
         ("vgg16", "remat", True),
         ("vgg16", "conv_algorithm", "xla"),
         ("vgg16", "gate_bias", -1.0),
+        ("vgg16", "normalization", "none"),
+        ("vgg16", "initialization", "he"),
+        ("cifar_highway19", "normalization", "none"),
+        ("mnist_plain10", "gate_bias", -1.0),
+        ("mnist_highway10", "dropout_rate", 0.1),
+        ("cifar_plain20", "gate_bias", -1.0),
         ("cifar_highway19", "shortcut", "none"),
         ("cifar_highway19", "stride_version", "v1"),
         ("cifar_highway19", "batch_norm_groups", 8),
@@ -840,7 +994,15 @@ def test_an_option_that_a_net_has_not_is_refused(name, option, value):
             "resnet18",
             "shortcut",
             "D",
-            r"shortcut 'D'; valid are A, B, C, pooled, none$",
+            r"shortcut 'D'; valid are A, B, C, pooled, none, scaled, scaled_both, "
+            r"exclusive_gate, shortcut_gate, dropout$",
+        ),
+        ("resnet18", "normalization", "group", r"'group'; valid are batch, none$"),
+        (
+            "resnet18",
+            "initialization",
+            "lecun",
+            r"'lecun'; valid are he, he_fan_in, xavier, normal_0\.01$",
         ),
         ("resnet50", "shortcut", "pool", r"did you mean pooled\?$"),
         ("resnet50", "stride_version", "v2", r"'v2'; valid are v1, v1\.5$"),

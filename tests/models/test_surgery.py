@@ -23,13 +23,21 @@ from resnet_jax.models import (
     shortcuts,
     unstack_blocks,
 )
-from tests.models.reference import KEY, assert_trees_equal, random_variables
+from tests.models.reference import (
+    KEY,
+    assert_trees_equal,
+    batch_norm,
+    convolution,
+    random_variables,
+    relu,
+)
 
 IMAGES = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
 LABELS = np.array([0, 1, 2, 1])
 BARE = shortcuts.Projection(normalized=False)
 
 tiny = functools.partial(ResNet, stem=CifarStem, width=4, num_classes=3)
+plain = functools.partial(tiny, shortcut=shortcuts.NoShortcut())
 
 
 as_users_compile = functools.partial(
@@ -115,6 +123,25 @@ def logits_of(model, variables, compiler=lambda function: function):
         return sure.apply(variables, IMAGES), logits, updated["batch_stats"]
 
     return compiler(run)(variables)
+
+
+PLAIN = {
+    "plain": Case(plain((1, 2)), (3, 2), ""),
+    "plain, three convolutions, another epsilon": Case(
+        plain(
+            (1, 1),
+            functools.partial(BasicBlock, num_convs=3),
+            batch_norm_epsilon=1e-3,
+            dropout_rate=0.2,
+        ),
+        (1, 2),
+        "",
+    ),
+    "plain, scanned": Case(plain((2, 1), scan=True), (4, 3), ""),
+    "plain without normalisation": Case(
+        plain((1, 1), normalization="none"), (2, 3), ""
+    ),
+}
 
 
 TRAINED = ("basic", "gated bottlenecks")
@@ -225,6 +252,88 @@ def test_the_new_blocks_learn(net):
                 assert np.any(leaf), name
 
 
+# Plain nets: in evaluation only
+
+
+def evaluate(model, variables):
+    return np.asarray(model.apply(variables, IMAGES))
+
+
+@functools.cache
+def deepened_plain(net):
+    model, sizes, _ = PLAIN[net]
+    variables = random_variables(model, IMAGES)
+    return model, variables, *deepen(variables, model, sizes, KEY)
+
+
+@pytest.mark.parametrize("net", PLAIN)
+def test_a_deeper_plain_net_computes_the_same_bit_for_bit_in_evaluation(net):
+    model, variables, deeper, deeper_variables = deepened_plain(net)
+    assert deeper == model.clone(stage_sizes=PLAIN[net].sizes)
+    shapes = jax.eval_shape(deeper.init, KEY, IMAGES)
+    assert jax.tree.map(np.shape, deeper_variables) == jax.tree.map(np.shape, shapes)
+    with jax.disable_jit():
+        expected = evaluate(model, variables)
+        ours = evaluate(deeper, deeper_variables)
+    assert np.ptp(expected, axis=0).max() > 1e-3
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_compiled_a_deeper_plain_net_differs_by_rounding_at_most():
+    model, variables, deeper, deeper_variables = deepened_plain("plain")
+    expected = as_users_compile(model.apply)(variables, IMAGES)
+    ours = as_users_compile(deeper.apply)(deeper_variables, IMAGES)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_in_training_the_batchs_statistics_change_a_deeper_plain_net():
+    model, variables, deeper, deeper_variables = deepened_plain("plain")
+    _, expected, _ = logits_of(model, variables, jax.jit)
+    _, ours, _ = logits_of(deeper, deeper_variables, jax.jit)
+    assert np.abs(ours - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        plain((1, 1), normalization="none"),
+        plain((1, 1), batch_norm_frozen=True),
+        tiny((1, 1), shortcut=shortcuts.ZeroPad(), normalization="none"),
+    ],
+    ids=["plain without normalisation", "plain, frozen", "residual without"],
+)
+def test_where_no_statistics_are_taken_it_is_the_same_in_training_too(model):
+    variables = random_variables(model, IMAGES)
+    deeper, deeper_variables = deepen(variables, model, (2, 2), KEY)
+    with jax.disable_jit():
+        expected, ours = (
+            net.apply(values, IMAGES, train=True, mutable=["batch_stats"])[0]
+            for net, values in ((model, variables), (deeper, deeper_variables))
+        )
+    assert np.ptp(expected, axis=0).max() > 1e-3
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_the_new_layers_of_a_plain_net_are_identities_by_hand():
+    _, _, _, variables = deepened_plain("plain")
+    params = variables["params"]["stage1"]["block3"]
+    stats = variables["batch_stats"]["stage1"]["block3"]
+    maps = np.random.default_rng(2).uniform(0, 3, (2, 5, 6, 4))
+    y = maps
+    for layer in ("1", "2"):
+        kernel = np.asarray(params[f"conv{layer}"]["kernel"], np.float64)
+        y = convolution(y, kernel)
+        y = relu(batch_norm(y, params[f"norm{layer}"], stats[f"norm{layer}"]))
+    np.testing.assert_allclose(y, maps, rtol=1e-6)
+
+
+def test_the_new_layers_of_a_plain_net_learn():
+    _, _, deeper, variables = deepened_plain("plain")
+    _, gradient, _ = train_step(deeper)(variables)
+    for path, leaf in traverse_util.flatten_dict(gradient["stage1"]["block3"]).items():
+        assert np.any(leaf), path
+
+
 def test_the_model_and_its_variables_stay_as_they_are():
     model, variables = NETS["basic"].model, trained("basic")
     before = jax.tree.map(np.array, variables)
@@ -249,11 +358,29 @@ def test_the_key_determines_the_new_weights():
 @pytest.mark.parametrize(
     ("model", "sizes", "sentence"),
     [
-        (tiny((1, 1), shortcut=shortcuts.NoShortcut()), (2, 2), "a plain net has none"),
         (
             tiny((1, 1), shortcut=shortcuts.BY_NAME["C"]),
             (2, 2),
             "option C projects in every block",
+        ),
+        (
+            tiny((1, 1), shortcut=shortcuts.Scaled()),
+            (2, 2),
+            "others scale, gate or drop",
+        ),
+        (tiny((1, 1), shortcut=shortcuts.Gated(True)), (2, 2), "others scale, gate"),
+        (tiny((1, 1), shortcut=shortcuts.Dropped()), (2, 2), "others scale, gate"),
+        (plain((1, 1), BottleneckBlock), (2, 2), "plain nets of basic blocks"),
+        (plain((1, 1), preactivation=True), (2, 2), "plain nets of basic blocks"),
+        (
+            plain((1, 1), functools.partial(BasicBlock, squeeze_excite=SqueezeExcite)),
+            (2, 2),
+            "plain nets of basic blocks",
+        ),
+        (
+            plain((1, 1), functools.partial(BasicBlock, activation=jax.nn.gelu)),
+            (2, 2),
+            "plain nets of basic blocks",
         ),
         (tiny((2, 2)), (3, 1), r"from stages of \(2, 2\) blocks to \(3, 1\)"),
         (tiny((2, 2)), (2, 2, 1), r"as many stages, and none with fewer blocks"),
@@ -267,8 +394,14 @@ def test_the_key_determines_the_new_weights():
         (create_model("vgg16"), (2, 2), "a ResNet of ordinary stages"),
     ],
     ids=[
-        "plain",
         "C",
+        "scaled",
+        "gated",
+        "dropped",
+        "plain bottlenecks",
+        "plain preactivation",
+        "plain squeeze-and-excitation",
+        "plain without ReLU",
         "fewer",
         "more stages",
         "fewer stages",

@@ -8,6 +8,7 @@ from resnet_jax import load_weights, parallel, save_weights
 from resnet_jax.config import model_options, resolve
 from resnet_jax.errors import UserError
 from resnet_jax.models import create_model, stack_blocks, unstack_blocks
+from resnet_jax.training.precise_statistics import check_precise_statistics
 from resnet_jax.training.setup import prepare
 
 
@@ -125,6 +126,8 @@ def test_only_what_is_set_reaches_create_model(tiny_config):
         ("cifar_highway19", "batch_norm_groups", 2),
         ("cifar_resnet20", "gate_bias", -1.0),
         ("vgg16", "scan", True),
+        ("vgg16", "normalization", "none"),
+        ("mnist_plain10", "batch_norm_groups", 2),
     ],
 )
 def test_options_that_a_net_has_not_are_refused(tiny_config, name, option, value):
@@ -132,6 +135,56 @@ def test_options_that_a_net_has_not_are_refused(tiny_config, name, option, value
     tiny_config.model[option] = value
     with pytest.raises(UserError, match=f"model {name} has no option {option}"):
         resolve(tiny_config)
+
+
+def test_fresh_kernels_and_given_weights_exclude_each_other(tiny_config):
+    tiny_config.model.initialization = "xavier"
+    tiny_config.model.weights = "given.safetensors"
+    with pytest.raises(UserError, match=r"^model\.initialization=xavier .* to None$"):
+        resolve(tiny_config)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "sentence"),
+    [
+        ("model", "batch_norm_groups", 2, "^batch_norm_groups=2 acts on batch"),
+        ("model", "zero_init_last", True, "^zero_init_last=True acts on batch"),
+        (
+            "evaluation",
+            "precise_statistics_examples",
+            8,
+            "needs batch normalisation, and cifar_plain8 has none: set it to 0$",
+        ),
+    ],
+)
+def test_what_needs_batch_normalisation_is_refused_without(
+    tiny_config, section, field, value, sentence
+):
+    tiny_config.model.name = "cifar_plain8"
+    tiny_config.model.normalization = "none"
+    tiny_config[section][field] = value
+    with pytest.raises(UserError, match=sentence):
+        check_precise_statistics(prepare(resolve(tiny_config)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cifar_plain8", {"normalization": "none", "initialization": "he_fan_in"}),
+        ("cifar_resnet8", {"shortcut": "exclusive_gate", "gate_bias": -3.0}),
+        ("cifar_resnet8", {"shortcut": "dropout"}),
+        ("cifar_overlapping_resnet8", {}),
+        ("mnist_highway10", {"gate_bias": -1.0, "initialization": "xavier"}),
+        ("mnist_plain10", {}),
+    ],
+)
+def test_the_nets_of_the_small_experiments_train(tiny_config, name, options):
+    tiny_config.model.name = name
+    tiny_config.model.update(options)
+    tiny_config.optimizer.learning_rate = 0.01
+    before, after = run(tiny_config, 1)
+    assert not equal(before["params"], after["params"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
 
 
 def test_a_fresh_head_needs_weights(tiny_config):

@@ -254,6 +254,8 @@ class OwnBlock(BasicBlock):
     ("model", "reason"),
     [
         (create_model("preact_resnet200"), "pre-activation"),
+        (create_model("plain18", normalization="none"), "without normalisation"),
+        (create_model("resnet18", shortcut="shortcut_gate"), "the shortcut Gated"),
         (create_model("cifar_preact_resnet20"), "pre-activation"),
         (create_model("cifar_wide_resnet10_2"), "pre-activation"),
         (create_model("cifar_highway19"), "HighwayNet"),

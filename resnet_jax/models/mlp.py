@@ -1,0 +1,118 @@
+"""Fully connected plain and highway nets for MNIST (Srivastava et al. 2015, section 3).
+
+Nets of one width whose depth alone varies: how far can they still be trained?
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from resnet_jax.models.convolution import INITIALIZATIONS
+from resnet_jax.models.residual import Highway
+
+
+class DenseHighwayLayer(nn.Module):
+    """A highway layer of two dense ones, ``transform`` (with ReLU) and ``gate``.
+
+    Attributes:
+      gate_bias: initial value of the gate's bias.
+      kernel_init: initialiser of both kernels.
+      dtype: of the computation.
+    """
+
+    gate_bias: float
+    kernel_init: Any
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(n, c) to the same."""
+        dense = functools.partial(
+            nn.Dense, x.shape[-1], kernel_init=self.kernel_init, dtype=self.dtype
+        )
+        transform = nn.Sequential([dense(name="transform"), nn.relu])
+        gate_bias = nn.initializers.constant(self.gate_bias)
+        return Highway(transform, dense(bias_init=gate_bias, name="gate"))(x)
+
+
+class PlainMLP(nn.Module):
+    """``depth`` dense layers with ReLU on all pixels, and a classifier.
+
+    With 71 units a layer has the 5,112 parameters of 71 x 71 weights and 71 biases, the
+    nearest to the 5,100 of a highway layer of 50 (``HighwayMLP``). The depth of the
+    names counts the first layer, which sees the pixels, and not the classifier.
+
+    Variables: ``params`` alone, float32 for every ``dtype``: ``layer1``, ``layer2``,
+    ..., ``head``.
+
+    Attributes:
+      depth: the number of layers, without the classifier.
+      width: units of each layer.
+      num_classes: classes of the classifier; None leaves it out.
+      kernel_init: initialiser of all kernels; He's, with the fan-in, as Srivastava et
+        al. say of the plain nets that still could not be trained.
+      dtype: dtype of the computation; bfloat16 on accelerators.
+    """
+
+    depth: int = 10
+    width: int = 71
+    num_classes: int | None = 10
+    kernel_init: Any = INITIALIZATIONS["he_fan_in"]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Class logits.
+
+        Args:
+          images: (n, h, w, channels), floating point; of the size and channels with
+            which the net was initialised.
+          train: has no effect here.
+
+        Returns:
+          (n, num_classes) float32 logits; (n, width) float32 features where
+          ``num_classes`` is None.
+        """
+        del train
+        x = images.reshape(images.shape[0], -1).astype(self.dtype)
+        x = nn.relu(self.dense(self.width, name="layer1")(x))
+        for index in range(1, self.depth):
+            x = self.layer(f"layer{index + 1}", x)
+        output = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.num_classes is not None:
+            head = nn.Dense(self.num_classes, kernel_init=self.kernel_init, name="head")
+            output = head(output)
+        return output
+
+    def dense(self, features: int, name: str) -> nn.Dense:
+        """A dense layer without its activation."""
+        return nn.Dense(
+            features, kernel_init=self.kernel_init, dtype=self.dtype, name=name
+        )
+
+    def layer(self, name: str, x: jax.Array) -> jax.Array:
+        """What follows the first layer, ``depth`` - 1 times: (n, width) to the same."""
+        return nn.relu(self.dense(self.width, name)(x))
+
+
+class HighwayMLP(PlainMLP):
+    """A dense layer on all pixels, ``depth`` - 1 highway layers and a classifier.
+
+    Attributes:
+      depth, num_classes, kernel_init, dtype: see ``PlainMLP``.
+      width: units of each layer.
+      gate_bias: initial value of the gates' biases; the paper searched -1 to -10 and
+        does not print its choice for each depth.
+    """
+
+    width: int = 50
+    gate_bias: float = -2.0
+
+    def layer(self, name: str, x: jax.Array) -> jax.Array:
+        """See ``PlainMLP``."""
+        return DenseHighwayLayer(
+            self.gate_bias, self.kernel_init, self.dtype, name=name
+        )(x)
