@@ -236,21 +236,34 @@ def layer_responses_figure(nets: Sequence[Layers], title: str = "") -> Figure:
     return figure
 
 
-def gradient_norms_figure(nets: Sequence[Layers], title: str = "") -> Figure:
-    """Gradient norms layer by layer, on a logarithmic axis.
+def gradient_norms_figure(
+    panels: Mapping[str, Sequence[Layers]], title: str = ""
+) -> Figure:
+    """Gradient norms layer by layer, on logarithmic axes that are the same in all
+    panels.
 
     Norms of zero, or that are not finite, leave a gap.
 
     Args:
-      nets: of each family in the order of their depth.
+      panels: by their titles: nets, those of a family in the order of their depth. A
+        label means the same in all panels.
       title: over the figure.
     """
-    figure, (axes,) = _figure(title, 1, (9, 3.8))
-    axes.set_yscale("log")
-    _draw_layers(axes, nets, _positive)
-    axes.set_xlabel("layer index")
-    axes.set_ylabel("norm of the gradient")
-    figure.legend(loc="outside right center", frameon=False)
+    width = 9 if len(panels) == 1 else 2 + 3 * len(panels)
+    figure, all_axes = _figure(title, len(panels), (width, 3.8))
+    named: dict[str, Any] = {}
+    for axes, (name, nets) in zip(all_axes, panels.items(), strict=True):
+        axes.sharey(all_axes[0])
+        axes.set_yscale("log")
+        axes.set_title(name, fontsize="medium")
+        _draw_layers(axes, nets, _positive)
+        axes.set_xlabel("layer index")
+        handles, labels = axes.get_legend_handles_labels()
+        named = dict(zip(labels, handles, strict=True)) | named
+    all_axes[0].set_ylabel("norm of the gradient")
+    figure.legend(
+        named.values(), named.keys(), loc="outside right center", frameon=False
+    )
     return figure
 
 

@@ -14,6 +14,8 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax train --config configs/digits.py --workdir runs/digits
   resnet-jax evaluate --workdir runs/digits
   resnet-jax report --workdir runs/digits --figure digits.png
+  resnet-jax paper list
+  resnet-jax paper run figure6 --workdir runs/paper --dataset digits --scale small
   resnet-jax summary --compare resnet34 plain34
   resnet-jax plan --config configs/imagenet.py:resnet50 --devices 256 --hosts 32
   resnet-jax prepare /data/imagenet prepared --splits train,val
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         benchmark,
         convert,
         evaluate,
+        paper,
         plan,
         prepare,
         report,
@@ -45,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (train, evaluate, report, summary, plan, prepare, convert, benchmark):
+    modules = (train, evaluate, report, paper, summary, plan, prepare, convert)
+    for module in (*modules, benchmark):
         module.add_parser(commands)
     # Overrides of config fields have names that argparse cannot list.
     options, rest = parser.parse_known_args(

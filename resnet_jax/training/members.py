@@ -56,6 +56,15 @@ class Outcome:
         return self.result is None and self.failure is None
 
 
+def members_of(config: Config, prefix: str = "") -> list[Member]:
+    """A run for every seed of a config, in folders that are named after the seeds."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    return [
+        Member(f"{prefix}seed-{seed}", dataclasses.replace(config, seed=seed, seeds=1))
+        for seed in seeds
+    ]
+
+
 def train_members(
     members: Sequence[Member], folder: Path, console: rich.console.Console
 ) -> list[Outcome]:

@@ -1,6 +1,5 @@
 """Training: one run of a config, or several that differ in their seed alone."""
 
-import dataclasses
 import os
 from datetime import UTC, datetime
 from typing import Any
@@ -13,9 +12,9 @@ from resnet_jax.errors import UserError
 from resnet_jax.training.environment import command_line, environment
 from resnet_jax.training.loop import train_one
 from resnet_jax.training.members import (
-    Member,
     Outcome,
     Spread,
+    members_of,
     train_members,
 )
 from resnet_jax.training.progress import say
@@ -67,15 +66,6 @@ def train(
         say(console, f"{name} diverged: {failure}")
     say(console, f"report: {folder.report}")
     return result
-
-
-def members_of(config: Config, prefix: str = "") -> list[Member]:
-    """A run for every seed of a config, in folders that are named after the seeds."""
-    seeds = range(config.seed, config.seed + config.seeds)
-    return [
-        Member(f"{prefix}seed-{seed}", dataclasses.replace(config, seed=seed, seeds=1))
-        for seed in seeds
-    ]
 
 
 def _combined(config: Config, outcomes: list[Outcome]) -> dict[str, Any]:

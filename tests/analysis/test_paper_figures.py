@@ -156,7 +156,9 @@ def test_figure_7_has_layers_in_order_and_sorted():
 
 
 def test_gradients_that_vanished_leave_a_gap_on_the_logarithmic_axis():
-    figure = gradient_norms_figure([Layers("plain-3", [0.0, 1e-20, 0.1], "plain")])
+    figure = gradient_norms_figure(
+        {"": [Layers("plain-3", [0.0, 1e-20, 0.1], "plain")]}
+    )
     (axes,) = figure.axes
     assert axes.get_yscale() == "log"
     assert math.isnan(lines(axes)[0][0][1])
@@ -213,6 +215,6 @@ def test_what_cannot_be_drawn_is_told():
     with pytest.raises(UserError, match="ResNet-8 have no test_error at a common step"):
         error_curves({"": [Curves("ResNet-8", [rows([(0.5, None)])])]})
     with pytest.raises(UserError, match="plain, residual, other, not 'wide'"):
-        gradient_norms_figure([Layers("net", [1.0], "wide")])
+        gradient_norms_figure({"": [Layers("net", [1.0], "wide")]})
     with pytest.raises(UserError, match="no net to draw"):
         layer_responses_figure([])

@@ -10,8 +10,7 @@ from resnet_jax.data.feeds import LastDataset, ResidentFeed
 from resnet_jax.errors import Preempted, UserError
 from resnet_jax.parallel import data_mesh
 from resnet_jax.training import loop
-from resnet_jax.training.members import Spread, train_members
-from resnet_jax.training.seeds import members_of
+from resnet_jax.training.members import Spread, members_of, train_members
 from tests.conftest import make_console, make_tiny_config
 
 

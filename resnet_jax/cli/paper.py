@@ -1,0 +1,91 @@
+"""``resnet-jax paper``."""
+
+import argparse
+from typing import Any
+
+from resnet_jax.cli.overrides import fields_help, parse_overrides
+from resnet_jax.cli.processes import add_process_flags, connected
+
+_RUN = """Run an experiment: train what is missing, then analyse it.
+
+  resnet-jax paper run table6 --only cifar_resnet20,cifar_plain20 --seeds 3 \\
+      --workdir runs/paper --config.data.path=/data/cifar-10-batches-bin
+  resnet-jax paper run figure6 --workdir runs/paper --dataset digits --scale small
+
+The same command goes on where it was stopped, and runs nothing again that is finished.
+Experiments in one folder share their runs. Any config field may be overridden.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand to the parser of ``resnet-jax``."""
+    parser = commands.add_parser(
+        "paper", help="the paper's tables and figures: list, run, report"
+    )
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="all experiments and their runs")
+    listing.set_defaults(run=_list)
+
+    run = actions.add_parser(
+        "run",
+        help="run an experiment, or go on with it",
+        description=_RUN,
+        epilog=fields_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    run.add_argument("experiment", help="a name of `resnet-jax paper list`")
+    run.add_argument("--workdir", required=True, metavar="DIR", help="of all runs")
+    run.add_argument("--only", metavar="RUN,RUN", help="some of its runs")
+    run.add_argument(
+        "--seeds", type=int, metavar="N", help="of each run; default: as published"
+    )
+    run.add_argument(
+        "--scale", default="paper", help="paper, small (1/100) or tiny (1/1000)"
+    )
+    run.add_argument(
+        "--dataset",
+        metavar="NAME|FOLDER",
+        help="other data: cifar10, cifar100, digits, mnist, fashion_mnist or a folder",
+    )
+    add_process_flags(run)
+    run.set_defaults(run=_run, takes_overrides=True)
+
+    report = actions.add_parser(
+        "report", help="published beside measured, as a page and as Markdown"
+    )
+    report.add_argument("--workdir", required=True, metavar="DIR", help="of all runs")
+    report.add_argument("--only", metavar="EXPERIMENT,EXPERIMENT")
+    report.add_argument("--figures", metavar="DIR", help="also draw PNG files there")
+    report.set_defaults(run=_report)
+
+
+def _names(text: str | None) -> list[str]:
+    return [name for name in (text or "").split(",") if name]
+
+
+def _list(_: argparse.Namespace) -> None:
+    from resnet_jax.paper.listing import print_experiments
+
+    print_experiments()
+
+
+def _run(options: argparse.Namespace) -> None:
+    from resnet_jax.paper.run import run_experiment
+    from resnet_jax.paper.settings import Setting, peer_timeout
+
+    setting = Setting(options.dataset, options.scale, parse_overrides(options.rest))
+    with connected(options, peer_timeout(options.experiment, setting)):
+        run_experiment(
+            options.experiment,
+            options.workdir,
+            only=_names(options.only),
+            seeds=options.seeds,
+            setting=setting,
+        )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from resnet_jax.paper.report import report
+
+    report(options.workdir, only=_names(options.only), figures=options.figures)

@@ -1,0 +1,175 @@
+import json
+import re
+
+import pytest
+
+from resnet_jax.cli import main
+from resnet_jax.errors import Preempted, UserError
+from resnet_jax.paper.report import report
+from resnet_jax.paper.run import run_experiment
+from resnet_jax.paper.settings import Setting
+from resnet_jax.training import loop
+from tests.conftest import make_console
+
+
+@pytest.fixture(scope="module")
+def setting(tfds_dir):
+    """Four steps of a net of 8 layers, whatever the experiment's."""
+    overrides = {
+        "data.data_dir": tfds_dir,
+        "model.name": "cifar_plain8",
+        "training.steps": "4",
+        "training.global_batch_size": "16",
+        "schedule.boundaries_steps": "(2, 3)",
+    }
+    return Setting("digits", "tiny", overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(setting, tmp_path_factory):
+    """plain-20 of Figure 1 with two seeds, and no plain-56."""
+    folder = tmp_path_factory.mktemp("paper")
+    console = make_console()
+    run_experiment(
+        "figure1",
+        folder,
+        only=["cifar_plain20"],
+        seeds=2,
+        setting=setting,
+        console=console,
+    )
+    return folder, console.file.getvalue()
+
+
+def test_runs_lie_where_experiments_share_them(finished):
+    folder, printed = finished
+    run = folder / "digits-tiny" / "cifar_plain20"
+    errors = []
+    for seed in (0, 1):
+        result = json.loads((run / f"seed-{seed}" / "result.json").read_text())
+        assert (result["seed"], result["step"]) == (seed, 4)
+        errors.append(result["test_error"])
+    assert "[2/2] digits-tiny/cifar_plain20/seed-1" in printed
+
+
+def test_the_report_sets_measured_beside_published(finished):
+    folder, _ = finished
+    report(folder, figures=folder / "figures", console=make_console())
+    text = (folder / "report.md").read_text()
+    results = [
+        json.loads(file.read_text())["test_error"]
+        for file in sorted(folder.glob("digits-tiny/cifar_plain20/*/result.json"))
+    ]
+    mean = sum(results) / 2
+    deviation = (sum((x - mean) ** 2 for x in results)) ** 0.5
+    row = next(x for x in text.splitlines() if x.startswith("| plain-20 |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:5] == [
+        "plain-20",
+        "",
+        f"{100 * mean:.2f}",
+        f"{100 * deviation:.2f}",
+        "2",
+    ]
+    assert cells[6:8] == ["last, step 4", "digits"]
+    assert "not measured: plain-56" in text
+    assert "data.name=digits (published: cifar10)" in text
+    assert "model.name=cifar_plain8 (published: cifar_plain20)" in text
+    assert "1/1000 of the published length" in text
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 1
+    assert not re.search(r"""(src|href)=["']?http""", page)
+    assert (folder / "figures" / "digits-tiny-figure1.png").stat().st_size > 1000
+
+
+def test_what_is_finished_is_not_run_again(finished, setting, monkeypatch):
+    folder, _ = finished
+
+    def never(*_):
+        raise AssertionError("it was run again")
+
+    monkeypatch.setattr("resnet_jax.training.members.train_one", never)
+    console = make_console()
+    # Table 6 has the same run.
+    run_experiment(
+        "table6",
+        folder,
+        only=["cifar_plain20"],
+        seeds=2,
+        setting=setting,
+        console=console,
+    )
+    assert "seed-1: test error" in console.file.getvalue()
+
+
+def test_an_interrupted_experiment_goes_on(setting, tmp_path, monkeypatch):
+    train, calls = loop.train_one, []
+
+    def stop_at_the_second(*arguments):
+        calls.append(arguments[1])
+        if len(calls) == 2:
+            raise Preempted("stopped")
+        return train(*arguments)
+
+    monkeypatch.setattr("resnet_jax.training.members.train_one", stop_at_the_second)
+    options = {"only": ["cifar_plain20", "cifar_plain56"], "setting": setting}
+    with pytest.raises(Preempted):
+        run_experiment("figure1", tmp_path, console=make_console(), **options)
+    report(tmp_path, console=make_console())
+    assert "not measured: plain-56" in (tmp_path / "report.md").read_text()
+    run_experiment("figure1", tmp_path, console=make_console(), **options)
+    # The first one was not run again.
+    names = [path.parent.name for path in calls]
+    assert names == ["cifar_plain20", "cifar_plain56", "cifar_plain56"]
+
+
+def test_a_run_that_diverged_is_told(setting, tmp_path):
+    wild = Setting(
+        setting.dataset,
+        setting.scale,
+        {**setting.overrides, "optimizer.learning_rate": "1e30"},
+    )
+    run_experiment("figure1", tmp_path, setting=wild, console=make_console())
+    report(tmp_path, console=make_console())
+    text = (tmp_path / "report.md").read_text()
+    assert "plain-20, seed 0: diverged: the loss is not finite" in text
+    assert "| plain-20 |  | not measured |" in text
+
+
+def test_a_folder_holds_one_setting(finished, setting):
+    folder, _ = finished
+    other = Setting(
+        setting.dataset, setting.scale, {**setting.overrides, "training.steps": "5"}
+    )
+    with pytest.raises(UserError, match=r"holds runs with overrides .*training.steps"):
+        run_experiment("figure1", folder, setting=other, console=make_console())
+    # Where the data lie may change.
+    moved = Setting(
+        setting.dataset, setting.scale, {**setting.overrides, "data.num_threads": "1"}
+    )
+    options = {"only": ["cifar_plain20"], "console": make_console()}
+    run_experiment("figure1", folder, setting=moved, **options)
+
+
+def test_wrong_use_is_told(tmp_path, setting):
+    with pytest.raises(UserError, match="holds no experiment; run one with"):
+        report(tmp_path, console=make_console())
+    with pytest.raises(UserError, match="at least 1, not 0"):
+        run_experiment("table6", tmp_path, seeds=0, setting=setting)
+    with pytest.raises(UserError, match="has nothing to run"):
+        run_experiment("table5", tmp_path, setting=setting)
+
+
+def test_the_command_lists_all(capsys):
+    assert main(["paper", "list"]) == 0
+    printed = capsys.readouterr().out
+    for name in (
+        "figure1",
+        "figure6",
+        "table6",
+        "figure7",
+        "cifar_resnet110 (5 seeds)",
+    ):
+        assert name in printed
+    assert main(["paper", "run", "tabel6", "--workdir", "nowhere"]) == 1
+    assert "did you mean table6" in capsys.readouterr().err

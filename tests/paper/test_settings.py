@@ -1,0 +1,77 @@
+import dataclasses
+
+import pytest
+
+from resnet_jax.config import derive, flatten, load_config
+from resnet_jax.errors import UserError
+from resnet_jax.paper.entries import Run
+from resnet_jax.paper.settings import Setting, config_folder
+
+RESNET110 = Run("cifar_resnet110", "cifar10.py:cifar_resnet110")
+WIDE = Run("wide", "cifar10_wide.py:cifar_wide_resnet16_8")
+
+
+def changed(run, setting):
+    """Fields in which a setting's config differs from the published one."""
+    published = flatten(load_config(str(config_folder() / run.config)))
+    wanted = flatten(setting.config(run))
+    return {name: value for name, value in wanted.items() if value != published[name]}
+
+
+def test_the_published_setting_changes_only_how_often_it_is_looked_at():
+    assert changed(RESNET110, Setting()) == {
+        "evaluation.every_steps": 400,
+        "checkpoint.every_steps": 1600,
+    }
+    assert changed(WIDE, Setting()) == {}
+
+
+def test_a_scale_keeps_the_schedules_shape():
+    config = Setting(scale="small").config(RESNET110)
+    derived = derive(config, 50_000)
+    assert (derived.steps, derived.boundaries) == (640, (320, 480))
+    assert derived.evaluate_every == 40
+    wide = derive(Setting(scale="tiny").config(WIDE), 50_000)
+    assert wide.epochs == pytest.approx(0.2, abs=0.01)
+    shares = [step / wide.steps for step in wide.boundaries]
+    assert shares == pytest.approx([0.3, 0.6, 0.8], abs=0.02)
+
+
+def test_a_data_set_brings_its_augmentation():
+    fields = changed(RESNET110, Setting("digits"))
+    assert fields["data.name"] == "digits"
+    assert fields["augmentation.pad"] == 1
+    assert fields["augmentation.flip"] is False
+
+
+def test_a_folder_is_a_data_set(tmp_path):
+    folder = tmp_path / "my images"
+    folder.mkdir()
+    setting = Setting(str(folder), "tiny")
+    config = setting.config(RESNET110)
+    assert (config.data.path, config.data.name) == (str(folder), "my images")
+    assert setting.section(config) == "my-images-tiny"
+    with pytest.raises(UserError, match=r"no data set 'digit'; give a folder, or one"):
+        Setting("digit").config(RESNET110)
+
+
+def test_overrides_have_the_last_word():
+    setting = Setting("digits", "tiny", {"training.steps": "32", "data.name": "mine"})
+    config = setting.config(RESNET110)
+    assert config.training.steps == 32
+    assert config.data.name == "mine"
+    assert config.evaluation.every_steps == 2
+
+
+def test_members_are_runs_of_one_seed_each():
+    members = Setting("digits", "tiny").members(RESNET110, 2)
+    names = [f"digits-tiny/cifar_resnet110/seed-{seed}" for seed in (0, 1)]
+    assert [member.name for member in members] == names
+    first, second = (member.config for member in members)
+    assert (first.seed, second.seed, second.seeds) == (0, 1, 1)
+    assert dataclasses.replace(second, seed=0) == first
+
+
+def test_an_unknown_scale_is_told():
+    with pytest.raises(UserError, match=r"no scale 'little'; valid are paper, small"):
+        Setting(scale="little").config(RESNET110)
