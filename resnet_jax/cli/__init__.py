@@ -14,6 +14,8 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax train --config configs/digits.py --workdir runs/digits
   resnet-jax evaluate --workdir runs/digits
   resnet-jax report --workdir runs/digits --figure digits.png
+  resnet-jax sweep --config configs/digits.py --workdir runs/sweep \\
+      --grid optimizer.learning_rate=0.05,0.1 --config.seeds=3
   resnet-jax paper list
   resnet-jax paper run figure6 --workdir runs/paper --dataset digits --scale small
   resnet-jax summary --compare resnet34 plain34
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepare,
         report,
         summary,
+        sweep,
         train,
     )
 
@@ -48,8 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    modules = (train, evaluate, report, paper, summary, plan, prepare, convert)
-    for module in (*modules, benchmark):
+    runs = (train, evaluate, report, sweep, paper)
+    tools = (summary, plan, prepare, convert, benchmark)
+    for module in (*runs, *tools):
         module.add_parser(commands)
     # Overrides of config fields have names that argparse cannot list.
     options, rest = parser.parse_known_args(

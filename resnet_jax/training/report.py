@@ -6,7 +6,7 @@ from typing import Any
 import rich.console
 
 from resnet_jax.analysis import pages
-from resnet_jax.analysis.plots import training_curves
+from resnet_jax.analysis.plots import Curves, error_curves, training_curves
 from resnet_jax.config import fields, flatten
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import describe_error
@@ -101,6 +101,10 @@ def write_seeds_report(folder: Workdir, result: dict[str, Any]) -> None:
       result: the content of its result.json; see ``seeds.train``.
     """
     runs = result["runs"]
+
+    def rows_of(name: str) -> list[dict[str, Any]]:
+        return Workdir(folder.path / name).read_rows()
+
     table = [
         [
             name,
@@ -122,6 +126,12 @@ def write_seeds_report(folder: Workdir, result: dict[str, Any]) -> None:
         *(
             pages.paragraph(f"{name} diverged: {failure}")
             for name, failure in result["failures"].items()
+        ),
+        pages.svg(
+            error_curves(
+                {"": [Curves(result["model"], [rows_of(name) for name in runs])]},
+                _title(result),
+            )
         ),
         pages.grid(
             ["run", "training error (%)", "test error (%)", "wrong", "time"], table

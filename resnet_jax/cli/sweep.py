@@ -1,0 +1,58 @@
+"""``resnet-jax sweep``."""
+
+import argparse
+from typing import Any
+
+from resnet_jax.cli.overrides import fields_help, parse_overrides
+from resnet_jax.cli.processes import add_process_flags, connected
+
+_DESCRIPTION = """Train every combination of some fields' values.
+
+  resnet-jax sweep --config configs/digits.py --workdir runs/sweep \\
+      --grid optimizer.learning_rate=0.05,0.1,0.2 \\
+      --grid model.name=cifar_resnet20,cifar_plain20 \\
+      --config.seeds=3 --config.data.holdout_examples=200
+
+The same command goes on where it was stopped, a larger grid keeps what is finished.
+At the end stand one table and one plot: the error of each combination, mean and
+standard deviation over its seeds.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand to the parser of ``resnet-jax``."""
+    parser = commands.add_parser(
+        "sweep",
+        help="train a grid over config fields, with seeds",
+        description=_DESCRIPTION,
+        epilog=fields_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:ARG]",
+        help="config file and its argument",
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="of all runs")
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE,VALUE",
+        help="values of a field; repeat it for several",
+    )
+    add_process_flags(parser)
+    parser.set_defaults(run=_run, takes_overrides=True)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from resnet_jax.config import load_config
+    from resnet_jax.training.sweep import parse_grid, sweep
+
+    overrides = parse_overrides(options.rest)
+    grid = parse_grid(options.grid)
+    timeout = load_config(options.config, overrides).parallel.peer_timeout_seconds
+    with connected(options, timeout):
+        sweep(options.config, grid, options.workdir, overrides=overrides)
