@@ -75,7 +75,8 @@ def layer_responses(
         once; n may differ.
 
     Returns:
-      The layers in the order in which the net computes them.
+      The layers in the order in which the net computes them; the deviation is nan or
+      infinite where responses were not finite.
 
     Raises:
       UserError: there is no batch, or no 3x3 convolution in the net.
@@ -180,10 +181,12 @@ class ResponseStatistics:
         if not mean.shape[1]:
             return
         sizes = np.asarray(moments.sizes, np.float64)
-        center = mean.mean(1)
-        between = np.square(mean - center[:, None]).sum(1)
-        count = sizes * mean.shape[1]
-        self._merge(count, center, squares.sum(1) + sizes * between)
+        # A net may overflow: its deviations are nan, and that is said by them alone.
+        with np.errstate(invalid="ignore", over="ignore"):
+            center = mean.mean(1)
+            between = np.square(mean - center[:, None]).sum(1)
+            count = sizes * mean.shape[1]
+            self._merge(count, center, squares.sum(1) + sizes * between)
         self._layers = moments.layers
 
     def _merge(self, count, mean, squares):
