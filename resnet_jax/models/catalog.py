@@ -526,10 +526,11 @@ def _refuse_unnormalized(options: dict[str, Any]) -> None:
     if options.get("normalization") != "none":
         return
     for option, value in options.items():
-        if option.startswith("batch_norm_") or (option == "zero_init_last" and value):
+        acts = option.startswith("batch_norm_") or option == "zero_init_last"
+        if acts and value is not False:
             raise UserError(
                 f"{option}={value} acts on batch normalisation, and normalization is "
-                f"none: leave {option} at its default"
+                f"none: leave {option} out, or in a config at its default"
             )
 
 
