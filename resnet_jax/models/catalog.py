@@ -310,7 +310,7 @@ CATALOG: dict[str, Entry] = {
 FAMILIES = {
     "cifar_resnet<6n+2>[_b|_c]": "residual, basic blocks, shortcut A (or B, C)",
     "cifar_plain<6n+2>": "plain",
-    "cifar_overlapping_resnet<6n+2>": "residual, from every layer a shortcut over two",
+    "cifar_overlapping_resnet<6n+2>": "residual, overlapping shortcuts",
     "cifar_preact_resnet<6n+2>": "pre-activation, basic blocks",
     "cifar_bottleneck_resnet<9n+2>": "residual, bottlenecks",
     "cifar_preact_bottleneck_resnet<9n+2>": "pre-activation, bottlenecks",
