@@ -310,7 +310,7 @@ CATALOG: dict[str, Entry] = {
 FAMILIES = {
     "cifar_resnet<6n+2>[_b|_c]": "residual, basic blocks, shortcut A (or B, C)",
     "cifar_plain<6n+2>": "plain",
-    "cifar_overlapping_resnet<6n+2>": "residual, from every layer a shortcut over two",
+    "cifar_overlapping_resnet<6n+2>": "residual, overlapping shortcuts",
     "cifar_preact_resnet<6n+2>": "pre-activation, basic blocks",
     "cifar_bottleneck_resnet<9n+2>": "residual, bottlenecks",
     "cifar_preact_bottleneck_resnet<9n+2>": "pre-activation, bottlenecks",
@@ -526,10 +526,11 @@ def _refuse_unnormalized(options: dict[str, Any]) -> None:
     if options.get("normalization") != "none":
         return
     for option, value in options.items():
-        if option.startswith("batch_norm_") or (option == "zero_init_last" and value):
+        acts = option.startswith("batch_norm_") or option == "zero_init_last"
+        if acts and value is not False:
             raise UserError(
                 f"{option}={value} acts on batch normalisation, and normalization is "
-                f"none: leave {option} at its default"
+                f"none: leave {option} out, or in a config at its default"
             )
 
 

@@ -41,7 +41,7 @@ TORCHVISION = (
     "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
     "vgg16", "vgg16_bn", "vgg19", "vgg19_bn",
 )  # fmt: skip
-OURS_ALONE = ("cifar_", "plain", "preact_", "vgg")
+OURS_ALONE = ("cifar_", "mnist_", "plain", "preact_", "vgg")
 PAPERS_OWN = ("_a", "_c", "_v1")
 TIMM = [
     name
