@@ -1,5 +1,18 @@
-"""For tools that still call setup.py; everything is said in pyproject.toml."""
+"""What pyproject.toml cannot say: configs/ goes into the package that is installed.
 
-from setuptools import setup
+In a checkout it stays beside the package, where one reads and changes it.
+"""
 
-setup()
+from setuptools import find_packages, setup
+
+setup(
+    packages=[
+        *find_packages(include=["resnet_jax", "resnet_jax.*"]),
+        "resnet_jax.configs",
+        "resnet_jax.configs.recipes",
+    ],
+    package_dir={
+        "resnet_jax.configs": "configs",
+        "resnet_jax.configs.recipes": "configs/recipes",
+    },
+)
