@@ -44,10 +44,16 @@ LATEST_SECONDS = 0.05
 """Drawn up to this after a save's begin or end, so that kills hit all parts of it."""
 
 SHORT_JUMP = 120  # seconds off; two looks then differ by less than Orbax waits
-CLOCK = """
+LONG_JUMP = 1_000_000
+RESTLESS_CLOCK = """
 import random, time
 real, jumps = time.time, random.Random(0)
 time.time = lambda: real() + jumps.uniform(-SECONDS, SECONDS)
+"""
+LEAPING_CLOCK = """
+import itertools, time
+real, looks = time.time, itertools.count()
+time.time = lambda: real() + SECONDS * (next(looks) > MOMENT)
 """
 
 HOSTS = """
@@ -251,18 +257,21 @@ def two_runs(soak: Soak) -> Iterator[str]:
 def clock(soak: Soak) -> Iterator[str]:
     """A wall clock that jumps, from a killed run on.
 
-    Orbax gives parts of a save five minutes by that clock: jumps that are longer may
+    Orbax gives parts of a save five minutes by that clock: a longer jump in a save may
     stop the run, in one sentence, and the same command goes on.
     """
-    for seconds in (SHORT_JUMP, 1_000_000):
-        patch = soak.root / f"clock-{seconds}"
-        patch.mkdir()
-        (patch / "sitecustomize.py").write_text(CLOCK.replace("SECONDS", str(seconds)))
-        path = f"{patch}{os.pathsep}{runs.REPOSITORY}"
-        workdir = soak.stopped(f"clock-{seconds}-run")
-        process = soak.start(workdir, environment={"PYTHONPATH": path})
-        seen = end_of_jumps(soak, process, workdir, may_stop=seconds > SHORT_JUMP)
-        yield f"time.time patched, each call up to {seconds} s off: {seen}"
+    patch = RESTLESS_CLOCK.replace("SECONDS", str(SHORT_JUMP))
+    process, workdir = with_clock(soak, "clock-restless", patch)
+    seen = end_of_jumps(soak, process, workdir, may_stop=False)
+    yield f"time.time patched, each call up to {SHORT_JUMP} s off: {seen}"
+    for number in range(soak.options.tries):
+        # Orbax looks at the clock some dozens of times a save, the run seldom.
+        look = soak.rng.randint(50, 500)
+        patch = LEAPING_CLOCK.replace("SECONDS", str(LONG_JUMP))
+        patch = patch.replace("MOMENT", str(look))
+        process, workdir = with_clock(soak, f"clock-leaping-{number}", patch)
+        seen = end_of_jumps(soak, process, workdir, may_stop=True)
+        yield f"time.time {LONG_JUMP} s further from look {look} on: {seen}"
     library = soak.options.faketime or next(iter(glob.glob(FAKETIME)), None)
     if library is None:
         return
@@ -286,6 +295,16 @@ def clock(soak: Soak) -> Iterator[str]:
         f"libfaketime: {jumps} jumps of the system's clock by up to "
         f"{2 * SHORT_JUMP} s: {seen}"
     )
+
+
+def with_clock(soak: Soak, name: str, patch: str) -> tuple[Process, Path]:
+    """A stopped run that goes on with a patched clock."""
+    folder = soak.root / name
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(patch)
+    path = f"{folder}{os.pathsep}{runs.REPOSITORY}"
+    workdir = soak.stopped(f"{name}-run")
+    return soak.start(workdir, environment={"PYTHONPATH": path}), workdir
 
 
 def end_of_jumps(soak: Soak, process: Process, workdir: Path, may_stop: bool) -> str:

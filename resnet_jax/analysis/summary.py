@@ -167,7 +167,7 @@ def summarize_named(
         f"images of {side} x {side} pixels are too small for {name}, which was "
         f"published for {entry.image_size} x {entry.image_size}"
     )
-    shape = (side, side, 3)
+    shape = (side, side, entry.channels)
     try:
         rows = summarize(model, shape, depth)
     except (TypeError, ValueError, ZeroDivisionError) as error:

@@ -17,7 +17,8 @@ def draw(
     Of runs that are not finished nothing is drawn.
     """
     present = {item.entry.label: item for item in measured if item.results}
-    title = f"{experiment.title}\n{_where(section, measured)}"
+    where = _where(section, measured) if experiment.trains else section.path.name
+    title = f"{experiment.title}\n{where}"
     if experiment.figure == "train_and_test" and present:
         curves = [_curves(item) for item in present.values()]
         return plots.training_and_test_error(curves, title)

@@ -120,21 +120,21 @@ def synthetic_step(
     mesh = parallel.data_mesh()
     parallel.check_divides(batch_size, mesh.size, micro_batches)
     entry = catalog_entry(model)
-    is_cifar = entry.image_size == 32
+    is_small = entry.image_size <= 32
     net = create_model(model, dtype=jnp.dtype(dtype), **model_options)
     config = dataclasses.replace(
         Config(),
         augmentation=augmentation
-        or (CIFAR_AUGMENTATION if is_cifar else IMAGENET_AUGMENTATION),
+        or (CIFAR_AUGMENTATION if is_small else IMAGENET_AUGMENTATION),
         training=TrainingConfig(
             global_batch_size=batch_size, micro_batches=micro_batches
         ),
     )
     schedule = Schedule(config.optimizer, config.schedule, derive(config, batch_size))
     optimizer = make_optimizer(config.optimizer)
-    shape = (image_size, image_size, 3)
+    shape = (image_size, image_size, entry.channels)
     rng = np.random.default_rng(0)
-    statistics_shape = shape if is_cifar else (1, 1, 3)
+    statistics_shape = shape if is_small else (1, 1, entry.channels)
     pixels = PixelStatistics(
         np.full(statistics_shape, 0.5, np.float32),
         np.ones(statistics_shape, np.float32),
