@@ -13,22 +13,26 @@ What makes the two comparable:
   on the same resident data set. The loop draws the order, places a batch of indices
   for every step, writes rows to metrics.jsonl and TensorBoard and prints them. The bare
   step is called on one fixed batch of indices that already lies on the device.
-- Both are timed in windows of equally many steps. A bare window waits for the device
-  once, at its end; the loop waits at every row, and that is part of its cost.
-- The loop's time is the wall clock between rows of metrics.jsonl a window apart
-  (``seconds``), so that it holds the writing of all rows in between. It does not rest
-  on the loop's own ``images_per_second``, which leaves the writing out; that is
-  recorded beside it.
+- Where a call of the loop's program makes several steps, so does one of the bare step.
+- Both are timed in short windows of equally many steps that take turns: where a window
+  of the loop ends, with a row, the loop stands still while the bare step has its own.
+  A bare window waits for the device once, at its end; the loop waits at every row, and
+  that is part of its cost, as is the writing of all its rows.
+- The times are wall-clock times of the script's own. What the loop says of its speed
+  (``images_per_second``), which leaves the writing out, is recorded beside them.
 - Left out: the first window of a run, in which the step compiles, and its last row,
   with the evaluation and the checkpoint. There is none of either before.
-- A round is half of the bare windows, a whole run of the loop, and the other half, so
-  that a steady drift of the machine's speed falls on both alike. Its ratio is that of
-  the windows' medians; the result is the median of the rounds' ratios.
+- A window's ratio is the mean of the bare ones before and behind it over its own time,
+  so that a drift of the machine's speed falls out. The result is the median of the
+  ratios of all windows of all rounds, each a whole run, with the interval in which 95 %
+  of the medians of resampled ratios lie (bootstrap).
 """
 
 import argparse
 import dataclasses
+import io
 import itertools
+import re
 import statistics
 import sys
 import tempfile
@@ -38,29 +42,32 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import rich.console
 
 from benchmarks import record
 from resnet_jax import UserError, load_config, train
 from resnet_jax.cli.overrides import parse_overrides
 from resnet_jax.config import Config
+from resnet_jax.data.device_order import Place
 from resnet_jax.training.setup import prepare
+from resnet_jax.training.stepper import call_length
 from resnet_jax.workdir import Workdir
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
-TARGET = 0.95
+TARGET = 0.97
 
 
 class BareStep:
-    """The jitted step of a config on one fixed batch."""
+    """The jitted step of a config on fixed batches."""
 
     def __init__(self, config: Config):
-        """Opens the data and compiles the step.
+        """Opens the data.
 
         Raises:
           UserError: the data set is not resident.
         """
-        setup = prepare(config)
+        self._setup = setup = prepare(config)
         feed = setup.feed(setup.dataset.train)
         if feed.resident is None:
             raise UserError(
@@ -69,72 +76,120 @@ class BareStep:
             )
         size = config.training.global_batch_size
         self._resident = feed.resident
-        self._batch = next(feed.training_batches(0, size, config.seed))
-        self._step = setup.train_step()
+        self._argument: Any = Place(np.uint32(config.seed), np.int32(0), np.int32(0))
+        if setup.steps_per_call == 1:
+            self._argument = next(feed.training_batches(0, size, config.seed))
+        self._programs: dict[int, jax.stages.Wrapped] = {}
         self._state = setup.fresh_state()
-        self.seconds(2)
 
     def seconds(self, steps: int) -> float:
         """Does so many steps, waits for the last and returns how long that took."""
         start = time.perf_counter()
-        for _ in range(steps):
-            self._state = self._step(self._state, self._resident, self._batch)
+        while steps:
+            length = call_length(steps, self._setup.steps_per_call)
+            self._state = self._program(length)(
+                self._state, self._resident, self._argument
+            )
+            steps -= length
         jax.block_until_ready(self._state)
         return time.perf_counter() - start
 
+    def _program(self, length: int) -> jax.stages.Wrapped:
+        if length not in self._programs:
+            self._programs[length] = (
+                self._setup.train_step()
+                if self._setup.steps_per_call == 1
+                else self._setup.train_steps(length)
+            )
+        return self._programs[length]
 
-def loop_seconds(
-    config: Config, window: int, windows: int
-) -> tuple[list[float], list[float]]:
-    """Runs the whole loop in a new workdir.
 
-    Args:
-      config: of ``(windows + 1) * window`` steps and a few more.
-      window: steps between two readings of the clock.
-      windows: how many are read, after the first, which compiles.
+class TakingTurns(io.StringIO):
+    """What the loop prints to; where a row ends a window, the bare step has its turn.
 
-    Returns:
-      The wall-clock seconds of each window, and the rows' own images a second.
+    Attributes:
+      loop, bare: seconds of each window; a bare one stands before every window of the
+        loop, and one behind the last.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        with (Path(folder) / "output.txt").open("w") as output:
-            train(config, Path(folder) / "run", rich.console.Console(file=output))
-        rows = Workdir(Path(folder) / "run").read_rows()
-    clock = {row["step"]: row["seconds"] for row in rows}
-    marks = [clock[window * index] for index in range(1, windows + 2)]
-    own = [
-        row["images_per_second"]
-        for row in rows
-        if window < row["step"] <= (windows + 1) * window
-    ]
-    return [end - start for start, end in itertools.pairwise(marks)], own
+
+    def __init__(self, bare: BareStep, window: int, windows: int):
+        super().__init__()
+        self.loop: list[float] = []
+        self.bare: list[float] = []
+        self._bare_step, self._window, self._windows = bare, window, windows
+        self._began = 0.0
+
+    def write(self, text: str) -> int:
+        """Takes the time where ``text`` is the row of a window's last step."""
+        now = time.perf_counter()
+        row = re.match(r"step (\d+)/", text)
+        if row and int(row[1]) == self._window * (len(self.bare) + 1):
+            self._turn(now)
+        return super().write(text)
+
+    def _turn(self, now: float) -> None:
+        if self.bare:
+            self.loop.append(now - self._began)
+        if len(self.loop) <= self._windows:
+            self.bare.append(self._bare_step.seconds(self._window))
+        self._began = time.perf_counter()
 
 
 def measure_round(
     bare: BareStep, config: Config, window: int, windows: int
 ) -> dict[str, Any]:
-    """Images a second of the loop and of the bare step, before and after it."""
+    """A whole run of the loop in a new workdir, in turns with the bare step.
+
+    Args:
+      bare: the step of ``config``.
+      config: see ``measured_config``.
+      window: steps between two readings of the clock.
+      windows: how many are read, after the first, which compiles.
+    """
+    # Compiles, and makes all caches and pools.
+    bare.seconds(window)
+    turns = TakingTurns(bare, window, windows)
+    with tempfile.TemporaryDirectory() as folder:
+        train(config, Path(folder) / "run", rich.console.Console(file=turns, width=200))
+        rows = Workdir(Path(folder) / "run").read_rows()
+    own = [
+        row["images_per_second"]
+        for row in rows
+        if window < row["step"] <= (windows + 1) * window and "images_per_second" in row
+    ]
     images = window * config.training.global_batch_size
-    before = windows // 2
-    bare_seconds = _bare_windows(bare, window, before)
-    seconds, own = loop_seconds(config, window, windows)
-    bare_seconds += _bare_windows(bare, window, windows - before)
-    loop_speed = images / statistics.median(seconds)
-    bare_speed = images / statistics.median(bare_seconds)
     return {
-        "ratio": loop_speed / bare_speed,
-        "loop_images_per_second": loop_speed,
-        "bare_images_per_second": bare_speed,
+        "ratios": ratios(turns.loop, turns.bare),
+        "loop_images_per_second": images / statistics.median(turns.loop),
+        "bare_images_per_second": images / statistics.median(turns.bare),
         "loop_own_images_per_second": statistics.median(own),
-        "loop_window_seconds": seconds,
-        "bare_window_seconds": bare_seconds,
+        "loop_window_seconds": turns.loop,
+        "bare_window_seconds": turns.bare,
     }
 
 
-def _bare_windows(bare: BareStep, window: int, windows: int) -> list[float]:
-    # What ran before has filled the caches with its own data.
-    bare.seconds(min(window, 10))
-    return [bare.seconds(window) for _ in range(windows)]
+def ratios(loop: Sequence[float], bare: Sequence[float]) -> list[float]:
+    """Each loop window's speed over the bare step's before and behind it.
+
+    Args:
+      loop: seconds of n windows.
+      bare: seconds of the n + 1 windows around them.
+    """
+    around = itertools.pairwise(bare)
+    return [
+        (before + behind) / 2 / own
+        for own, (before, behind) in zip(loop, around, strict=True)
+    ]
+
+
+def median_interval(
+    values: Sequence[float], samples: int = 10_000
+) -> tuple[float, float]:
+    """Where the middle 95 % of the medians of resampled values lie (bootstrap)."""
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(np.asarray(values), (samples, len(values)))
+    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def measured_config(
@@ -184,13 +239,15 @@ def main(arguments: Sequence[str]) -> None:
         rounds.append(figures)
         print(
             f"round {number}: loop {figures['loop_images_per_second']:,.0f}, "
-            f"bare step {figures['bare_images_per_second']:,.0f}, "
-            f"ratio {100 * figures['ratio']:.1f} %"
+            f"bare step {figures['bare_images_per_second']:,.0f}, median of ratios "
+            f"{100 * statistics.median(figures['ratios']):.1f} %"
         )
-    ratio = statistics.median(figures["ratio"] for figures in rounds)
+    every_ratio = [ratio for figures in rounds for ratio in figures["ratios"]]
+    ratio, (low, high) = statistics.median(every_ratio), median_interval(every_ratio)
     print(
-        f"the loop has {100 * ratio:.1f} % of the bare step's speed "
-        f"(median of {len(rounds)} rounds; the target is {100 * TARGET:.0f} %)"
+        f"the loop has {100 * ratio:.1f} % of the bare step's speed, 95 % interval "
+        f"{100 * low:.1f} to {100 * high:.1f} % (median of {len(every_ratio)} windows; "
+        f"the target is {100 * TARGET:.0f} %)"
     )
     content |= {
         "model": config.model.name,
@@ -200,6 +257,8 @@ def main(arguments: Sequence[str]) -> None:
         "steps_a_window": options.window,
         "windows_a_round": options.windows,
         "ratio": ratio,
+        "ratio_interval_95": [low, high],
+        "steps_per_call": config.training.steps_per_call,
         "target": TARGET,
         "rounds": rounds,
     }
@@ -222,19 +281,19 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--window",
         type=record.positive,
-        default=100,
+        default=20,
         metavar="N",
-        help="steps a window, a multiple of training.log_every_steps (default: 100)",
+        help="steps a window, a multiple of training.log_every_steps (default: 20)",
     )
     parser.add_argument(
         "--windows",
         type=record.positive,
-        default=6,
+        default=60,
         metavar="N",
-        help="windows a round (default: 6)",
+        help="windows of the loop a round (default: 60)",
     )
     parser.add_argument(
-        "--rounds", type=record.positive, default=5, metavar="N", help="default: 5"
+        "--rounds", type=record.positive, default=3, metavar="N", help="default: 3"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the result here")
     return parser.parse_known_args(arguments)

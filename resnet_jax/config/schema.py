@@ -429,6 +429,13 @@ class TrainingConfig:
         at_least=1,
     )
     log_every_steps: int = option(100, "steps a row of metrics.jsonl", at_least=1)
+    steps_per_call: int | None = option(
+        None,
+        "steps that one call of the compiled program runs, at most; None: 1 on the "
+        "CPU, where a loop slows convolutions down, and for streamed data; else 128",
+        at_least=1,
+        operational=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

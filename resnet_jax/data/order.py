@@ -48,11 +48,15 @@ class Order:
             length -= length % whole_batches_of
         return cls(num_examples, seed, repeats, length)
 
+    def place(self, position: int) -> tuple[int, int]:
+        """The epoch of a global example index, and the draws of that epoch before."""
+        return divmod(position, self.epoch_length)
+
     def examples(self, position: int, count: int) -> np.ndarray:
         """The indices of ``count`` examples from a global example index on, int32."""
         parts = []
         while count > 0:
-            epoch, offset = divmod(position, self.epoch_length)
+            epoch, offset = self.place(position)
             stop = min(offset + count, self.epoch_length)
             shuffled = epoch_order(self.num_examples, self.seed, epoch)
             if self.repeats == 1:

@@ -24,6 +24,11 @@ class Profile:
         self._open = contextlib.ExitStack()
         self._tracing = False
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The steps behind which it begins and ends: no call may run past them."""
+        return (self._steps.start - 1, self._steps.stop - 1) if self._steps else ()
+
     def before(self, step: int) -> None:
         """Begins where ``step`` is one to trace."""
         if step in self._steps and not self._tracing:

@@ -79,6 +79,11 @@ class Progress:
         """Prints a line that stays."""
         say(self._console, text)
 
+    @property
+    def started(self) -> bool:
+        """Whether ``start`` was called."""
+        return self._began is not None
+
     def start(self, step: int) -> None:
         """Takes the time from which the time left is estimated."""
         self._began = (time.perf_counter(), step)

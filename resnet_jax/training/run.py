@@ -11,7 +11,7 @@ import jax
 import rich.console
 
 from resnet_jax import distributed, parallel, storage
-from resnet_jax.data.batch import Batch, Feed
+from resnet_jax.data.batch import Feed
 from resnet_jax.errors import Preempted
 from resnet_jax.evaluation.evaluator import EvalStep, Interrupted, evaluate_split
 from resnet_jax.evaluation.metrics import Sums
@@ -22,6 +22,7 @@ from resnet_jax.training.profile import Profile
 from resnet_jax.training.progress import Progress, Throughput
 from resnet_jax.training.setup import Setup
 from resnet_jax.training.state import TrainState
+from resnet_jax.training.stepper import Stepper
 from resnet_jax.training.stopping import StopSignal
 from resnet_jax.workdir import Workdir
 
@@ -92,48 +93,57 @@ class Run:
         Raises:
           Preempted: the run was asked to stop, and has saved.
         """
-        config, derived = self.setup.config, self.setup.derived
-        first = int(state.step)
-        batch_size = derived.global_batch_size
-        batches = self.train_feed.training_batches(
-            self.start.position, batch_size, config.seed
+        step, last = int(state.step), self.setup.derived.steps
+        stepper = Stepper(
+            self.setup, self.train_feed, self.start.position, self.throughput.waiting
         )
-        train_step = self.setup.train_step()
         self.stop.agree_over(self.setup.mesh)
         with (
-            contextlib.closing(batches),
+            contextlib.closing(stepper),
             contextlib.closing(self.profile),
             self.progress,
             self._curves() as curves,
         ):
             if self.start.row_is_due:
-                state = self._between(state, first, curves, saved=True)
-            for step in range(first + 1, derived.steps + 1):
-                batch = self._next(batches)
-                self.profile.before(step)
-                with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state = train_step(state, self.train_feed.resident, batch)
-                if step == first + 1:
+                state = self._between(state, step, curves, saved=True)
+            while step < last:
+                self.profile.before(step + 1)
+                state, made, compiled = stepper.advance(
+                    state, self._next_due(step) - step
+                )
+                step += made
+                if compiled:
                     self._after_compiling(state, step)
                 else:
-                    self.throughput.count(batch_size)
+                    self.throughput.count(
+                        made * self.setup.config.training.global_batch_size
+                    )
                 if self.profile.after(step, state):
                     self.progress.message(f"profile of steps: {self.folder.profile}")
                 state = self._between(state, step, curves)
         return self.rows
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        with self.throughput.waiting():
-            return next(batches)
+    def _next_due(self, step: int) -> int:
+        """The first step after this one behind which the host has something to do."""
+        config, derived = self.setup.config, self.setup.derived
+        periods = (
+            config.training.log_every_steps,
+            derived.evaluate_every,
+            derived.checkpoint_every,
+        )
+        due = [(step // period + 1) * period for period in periods]
+        due += [end for end in self.profile.ends if end > step]
+        return min(derived.steps, *due)
 
     def _after_compiling(self, state: TrainState, step: int) -> None:
-        """The first step compiles: it is kept out of all measured speeds."""
+        """A program's first call compiles: it is kept out of all measured speeds."""
         state.step.block_until_ready()
         self.stop.steps_were_made()
-        seconds = time.perf_counter() - self.began
-        self.progress.message(f"data and compiled step ready in {seconds:.1f} s")
+        if not self.progress.started:
+            seconds = time.perf_counter() - self.began
+            self.progress.message(f"data and compiled step ready in {seconds:.1f} s")
+            self.progress.start(step)
         self.throughput.restart()
-        self.progress.start(step)
 
     def _between(
         self, state: TrainState, step: int, curves: Curves, saved: bool = False

@@ -12,14 +12,24 @@ from jax.sharding import Mesh
 from resnet_jax import parallel
 from resnet_jax.config import Config, Derived, derive, model_options
 from resnet_jax.data.dataset import Dataset, Split, open_dataset
-from resnet_jax.data.feeds import Feed, make_feed
+from resnet_jax.data.feeds import Feed, is_resident, make_feed, training_order
+from resnet_jax.data.order import Order
 from resnet_jax.data.transforms import PixelStatistics
+from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import EvalStep, make_eval_step
 from resnet_jax.models import create_model
 from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.schedule import Schedule
 from resnet_jax.training.state import TrainState, init_state, state_shardings
-from resnet_jax.training.step import TrainStep, make_train_step
+from resnet_jax.training.step import (
+    TrainStep,
+    TrainSteps,
+    make_train_step,
+    make_train_steps,
+)
+
+STEPS_PER_CALL = 128
+"""On accelerators, where the config does not say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +68,48 @@ class Setup:
             self.mesh,
             self._shardings(),
         )
+
+    def train_steps(self, length: int) -> TrainSteps:
+        """So many training steps on the resident data set as one jitted function."""
+        return make_train_steps(
+            self.model,
+            self.optimizer,
+            self.schedule,
+            self.config,
+            self.mesh,
+            self._shardings(),
+            self.order(),
+            length,
+        )
+
+    def order(self) -> Order:
+        """The order of the training examples."""
+        config = self.config
+        return training_order(
+            len(self.dataset.train),
+            config.seed,
+            config.training.global_batch_size,
+            config.data,
+            config.augmentation,
+        )
+
+    @property
+    def steps_per_call(self) -> int:
+        """The most steps of one call: the config's, or what suits data and devices.
+
+        Raises:
+          UserError: the config asks for several, and the data are streamed.
+        """
+        config = self.config
+        asked = config.training.steps_per_call
+        resident = is_resident(self.dataset.train, config.data, config.augmentation)
+        if not resident and asked is not None and asked > 1:
+            raise UserError(
+                f"training.steps_per_call={asked} needs the training data on the "
+                "devices, and they are streamed: set it to 1, or data.resident to true"
+            )
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return asked or (STEPS_PER_CALL if resident and not on_cpu else 1)
 
     def eval_step(self) -> EvalStep:
         """The jitted evaluation step."""
@@ -134,7 +186,8 @@ def prepare(
       dataset: the data, where they are open already.
 
     Raises:
-      UserError: the data are missing, or the batch does not divide over the devices.
+      UserError: the data are missing, the batch does not divide over the devices, or
+        training.steps_per_call does not suit the data.
     """
     dataset = dataset or open_dataset(config)
     mesh = mesh or parallel.data_mesh()
@@ -154,7 +207,7 @@ def prepare(
     )
     if config.model.frozen and hasattr(model, "batch_norm_frozen"):
         model = model.clone(batch_norm_frozen=config.model.frozen)
-    return Setup(
+    setup = Setup(
         config=config,
         dataset=dataset,
         derived=derived,
@@ -163,3 +216,5 @@ def prepare(
         optimizer=make_optimizer(config.optimizer, config.model.frozen),
         schedule=Schedule(config.optimizer, config.schedule, derived),
     )
+    _ = setup.steps_per_call
+    return setup

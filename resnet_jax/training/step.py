@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from resnet_jax import parallel
 from resnet_jax.config import Config
-from resnet_jax.data.batch import gather
+from resnet_jax.data import device_order
+from resnet_jax.data.batch import Batch, gather
+from resnet_jax.data.order import Order
 from resnet_jax.data.transforms import augment_and_mix, mixed_targets
 from resnet_jax.evaluation.metrics import Sums, batch_sums
 from resnet_jax.training.accumulation import add_over_parts, in_loop, micro_batches
@@ -27,6 +29,9 @@ augmentation."""
 
 TrainStep = jax.stages.Wrapped
 """A jitted function of (TrainState, resident Batch or None, Batch) to TrainState."""
+
+TrainSteps = jax.stages.Wrapped
+"""A jitted function of (TrainState, resident Batch, Place) to TrainState."""
 
 
 def make_train_step(
@@ -61,6 +66,82 @@ def make_train_step(
       mesh: the devices.
       shardings: of the state, see ``state_shardings``; replicated by default.
     """
+    step = _step_function(model, optimizer, schedule, config, mesh, shardings)
+    return _jitted(step, mesh, shardings, parallel.batch_sharding(mesh))
+
+
+def make_train_steps(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    config: Config,
+    mesh: Mesh,
+    shardings: TrainState | None,
+    order: Order,
+    length: int,
+) -> TrainSteps:
+    """A jitted function of (state, resident, place) to the state ``length`` steps on.
+
+    Each step is that of ``make_train_step``; the indices of its batches are computed
+    before the first, from the seed and the place in the order. The seed is an argument
+    of the program, and ``order.seed`` is not looked at.
+
+    Args:
+      model: the net.
+      optimizer: see ``make_optimizer``.
+      schedule: of the learning rate.
+      config: the sections that ``make_train_step`` reads.
+      mesh: the devices.
+      shardings: of the state; None: replicated.
+      order: of the resident examples.
+      length: steps a call.
+    """
+    step = _step_function(model, optimizer, schedule, config, mesh, shardings)
+    size = config.training.global_batch_size
+    cut = NamedSharding(mesh, PartitionSpec(None, "data"))
+
+    def train_steps(state, resident, place):
+        indices = device_order.examples(
+            place, length * size, order.num_examples, order.epoch_length, order.repeats
+        )
+        # Every device has the whole order, and then its part of each batch.
+        indices = parallel.gathered(indices, mesh).reshape(length, size)
+        indices = lax.with_sharding_constraint(indices, cut)
+
+        def one(state, index):
+            return step(state, resident, {"index": index}), None
+
+        return lax.scan(one, state, indices)[0]
+
+    return _jitted(train_steps, mesh, shardings, parallel.replicated(mesh))
+
+
+def _jitted(
+    function: Callable[..., TrainState],
+    mesh: Mesh,
+    shardings: TrainState | None,
+    inputs: NamedSharding,
+) -> jax.stages.Wrapped:
+    """With the old state donated, and its layout kept."""
+    same = parallel.replicated(mesh)
+    state = same if shardings is None else shardings
+    return jax.jit(
+        function,
+        in_shardings=(state, same, inputs),
+        out_shardings=state,
+        donate_argnums=0,
+    )
+
+
+def _step_function(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    config: Config,
+    mesh: Mesh,
+    shardings: TrainState | None,
+) -> Callable[[TrainState, Batch | None, Batch], TrainState]:
+    """The step itself, to be called inside jit; see ``make_train_step``."""
     gradients_of = _gradients_of(model, config, mesh)
 
     def train_step(state, resident, batch):
@@ -102,14 +183,7 @@ def make_train_step(
             first_bad_step=jnp.where(newly_bad, step, state.first_bad_step),
         )
 
-    same, cut = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    state_sharding = same if shardings is None else shardings
-    return jax.jit(
-        train_step,
-        in_shardings=(state_sharding, same, cut),
-        out_shardings=state_sharding,
-        donate_argnums=0,
-    )
+    return train_step
 
 
 @flax.struct.dataclass

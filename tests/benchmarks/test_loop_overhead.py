@@ -42,9 +42,20 @@ def test_a_round_measures_loop_and_bare_step(tfds_dir):
     figures = loop_overhead.measure_round(
         loop_overhead.BareStep(config), config, window=2, windows=2
     )
-    assert len(figures["loop_window_seconds"]) == 2
-    assert len(figures["bare_window_seconds"]) == 2
+    assert len(figures["loop_window_seconds"]) == len(figures["ratios"]) == 2
+    assert len(figures["bare_window_seconds"]) == 3
+    assert all(seconds > 0 for seconds in figures["loop_window_seconds"])
     assert figures["loop_own_images_per_second"] > 0
-    assert figures["ratio"] == pytest.approx(
-        figures["loop_images_per_second"] / figures["bare_images_per_second"]
-    )
+
+
+def test_a_steady_drift_of_the_machine_falls_out_of_the_ratios():
+    """The loop takes 1.25 times the bare step, and all slows down from turn to turn."""
+    bare, loop = [1.0, 3.0, 5.0], [1.25 * 2.0, 1.25 * 4.0]
+    assert loop_overhead.ratios(loop, bare) == pytest.approx([0.8, 0.8])
+
+
+def test_the_interval_of_a_median_is_that_of_its_order_statistics():
+    """Of 101 values: ranks 41 and 61 by the binomial distribution, one more or less."""
+    low, high = loop_overhead.median_interval(range(1, 102))
+    assert low == pytest.approx(41, abs=1)
+    assert high == pytest.approx(61, abs=1)
