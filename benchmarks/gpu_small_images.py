@@ -95,9 +95,9 @@ TINY = Size(num_images=40, batch=4, steps=2, windows=1)
 def cases(tiny: bool) -> list[Case]:
     """The plan, in the order of what matters."""
     if tiny:
+        # No vmap: XLA compiles its grouped convolutions for minutes on a CPU.
         return [
             Case("jax", 8, "float32", calls=(1, 2)),
-            Case("jax", 8, "tf32", calls=(2,), seeds=2),
             Case("torch", 8, "float32", calls=("eager",)),
         ]
     torch_calls = ("eager", "compiled")
@@ -222,7 +222,7 @@ def _jax_run(case: Case, size: Size, length: int) -> tuple[Callable[[int], None]
         state = init_state(
             net, optimizer, schedule, pixels, (32, 32, 3), 0, averaged=False
         )
-        return state.replace(rng=jax.random.key(seed))
+        return dataclasses.replace(state, rng=jax.random.key(seed))
 
     shardings = state_shardings(jax.eval_shape(init, 0), mesh, False)
     parts = (net, optimizer, schedule, config, mesh, shardings)
@@ -287,7 +287,12 @@ def _torch_run(
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True
     layout = Layout((case.depth // 6,) * 3, cifar=True)
-    net = TorchResNet(layout).to(device).to(memory_format=torch.channels_last)
+    net = TorchResNet(layout).to(device)
+    for parameter in net.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(
+                memory_format=torch.channels_last
+            )
     host_images, host_labels = synthetic(size)
     images = torch.from_numpy(host_images).to(device)
     labels = torch.from_numpy(host_labels).long().to(device)

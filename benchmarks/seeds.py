@@ -56,6 +56,7 @@ def contender(work: Work, algorithm: str, seeds: int, vmapped: bool) -> Contende
         work.dtype,
         conv_algorithm=algorithm,
     )
+    step: Any
     if vmapped:
         step = jax.jit(jax.vmap(train_step, in_axes=(0, None, 0)), donate_argnums=0)
         states = [stacked(state, seeds)]
@@ -86,7 +87,7 @@ def name(algorithm: str, seeds: int, vmapped: bool) -> str:
 
 def alone(state: TrainState, seed: int) -> TrainState:
     """A copy of a state with the key of a seed."""
-    return jax.tree.map(jnp.copy, state).replace(rng=jax.random.key(seed))
+    return dataclasses.replace(jax.tree.map(jnp.copy, state), rng=jax.random.key(seed))
 
 
 def stacked(state: TrainState, seeds: int) -> TrainState:
