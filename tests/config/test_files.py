@@ -90,3 +90,12 @@ def test_every_file_resolves_and_says_its_command(file):
 @pytest.mark.parametrize("file", ["digits.py", "fashion_mnist.py"])
 def test_the_small_ones_resolve(file):
     assert config_of(file).model.name == "cifar_resnet20"
+
+
+@pytest.mark.parametrize("net", ["cifar_resnet20", "cifar_plain56", "cifar_resnet56"])
+def test_degradation_is_one_recipe_for_all_nets(net):
+    shallow = flatten(config_of("degradation.py"))
+    assert shallow.pop("model.name") == "cifar_plain20"
+    values = flatten(config_of(f"degradation.py:{net}"))
+    assert values.pop("model.name") == net
+    assert values == shallow
