@@ -1,12 +1,18 @@
-# Two commands do all the set-up on a fresh machine: make demo, make test.
+# Each of these does all its set-up on a fresh machine: make demo, make test,
+# make degradation.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow-test lint clean
+.PHONY: demo degradation test slow-test lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/resnet-jax train --config configs/digits.py --workdir runs/digits
+
+# Figures 1 and 6 of the paper in small: four runs, then their picture and report.
+degradation: $(VENV)/.demo
+	$(BIN)/resnet-jax paper run degradation --workdir runs/degradation
+	$(BIN)/resnet-jax paper report --workdir runs/degradation --figures runs/degradation
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
