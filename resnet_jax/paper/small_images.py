@@ -397,8 +397,8 @@ DEGRADATION = Experiment(
     source="after Figures 1 and 6 of He et al. 2015, on other data",
     shows="After equal steps the deeper plain net has the higher training error; the "
     "deeper residual net has not.",
-    protocol="One recipe for all four nets, without augmentation. The training error is "
-    "the mean over the batches since the row before, as they were trained on.",
+    protocol="One recipe for all four nets, without augmentation. The training error "
+    "is the mean over the batches since the row before, as they were trained on.",
     entries=tuple(
         Entry(
             f"{kind}-{depth}",
