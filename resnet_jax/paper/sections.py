@@ -174,5 +174,5 @@ def describe_scale(setting: Setting) -> str:
     """The scale in words."""
     share = SCALES[setting.scale]
     if share == 1:
-        return "published length of training"
-    return f"{setting.scale} scale: 1/{round(1 / share)} of the published length"
+        return "full length"
+    return f"{setting.scale} scale: 1/{round(1 / share)} of the full length"

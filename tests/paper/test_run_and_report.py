@@ -75,7 +75,7 @@ def test_the_report_sets_measured_beside_published(finished):
     assert "not measured: plain-56" in text
     assert "data.name=digits (published: cifar10)" in text
     assert "model.name=cifar_plain8 (published: cifar_plain20)" in text
-    assert "1/1000 of the published length" in text
+    assert "1/1000 of the full length" in text
     page = (folder / "report.html").read_text()
     assert page.count("<svg") == 1
     assert not re.search(r"""(src|href)=["']?http""", page)
@@ -149,6 +149,42 @@ def test_a_folder_holds_one_setting(finished, setting):
     )
     options = {"only": ["cifar_plain20"], "console": make_console()}
     run_experiment("figure1", folder, setting=moved, **options)
+
+
+def test_identity_layers_change_no_answer(setting, tmp_path):
+    options = {"only": ["cifar_plain20"], "setting": setting}
+    run_experiment("identity", tmp_path, console=make_console(), **options)
+    file = tmp_path / "digits-tiny/analyses/deepened-cifar_plain20-0.json"
+    found = json.loads(file.read_text())
+    result = json.loads(
+        (tmp_path / "digits-tiny/cifar_plain20/seed-0/result.json").read_text()
+    )
+    assert found["errors_before"] == found["errors_after"] == result["test_errors"]
+    assert (found["blocks_before"], found["blocks_after"]) == (3, 9)
+    # It is kept, and read from there.
+    run_experiment("identity", tmp_path, console=make_console(), **options)
+    report(tmp_path, console=make_console())
+    share = 100 * result["test_errors"] / result["test_count"]
+    cell = f"{share:.2f} ({result['test_errors']} of 360)"
+    text = (tmp_path / "report.md").read_text()
+    assert f"| plain-20 | 3 | {cell} | 9 | {cell} | 0 |" in text
+
+
+def test_layers_are_analysed_in_order(finished, setting, tmp_path):
+    folder, _ = finished
+    options = {"only": ["cifar_plain20"], "seeds": 1, "setting": setting}
+    run_experiment("figure7", folder, console=make_console(), **options)
+    run_experiment("gradients", folder, console=make_console(), **options)
+    analyses = folder / "digits-tiny" / "analyses"
+    layers = {
+        kind: json.loads((analyses / f"{kind}-cifar_plain20-0.json").read_text())
+        for kind in ("responses", "gradients")
+    }
+    # Eight layers, of which the last is no convolution.
+    assert [len(values) for values in layers.values()] == [7, 7]
+    assert layers["responses"][0][0] == layers["gradients"][0][0] == "stem/conv"
+    report(folder, only=["figure7", "gradients"], console=make_console())
+    assert (folder / "report.html").read_text().count("<svg") == 2
 
 
 def test_wrong_use_is_told(tmp_path, setting):
