@@ -6,14 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from benchmarks import hlo, roofline
 from resnet_jax.analysis.complexity import count_multiply_adds
 from resnet_jax.errors import UserError
 from resnet_jax.models import create_model
-from resnet_jax.models.convolution import Conv, convolve
-from resnet_jax.models.normalization import BatchNorm
+from resnet_jax.models.convolution import convolve
 from resnet_jax.planning.chips import Chip
 
 CHIP = Chip("chip", 2.0, 1.0, 1.0, 10.0, 1.0, "none")
@@ -110,32 +108,27 @@ def test_a_gpu_s_custom_calls_are_read():
     ]
 
 
-class Toy(nn.Module):
-    """Convolution, normalisation, ReLU, convolution."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = Conv(32, (3, 3), algorithm="xla")(x)
-        x = nn.relu(BatchNorm(use_running_average=False)(x))
-        return Conv(32, (3, 3), algorithm="xla")(x)
-
-
-def test_a_normalised_map_is_passed_as_often_as_said():
-    x = jnp.ones((8, 16, 16, 32))
-    variables = jax.eval_shape(Toy().init, jax.random.key(0), x)
-
-    def loss(params, x, dy):
-        y, _ = Toy().apply(variables | {"params": params}, x, mutable=["batch_stats"])
-        return jnp.vdot(y, dy)
-
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), variables)
-    variables = zeros
-    traced = jax.jit(jax.grad(loss)).trace(zeros["params"], x, x)
-    found = roofline.traced_operations(traced.jaxpr)
-    kinds = ["elementwise", "reduction"]
-    passes = total(found, "nbytes", kinds) / x.nbytes
-    # Vectors of the channels are small beside a map.
-    assert passes == pytest.approx(roofline.PASSES["fused"].relu, rel=0.01)
+def test_a_traced_step_lies_between_the_closed_forms():
+    case = roofline.Case(
+        "base",
+        "cifar_resnet8",
+        512,
+        None,
+        "float32",
+        {"conv_algorithm": "xla", "shortcut": "B"},
+    )
+    traced = roofline.summarize(
+        roofline.traced_operations(case.trace().jaxpr), case, [CHIP]
+    )
+    maps = roofline.count_maps(create_model("cifar_resnet8", shortcut="B"), (32, 32, 3))
+    # Kernels are small beside the maps of so many images.
+    convolutions = traced["kinds"]["convolution"]["bytes"]
+    assert convolutions == pytest.approx(4 * maps.convolutions, rel=0.01)
+    best, worst = (
+        4 * maps.elements(roofline.PASSES[name])
+        for name in ("custom gradient", "layers apart")
+    )
+    assert best < traced["bytes"] < worst
 
 
 def test_maps_of_a_net_by_hand():
