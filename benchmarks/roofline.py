@@ -220,6 +220,7 @@ class Case:
             self.side,
             self.dtype,
             AugmentationConfig(),
+            devices=1,
             abstract=True,
             **self.options,
         )

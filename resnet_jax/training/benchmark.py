@@ -109,6 +109,7 @@ def synthetic_step(
     augmentation: AugmentationConfig | None = None,
     micro_batches: int = 1,
     fully_sharded: bool = False,
+    devices: int | None = None,
     abstract: bool = False,
     **model_options: Any,
 ) -> tuple[TrainStep, TrainState, Batch]:
@@ -116,10 +117,11 @@ def synthetic_step(
 
     ``augmentation`` is by default the paper's for the net, as far as it is done on the
     device; ``micro_batches`` and ``fully_sharded`` are the config's fields, and
-    ``model_options`` are ``create_model``'s. ``abstract`` gives one device's step, and
-    shapes in place of the state's and the batch's arrays, to compile it and not to run.
+    ``model_options`` are ``create_model``'s. ``devices`` is their number, all by
+    default. ``abstract`` gives shapes in place of the state's and the batch's arrays,
+    to compile the step and not to run it.
     """
-    mesh = parallel.data_mesh(1 if abstract else None)
+    mesh = parallel.data_mesh(devices)
     parallel.check_divides(batch_size, mesh.size, micro_batches)
     entry = catalog_entry(model)
     is_small = entry.image_size <= 32
