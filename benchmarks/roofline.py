@@ -142,7 +142,8 @@ def count_maps(net: ResNet, image_shape: tuple[int, ...]) -> Maps:
 
     def record_call(method, args, kwargs, context):
         result = method(*args, **kwargs)
-        module, x = context.module, args[0] if args else None
+        module = context.module
+        x: Any = args[0] if args else None
         if context.method_name != "__call__":
             return result
         if isinstance(module, Conv):

@@ -150,11 +150,11 @@ def synthetic_step(
     shardings = state_shardings(jax.eval_shape(init), mesh, fully_sharded)
     train_step = make_train_step(net, optimizer, schedule, config, mesh, shardings)
     if abstract:
-        batch = {
+        given = {
             "image": jax.ShapeDtypeStruct((batch_size, *shape), jnp.uint8),
             "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
         }
-        return train_step, jax.eval_shape(init), batch
+        return train_step, jax.eval_shape(init), given
     state = jax.jit(init, out_shardings=shardings)()
     batch = {
         "image": rng.integers(0, 256, (batch_size, *shape), dtype=np.uint8),
