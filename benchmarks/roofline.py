@@ -26,6 +26,7 @@ import collections
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -234,7 +235,7 @@ def traced_operations(jaxpr: Any) -> list[hlo.Operation]:
     return [
         hlo.Operation(
             _kind_of_primitive(one.operation.name),
-            one.operation.name,
+            f"{one.operation.name} {one.operation.equation.outvars[0].aval.dtype}",
             one.times * operation_multiply_adds(one.operation),
             one.nbytes,
         )
@@ -284,6 +285,8 @@ def summarize(
     }
     return {
         "kinds": by_kind,
+        "largest": largest(operations, case.batch, 12),
+        "operations": len(operations),
         "multiply_adds": sum(row["multiply_adds"] for row in by_kind.values()),
         "bytes": sum(row["bytes"] for row in by_kind.values()),
         "images_per_second": {
@@ -291,6 +294,24 @@ def summarize(
             for chip in chips
         },
     }
+
+
+def largest(
+    operations: Sequence[hlo.Operation], batch: int, count: int
+) -> list[dict[str, Any]]:
+    """The names whose operations move most: bytes an image, and how many they are."""
+    sizes: collections.Counter[str] = collections.Counter()
+    numbers: collections.Counter[str] = collections.Counter()
+    for operation in operations:
+        name = re.sub(r"[.\d]+$", "", operation.name)
+        # A dtype's digits stay.
+        name = operation.name if " " in operation.name else name
+        sizes[name] += operation.nbytes
+        numbers[name] += 1
+    return [
+        {"name": name, "operations": numbers[name], "bytes": size / batch}
+        for name, size in sizes.most_common(count)
+    ]
 
 
 def analyse(case: Case, chips: Sequence[Chip], compiles: bool) -> dict[str, Any]:
@@ -370,6 +391,7 @@ def print_rows(rows: Sequence[dict[str, Any]], source: str) -> None:
     line("  all, MB", [f"{column['bytes'] / 1e6:,.1f}" for column in columns])
     work = [f"{column['multiply_adds'] / 1e9:,.3f}" for column in columns]
     line("  G multiply-adds", work)
+    line("  operations", [f"{column['operations']:,}" for column in columns])
     if source == "compiled":
         sizes = [f"{column['xla_bytes'] / 1e6:,.1f}" for column in columns]
         line("  XLA's own sum, MB", sizes)
@@ -381,6 +403,15 @@ def print_rows(rows: Sequence[dict[str, Any]], source: str) -> None:
     for chip in columns[0]["images_per_second"]:
         speeds = [f"{column['images_per_second'][chip]:,.0f}" for column in columns]
         line(f"  images/s, {chip}", speeds)
+
+
+def print_largest(row: dict[str, Any], source: str) -> None:
+    """Prints what moves most."""
+    print(f"{source}, {row['name']}: most bytes an image by")
+    for one in row[source]["largest"]:
+        print(
+            f"  {one['name']:<34}{one['operations']:>6}{one['bytes'] / 1e6:>10.1f} MB"
+        )
 
 
 def print_analytic(found: dict[str, Any]) -> None:
@@ -452,6 +483,9 @@ def main(arguments: Sequence[str]) -> None:
     print_rows(rows, "traced")
     if options.compile:
         print_rows(rows, "compiled")
+    if options.largest:
+        for row in rows:
+            print_largest(row, "compiled" if options.compile else "traced")
     result: dict[str, Any] = {"rows": rows}
     try:
         result["analytic"] = analytic(base, chips)
@@ -496,6 +530,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--bandwidth", type=float, help="and of its memory, 10^9 bytes a second"
     )
     parser.add_argument("--compile", action="store_true", help="count the HLO too")
+    parser.add_argument(
+        "--largest", action="store_true", help="also print what moves most bytes"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the result here")
     return parser.parse_args(arguments)
 

@@ -189,6 +189,17 @@ def test_the_bound_adds_up_the_longer_times():
     assert roofline.bound_seconds(found, CHIP, "bfloat16") == pytest.approx(1.5)
 
 
+def test_what_moves_most_is_named():
+    found = [
+        hlo.Operation("elementwise", "add_fusion.12", 0, 30),
+        hlo.Operation("elementwise", "add_fusion", 0, 30),
+        hlo.Operation("reduction", "reduce_sum float32", 0, 40),
+    ]
+    assert roofline.largest(found, batch=2, count=1) == [
+        {"name": "add_fusion", "operations": 2, "bytes": 30}
+    ]
+
+
 def test_switches_are_parsed_and_faults_named():
     name, options = roofline.parse_switch("all=remat:true,batch:4,dtype:bfloat16")
     assert (name, options) == ("all", {"remat": True, "batch": 4, "dtype": "bfloat16"})
@@ -201,7 +212,7 @@ def test_switches_are_parsed_and_faults_named():
 
 def test_switches_stand_side_by_side(tmp_path, capsys):
     file = tmp_path / "roofline.json"
-    command = "--model cifar_resnet8 --batch 8 --tflops 790 --bandwidth 4300"
+    command = "--model cifar_resnet8 --batch 8 --tflops 790 --bandwidth 4300 --largest"
     command += f" --compare half=dtype:float32 --json {file}"
     roofline.main(command.split())
     base, full = json.loads(file.read_text())["rows"]
@@ -209,4 +220,6 @@ def test_switches_stand_side_by_side(tmp_path, capsys):
     assert full["traced"]["multiply_adds"] == base["traced"]["multiply_adds"]
     ratio = full["traced"]["bytes"] / base["traced"]["bytes"]
     assert ratio == pytest.approx(2, rel=0.1)
-    assert "custom gradient" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "custom gradient" in output
+    assert "conv_general_dilated bfloat16" in output
