@@ -155,6 +155,20 @@ def test_maps_of_a_net_by_hand():
     )
 
 
+def test_closed_bounds_add_kernels_and_maps():
+    case = roofline.Case("base", "cifar_resnet8", 8, None, "bfloat16", {})
+    # So fast a chip that only bytes count, 10^9 a second.
+    chip = Chip("chip", 1e9, 1e9, 1.0, 1.0, 1.0, "none")
+    found = roofline.analytic(case, [chip])
+    forward = count_multiply_adds(create_model("cifar_resnet8"), (32, 32, 3))
+    assert found["multiply_adds"] == 3 * forward
+    traced = roofline.analyse(case, [chip], compiles=False)["traced"]["kinds"]
+    kernels = traced["convolution"]["bytes"] + traced["product"]["bytes"]
+    for row in found["passes"].values():
+        nbytes = kernels + row["bytes"] - found["convolution_bytes"]
+        assert 1e9 / row["images_per_second"]["chip"] == pytest.approx(nbytes)
+
+
 def test_an_imagenet_net_has_a_pooled_stem():
     maps = roofline.count_maps(create_model("resnet18"), (64, 64, 3))
     assert maps.pooling == 3 * (32 * 32 + 16 * 16) * 64
