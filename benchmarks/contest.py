@@ -16,6 +16,8 @@ BATCH_SIZES = {
     "resnet18": 16,
     "resnet34": 16,
     "resnet50": 8,
+    "resnet101": 8,
+    "resnet152": 8,
 }
 """The batch of each net where the command line names none."""
 

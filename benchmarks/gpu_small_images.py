@@ -28,7 +28,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import record
+from benchmarks import processes, record
 
 FLAGS = {
     "default": "",
@@ -127,54 +126,20 @@ def cases(tiny: bool) -> list[Case]:
 
 def unknown_flags() -> set[str]:
     """The keys of ``FLAGS`` with which this jaxlib refuses to start."""
-    return {
-        name
-        for name, flags in FLAGS.items()
-        if flags
-        and subprocess.run(
-            [sys.executable, "-c", "import jax; jax.devices()"],
-            env=_environment(flags),
-            capture_output=True,
-            check=False,
-        ).returncode
-    }
+    return {name for name, flags in FLAGS.items() if not processes.knows(flags)}
 
 
 def measure(case: Case, tiny: bool, seconds: float) -> list[dict[str, Any]]:
     """The rows of a case, measured in a process that is stopped after ``seconds``."""
-    command = [sys.executable, "-m", "benchmarks.gpu_small_images", "--case"]
-    command += [json.dumps(dataclasses.asdict(case)), *(["--tiny"] if tiny else [])]
+    arguments = ["--case", json.dumps(dataclasses.asdict(case))]
+    arguments += ["--tiny"] if tiny else []
+    measured, fault = processes.run(
+        "gpu_small_images", arguments, FLAGS[case.flags], seconds
+    )
     rows = case.rows()
-    try:
-        done = subprocess.run(
-            command,
-            env=_environment(FLAGS[case.flags]),
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-        output, fault = done.stdout, _last_line(done.stderr)
-        if not done.returncode:
-            fault = "no result"
-    except subprocess.TimeoutExpired as stopped:
-        raw = stopped.stdout or b""
-        output = raw.decode() if isinstance(raw, bytes) else raw
-        fault = "not measured: out of time"
-    measured = [json.loads(line) for line in output.splitlines() if line[:1] == "{"]
     for index, row in enumerate(rows):
-        found = measured[index] if index < len(measured) else {"status": fault}
-        row.update(found)
+        row.update(measured[index] if index < len(measured) else {"status": fault})
     return rows
-
-
-def _environment(flags: str) -> dict[str, str]:
-    before = os.environ.get("XLA_FLAGS", "")
-    return os.environ | {"XLA_FLAGS": f"{before} {flags}".strip()}
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["failed without a word"])[-1][:300]
 
 
 def jax_runs(case: Case, size: Size) -> Iterator[tuple[Callable[[int], None], int]]:

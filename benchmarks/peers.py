@@ -4,7 +4,7 @@ Written anew from that example's definition; ``peers_torch`` has the same nets i
 What differs from ours in the ImageNet nets: convolutions pad as 'SAME' does (one side
 only where the stride is 2), batch normalisation is Flax's own, and the scale of each
 block's last normalisation starts at zero. Shapes, parameters and multiply-adds of
-resnet18, resnet34 and resnet50 are the same.
+the ImageNet nets are the same.
 
 The example has no CIFAR net. ``cifar_resnet20`` is its basic block in the layout of
 section 4.2: a stem of one 3x3 convolution with 16 channels and no pooling, and three
@@ -59,6 +59,8 @@ LAYOUTS = {
     "resnet18": Layout((2, 2, 2, 2)),
     "resnet34": Layout((3, 4, 6, 3)),
     "resnet50": Layout((3, 4, 6, 3), bottleneck=True),
+    "resnet101": Layout((3, 4, 23, 3), bottleneck=True),
+    "resnet152": Layout((3, 8, 36, 3), bottleneck=True),
 }
 """The peers, by the name of our net."""
 

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -93,9 +94,9 @@ def our_contender(model: str, batch_size: int) -> tuple[Contender, Work]:
     return contender, work
 
 
-def flax_contender(work: Work) -> Contender:
+def flax_contender(work: Work, dtype: str = "float32") -> Contender:
     """Flax's example's net in a plain jitted step."""
-    net = peers.FlaxResNet(peers.LAYOUTS[work.model])
+    net = peers.FlaxResNet(peers.LAYOUTS[work.model], dtype=jnp.dtype(dtype))
     optimizer = optax.chain(
         optax.add_decayed_weights(_RECIPE.weight_decay),
         optax.sgd(_RECIPE.learning_rate, momentum=_RECIPE.momentum),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-ALGORITHMS = ("auto", "xla", "products", "patches")
+ALGORITHMS = ("auto", "xla", "pointwise", "products", "patches")
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 """He initialisation with the fan-out, as the authors' released code draws it."""
@@ -88,13 +88,13 @@ def convolve(
 ) -> jax.Array:
     """A two-dimensional convolution with symmetric padding.
 
-    "xla" leaves it to XLA's convolution. "products" writes a 1x1 convolution as a
-    matrix product, and the gradient of a 3x3's kernel as one product for each of its
-    nine taps; the rest is XLA's. On the CPU, where XLA's gradients of kernels are
-    slow, a training step of ResNet-50 takes about 0.7 of the time so
-    (benchmarks/results); "auto" is "products" there and "xla" elsewhere. "patches"
-    writes 3x3 convolutions too as one product, with the nine pixels of every output
-    side by side: for loops on the CPU, see ``loop_algorithm``.
+    "xla" leaves it to XLA's convolution. "pointwise" writes a 1x1 convolution as a
+    matrix product. "products" does so too, and writes the gradient of a 3x3's kernel as
+    one product for each of its nine taps; the rest is XLA's. On the CPU, where XLA's
+    gradients of kernels are slow, a training step of ResNet-50 takes about 0.7 of the
+    time so (benchmarks/results); "auto" is "products" there and "xla" elsewhere.
+    "patches" writes 3x3 convolutions too as one product, with the nine pixels of every
+    output side by side: for loops on the CPU, see ``loop_algorithm``.
 
     Args:
       x: (n, h, w, c).
@@ -122,6 +122,8 @@ def convolve(
         return _xla_convolve(x, kernel, strides, dilation, groups)
     if size == (1, 1):
         return jnp.dot(x[:, ::strides, ::strides, :], kernel[0, 0])
+    if algorithm == "pointwise":
+        return _xla_convolve(x, kernel, strides, dilation)
     if algorithm == "patches":
         return _patches_convolve(x, kernel, strides, dilation)
     # Measured: for few channels XLA's own gradient is the faster one.

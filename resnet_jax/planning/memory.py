@@ -23,7 +23,8 @@ allocations are left out. ``benchmarks/plan_memory.py`` compares the sum with XL
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from resnet_jax.planning.program import Operation, Program, Value
 
@@ -110,6 +111,20 @@ class Peak:
     operation: Operation | None
 
 
+class Pass(NamedTuple):
+    """An operation that reads and writes arrays, or the first of several fused ones.
+
+    Attributes:
+      operation: of the program, or of a loop's or branch's.
+      times: how often it runs.
+      nbytes: read and written, all times together.
+    """
+
+    operation: Operation
+    times: int
+    nbytes: int
+
+
 class Memory:
     """The arrays of a program, as a compiler would choose them.
 
@@ -148,13 +163,19 @@ class Memory:
         return peak
 
     def traffic(self) -> int:
-        """Bytes that the operations read and write.
+        """Bytes that the operations read and write; see ``passes``."""
+        return sum(one.nbytes for one in self.passes())
+
+    def passes(self) -> Iterator[Pass]:
+        """The operations that write arrays, in their order.
 
         Fused operations that read the same large arrays, none of which waits for
-        another, share one pass over them: the sums of a normalisation's gradient.
+        another, share one pass over them: the sums of a normalisation's gradient. The
+        first is given what it reads. A loop is followed by its body's operations, and
+        of branches the one that moves most counts.
         """
-        total, level = 0, dict.fromkeys(self.arrays, 0)
-        passes: set[tuple[int, frozenset[Value]]] = set()
+        level = dict.fromkeys(self.arrays, 0)
+        shared: set[tuple[int, frozenset[Value]]] = set()
         for operation in self.program.operations:
             written = self.arrays.intersection(operation.writes)
             if not written:
@@ -162,21 +183,25 @@ class Memory:
             reads = self.reads(operation)
             depth = 1 + max((level.get(value, 0) for value in reads), default=0)
             level |= dict.fromkeys(written, depth)
-            total += _size(written)
-            if operation.inner:
-                total += operation.length * self._traffic_inside(operation)
-            elif operation.name in KERNELS:
-                total += _size(reads)
-            elif (depth, large := _large(reads)) not in passes:
-                passes.add((depth, large))
+            nbytes = _size(written)
+            if operation.name in KERNELS:
+                # What a loop is given, its body reads.
+                nbytes += 0 if operation.inner else _size(reads)
+            elif (depth, large := _large(reads)) not in shared:
+                shared.add((depth, large))
                 most = max(value.nbytes for value in written)
-                total += _size_read(operation, reads, most)
-        return total
+                nbytes += _size_read(operation, reads, most)
+            yield Pass(operation, 1, nbytes)
+            for inner in self._passes_inside(operation):
+                times = operation.length
+                yield Pass(inner.operation, times * inner.times, times * inner.nbytes)
 
-    def _traffic_inside(self, operation: Operation) -> int:
+    def _passes_inside(self, operation: Operation) -> list[Pass]:
         """Of one turn of a loop, or of the branch that moves most."""
-        bodies = [Memory(body, self.compiler) for body in operation.inner]
-        return max(body.traffic() for body in bodies)
+        bodies = [
+            list(Memory(body, self.compiler).passes()) for body in operation.inner
+        ]
+        return max(bodies, key=lambda body: sum(one.nbytes for one in body), default=[])
 
     def reads(self, operation: Operation) -> set[Value]:
         """The arrays that an operation reads; none where it is fused into others."""

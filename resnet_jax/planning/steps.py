@@ -186,12 +186,16 @@ def _multiply_adds(program: Program) -> int:
     total = 0
     for operation in program.operations:
         inner = [_multiply_adds(body) for body in operation.inner]
-        total += _own_multiply_adds(operation)
+        total += operation_multiply_adds(operation)
         total += operation.length * max(inner, default=0)
     return total
 
 
-def _own_multiply_adds(operation: Operation) -> int:
+def operation_multiply_adds(operation: Operation) -> int:
+    """Those of a convolution or a product, without what it runs inside.
+
+    Zeros that the gradient of a strided convolution puts between pixels do not count.
+    """
     count = own_multiply_adds(operation.equation)
     if operation.name != "conv_general_dilated":
         return count

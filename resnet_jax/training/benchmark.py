@@ -109,15 +109,19 @@ def synthetic_step(
     augmentation: AugmentationConfig | None = None,
     micro_batches: int = 1,
     fully_sharded: bool = False,
+    devices: int | None = None,
+    abstract: bool = False,
     **model_options: Any,
 ) -> tuple[TrainStep, TrainState, Batch]:
     """A training step with the state and batch to call it on: (state, None, batch).
 
     ``augmentation`` is by default the paper's for the net, as far as it is done on the
     device; ``micro_batches`` and ``fully_sharded`` are the config's fields, and
-    ``model_options`` are ``create_model``'s.
+    ``model_options`` are ``create_model``'s. ``devices`` is their number, all by
+    default. ``abstract`` gives shapes in place of the state's and the batch's arrays,
+    to compile the step and not to run it.
     """
-    mesh = parallel.data_mesh()
+    mesh = parallel.data_mesh(devices)
     parallel.check_divides(batch_size, mesh.size, micro_batches)
     entry = catalog_entry(model)
     is_small = entry.image_size <= 32
@@ -145,6 +149,12 @@ def synthetic_step(
 
     shardings = state_shardings(jax.eval_shape(init), mesh, fully_sharded)
     train_step = make_train_step(net, optimizer, schedule, config, mesh, shardings)
+    if abstract:
+        given = {
+            "image": jax.ShapeDtypeStruct((batch_size, *shape), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        }
+        return train_step, jax.eval_shape(init), given
     state = jax.jit(init, out_shardings=shardings)()
     batch = {
         "image": rng.integers(0, 256, (batch_size, *shape), dtype=np.uint8),

@@ -22,6 +22,8 @@ PARAMETERS = {
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
     "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
     "cifar_resnet8": 78_042,
     "cifar_resnet20": 272_474,
 }

@@ -65,6 +65,8 @@ def test_convolution_computes_in_its_dtype_from_a_float32_kernel():
 @pytest.mark.parametrize(
     ("algorithm", "channels", "size", "strides", "dilation"),
     [
+        ("pointwise", 4, 3, 2, 2),
+        ("pointwise", 4, 1, 2, 1),
         ("products", 32, 3, 1, 1),
         ("products", 32, 3, 1, 2),
         ("products", 4, 3, 2, 2),
