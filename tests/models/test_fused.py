@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.test_util import check_grads
 
 from resnet_jax.models import (
@@ -18,6 +19,7 @@ from resnet_jax.models import (
     OverlappingStage,
     ResNet,
     SqueezeExcite,
+    precise_batch_stats,
     shortcuts,
 )
 from resnet_jax.models.fused import Form, fused_batch_norm, plain_batch_norm
@@ -152,6 +154,9 @@ NETS = {
         functools.partial(BasicBlock, squeeze_excite=SqueezeExcite),
         shortcuts.Projection(),
     ),
+    "another activation": cifar(
+        functools.partial(BasicBlock, activation=nn.silu), shortcuts.ZeroPad()
+    ),
     "dropped": cifar(
         BasicBlock,
         shortcuts.ZeroPad(),
@@ -204,6 +209,33 @@ def test_nets_are_the_same(name):
         expected = jax.tree.map(np.asarray, run(plain, *problem))
         ours = jax.tree.map(np.asarray, run(fused, *problem))
     assert_trees_close(ours, expected, 1e-10)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("average", [False, True])
+def test_every_normalisation_adds_and_rectifies_if_asked(average, fused):
+    rng = np.random.default_rng(0)
+    x, shortcut = rng.normal(size=(2, 6, 4, 3)).astype(np.float32)
+    norm = BatchNorm(use_running_average=average, fused=fused)
+    variables = random_variables(norm, x)
+
+    def output(*arguments, **options):
+        y, _ = norm.apply(variables, x, *arguments, **options, mutable=["batch_stats"])
+        return np.asarray(y)
+
+    expected = np.maximum(output() + shortcut, 0)
+    assert (expected == 0).any()
+    np.testing.assert_allclose(output(shortcut, relu=True), expected, atol=1e-6)
+
+
+def test_precise_statistics_are_the_same():
+    """They are taken from what normalisations are called with."""
+    variables, images, _ = problem_of(NETS["A"], dtype=np.float32)
+    plain, fused = (
+        precise_batch_stats(net, variables, [images, 2 * images])
+        for net in (NETS["A"], NETS["A"].clone(fused_norm=True))
+    )
+    assert_trees_close(fused, plain, 1e-5)
 
 
 def test_parameters_are_the_same_bit_for_bit():
