@@ -10,7 +10,12 @@ from resnet_jax.errors import UserError
 from resnet_jax.machine import usable_cores
 from resnet_jax.models import shortcuts
 from resnet_jax.models.blocks import STRIDE_VERSIONS
-from resnet_jax.models.convolution import ALGORITHMS, INITIALIZATIONS
+from resnet_jax.models.convolution import (
+    ALGORITHMS,
+    INITIALIZATIONS,
+    STEM_ALGORITHMS,
+)
+from resnet_jax.models.fused import VARIANCES
 from resnet_jax.models.normalization import NORMALIZATIONS as NET_NORMALIZATIONS
 
 if TYPE_CHECKING:
@@ -135,6 +140,21 @@ class ModelConfig:
         0.9, "decay of the running statistics (torch's 0.1 is 0.9)", at_least=0, below=1
     )
     batch_norm_epsilon: float = option(1e-5, "added to the variance", at_least=0)
+    norm_variance: str = option(
+        "two_pass",
+        "how batch normalisation computes the variance: fast reads the map once, and "
+        "is wrong where the mean is large beside the deviation",
+        choices=VARIANCES,
+    )
+    fused_norm: bool = option(
+        False,
+        "normalisation, addition and ReLU as one function whose gradient keeps less",
+    )
+    stem_form: str = option(
+        "conv",
+        "how an ImageNet net's 7x7 convolution is computed, with the same parameters",
+        choices=("conv", *STEM_ALGORITHMS),
+    )
     scan: bool | None = option(
         None,
         "run equal blocks as one loop, which compiles in less time; None: for nets too "

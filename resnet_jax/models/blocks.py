@@ -13,7 +13,8 @@ from flax import linen as nn
 
 from resnet_jax.models.convolution import Conv
 from resnet_jax.models.factories import ModuleFactory
-from resnet_jax.models.shortcuts import Projection, Shortcut
+from resnet_jax.models.normalization import fuses, norm_act
+from resnet_jax.models.shortcuts import Added, Projection, Shortcut
 
 STRIDE_VERSIONS = ("v1", "v1.5")
 
@@ -114,35 +115,44 @@ class ResidualBlock(nn.Module):
             y, leaves = self._preactivated(x)
         else:
             y, leaves = self._postactivated(x), x
+        branch = branch or Branch(leaves, self.strides)
+        options = (branch.strides, self.conv, self.norm, self.dilation)
+        if not self.preactivation:
+            norm = self._last_norm()
+            # Where only the addition stands between it and the activation.
+            bare = self.squeeze_excite is None and self.stochastic_depth is None
+            fused = bare and fuses(norm, self.activation)
+            if fused and isinstance(self.shortcut, Added):
+                added = self.shortcut.addend(branch.x, y.shape, *options)
+                return norm(y, added, relu=True)
+            y = norm(y)
         if self.squeeze_excite is not None:
             y = self.squeeze_excite(name="squeeze_excite")(y)
         if self.stochastic_depth is not None:
             y = self.stochastic_depth(name="stochastic_depth")(y, drop_rate)
-        branch = branch or Branch(leaves, self.strides)
-        y = self.shortcut(
-            branch.x, y, branch.strides, self.conv, self.norm, self.dilation, self.train
-        )
+        y = self.shortcut(branch.x, y, *options, self.train)
         return y if self.preactivation else self.activation(y)
 
     def _postactivated(self, x):
-        """Convolution and normalisation in turn, the activation between them."""
-        y, layers = x, self.layers()
-        for index in range(len(layers)):
-            if index > 0:
-                y = self._drop(self.activation(y))
+        """Convolutions; between them normalisation and activation."""
+        y = self._convolve(0, x)
+        for index in range(1, len(self.layers())):
+            norm = self.norm(name=f"norm{index}")
+            y = self._drop(norm_act(norm, y, self.activation))
             y = self._convolve(index, y)
-            is_last = index == len(layers) - 1
-            zero = self.zero_init_last and is_last
-            options = {"scale_init": nn.initializers.zeros} if zero else {}
-            y = self.norm(name=f"norm{index + 1}", **options)(y)
         return y
+
+    def _last_norm(self):
+        options = {"scale_init": nn.initializers.zeros} if self.zero_init_last else {}
+        return self.norm(name=f"norm{len(self.layers())}", **options)
 
     def _preactivated(self, x):
         """Normalisation, activation and convolution in turn; also the branch."""
         y, leaves = x, x
         for index in range(len(self.layers())):
             if index > 0 or self.position != "net":
-                y = self.activation(self.norm(name=f"norm{index + 1}")(y))
+                norm = self.norm(name=f"norm{index + 1}")
+                y = norm_act(norm, y, self.activation)
             if index > 0:
                 y = self._drop(y)
             elif self.position == "stage":

@@ -22,8 +22,13 @@ from resnet_jax.errors import UserError, nearest
 from resnet_jax.models import shortcuts
 from resnet_jax.models.attention import SqueezeExcite
 from resnet_jax.models.blocks import STRIDE_VERSIONS, BasicBlock, BottleneckBlock
-from resnet_jax.models.convolution import ALGORITHMS, INITIALIZATIONS
+from resnet_jax.models.convolution import (
+    ALGORITHMS,
+    INITIALIZATIONS,
+    STEM_ALGORITHMS,
+)
 from resnet_jax.models.factories import class_of
+from resnet_jax.models.fused import VARIANCES
 from resnet_jax.models.highway import HighwayNet
 from resnet_jax.models.mlp import HighwayMLP, PlainMLP
 from resnet_jax.models.normalization import NORMALIZATIONS
@@ -405,6 +410,9 @@ def create_model(
     batch_norm_momentum: float | None = None,
     batch_norm_epsilon: float | None = None,
     batch_norm_frozen: bool | Sequence[str] | None = None,
+    norm_variance: str | None = None,
+    fused_norm: bool | None = None,
+    stem_form: str | None = None,
     scan: bool | None = None,
     remat: bool | None = None,
     conv_algorithm: str | None = None,
@@ -440,6 +448,12 @@ def create_model(
       batch_norm_epsilon: added to the variance.
       batch_norm_frozen: True, or the parts ("stem", "stage1") whose normalisation
         keeps its running statistics in training.
+      norm_variance: how the batch's variance is computed: "two_pass", or "fast", which
+        reads the map once and is wrong where the mean is large beside the deviation.
+      fused_norm: normalisation, addition and ReLU as one function with a gradient that
+        keeps less; the same to rounding (``models.fused``).
+      stem_form: how an ImageNet net's 7x7 convolution is computed: "conv",
+        "space_to_depth" or "four_channels"; the same to rounding.
       scan: run equal blocks as one loop; None: where unrolling would take minutes to
         compile (``scans_by_default``).
       remat: compute a block's inside again for the gradient, to save memory.
@@ -466,6 +480,9 @@ def create_model(
         "batch_norm_momentum": batch_norm_momentum,
         "batch_norm_epsilon": batch_norm_epsilon,
         "batch_norm_frozen": batch_norm_frozen,
+        "norm_variance": norm_variance,
+        "fused_norm": fused_norm,
+        "stem_form": stem_form,
         "scan": scan,
         "remat": remat,
         "conv_algorithm": conv_algorithm,
@@ -481,7 +498,7 @@ def create_model(
     _check_values({"num_classes": num_classes} | given | given_block)
     _refuse_unnormalized(given | given_block)
     given = _as_fields(net, given)
-    fields = {field.name for field in dataclasses.fields(net)}
+    fields = _field_names(net)
     _refuse_unknown(name, given, fields)
     if isinstance(net, ResNet):
         _check_output_stride(net, output_stride)
@@ -514,6 +531,10 @@ def _as_fields(net: Any, options: dict[str, Any]) -> dict[str, Any]:
     fields = dict(options)
     if "initialization" in fields:
         fields["kernel_init"] = INITIALIZATIONS[fields.pop("initialization")]
+    stem: Any = getattr(net, "stem", None)
+    if "stem_form" in fields and "form" in _field_names(class_of(stem)):
+        form = fields.pop("stem_form")
+        fields["stem"] = stem if form == "conv" else functools.partial(stem, form=form)
     shortcut = fields.get("shortcut", getattr(net, "shortcut", None))
     if isinstance(shortcut, shortcuts.Gated) and "gate_bias" in fields:
         bias = fields.pop("gate_bias")
@@ -521,12 +542,15 @@ def _as_fields(net: Any, options: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+_ACT_ON_NORMALIZATION = ("zero_init_last", "norm_variance", "fused_norm")
+
+
 def _refuse_unnormalized(options: dict[str, Any]) -> None:
     """Raises UserError where what acts on normalisations is asked of a net of none."""
     if options.get("normalization") != "none":
         return
     for option, value in options.items():
-        acts = option.startswith("batch_norm_") or option == "zero_init_last"
+        acts = option.startswith("batch_norm_") or option in _ACT_ON_NORMALIZATION
         if acts and value is not False:
             raise UserError(
                 f"{option}={value} acts on batch normalisation, and normalization is "
@@ -548,12 +572,19 @@ def _with_options(name: str, block: Any, options: dict[str, Any]) -> Any:
     values = {names.get(key, key): value for key, value in options.items()}
     if "squeeze_excite" in values:
         values["squeeze_excite"] = SqueezeExcite if values["squeeze_excite"] else None
-    fields = {field.name for field in dataclasses.fields(class_of(block))}
+    fields = _field_names(class_of(block))
     if "stride_version" not in fields:
         # A basic block has one convolution that can stride: both versions are it.
         values.pop("stride_version", None)
     _refuse_unknown(name, values, fields)
     return functools.partial(block, **values) if values else block
+
+
+def _field_names(module: Any) -> set[str]:
+    """The fields of a dataclass; none of what is no dataclass."""
+    if not dataclasses.is_dataclass(module):
+        return set()
+    return {field.name for field in dataclasses.fields(module)}
 
 
 def _refuse_unknown(name: str, options: Iterable[str], valid: Container[str]) -> None:
@@ -595,6 +626,8 @@ def _check_values(options: dict[str, Any]) -> None:
     choices: dict[str, Iterable[str]] = {
         "stride_version": STRIDE_VERSIONS,
         "conv_algorithm": ALGORITHMS,
+        "norm_variance": VARIANCES,
+        "stem_form": ("conv", *STEM_ALGORITHMS),
         "normalization": NORMALIZATIONS,
         "initialization": INITIALIZATIONS,
     }

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import lax
 
 ALGORITHMS = ("auto", "xla", "pointwise", "products", "patches")
+STEM_ALGORITHMS = ("space_to_depth", "four_channels")
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 """He initialisation with the fan-out, as the authors' released code draws it."""
@@ -96,25 +97,48 @@ def convolve(
     "patches" writes 3x3 convolutions too as one product, with the nine pixels of every
     output side by side: for loops on the CPU, see ``loop_algorithm``.
 
+    Two more are for the few channels of images, on which matrix units lie idle.
+    "space_to_depth" cuts the image into squares of 2x2 pixels, each a pixel of four
+    times the channels, and a kernel of stride 2 into the same squares: the 7x7 on 3
+    channels is a 4x4 of stride 1 on 12, whose further taps are zeros.
+    "four_channels" gives image and kernel a fourth channel of zeros.
+
     Args:
       x: (n, h, w, c).
       kernel: (height, width, c / groups, features), height and width odd.
       strides: of both axes.
       dilation: spacing of the taps.
       groups: parts of the channels that are convolved apart.
-      algorithm: one of ``ALGORITHMS``.
+      algorithm: one of ``ALGORITHMS`` or ``STEM_ALGORITHMS``.
 
     Returns:
       (n, ceil(h / strides), ceil(w / strides), features).
 
     Raises:
-      ValueError: an unknown algorithm.
+      ValueError: an unknown algorithm, or one that is not for this convolution.
     """
-    if algorithm not in ALGORITHMS:
+    known = (*ALGORITHMS, *STEM_ALGORITHMS)
+    if algorithm not in known:
         raise ValueError(
-            f"the convolution's algorithm is one of {', '.join(ALGORITHMS)}, "
+            f"the convolution's algorithm is one of {', '.join(known)}, "
             f"not {algorithm!r}"
         )
+    if algorithm == "space_to_depth":
+        if (strides, dilation, groups) != (2, 1, 1):
+            raise ValueError(
+                "space_to_depth is for a convolution of stride 2 with neither dilation "
+                f"nor groups, not of stride {strides}, dilation {dilation} and "
+                f"{groups} groups"
+            )
+        return _space_to_depth_convolve(x, kernel)
+    if algorithm == "four_channels":
+        if groups > 1 or x.shape[-1] > 4:
+            raise ValueError(
+                "four_channels is for up to four channels in one group, not "
+                f"{x.shape[-1]} in {groups}"
+            )
+        x, kernel = _four_channels(x, axis=3), _four_channels(kernel, axis=2)
+        return _xla_convolve(x, kernel, strides, dilation)
     if algorithm == "auto":
         algorithm = "products" if jax.default_backend() == "cpu" else "xla"
     size = kernel.shape[:2]
@@ -130,6 +154,40 @@ def convolve(
     if x.shape[-1] >= 32 or strides > 1:
         return _convolve_3x3(x, kernel, strides, dilation)
     return _xla_convolve(x, kernel, strides, dilation)
+
+
+def _space_to_depth_convolve(x, kernel):
+    """A convolution of stride 2 as one of stride 1 on squares of 2x2 pixels.
+
+    Output i meets the pixels 2 i - reach to 2 i + reach. One more tap, of zeros, makes
+    these whole squares: in front where the reach is odd, else behind.
+    """
+    reaches = [size // 2 for size in kernel.shape[:2]]
+    tap = [(reach % 2, 1 - reach % 2) for reach in reaches]
+    odd = [(0, side % 2) for side in x.shape[1:3]]
+    return lax.conv_general_dilated(
+        _squares(jnp.pad(x, ((0, 0), *odd, (0, 0))), 1),
+        _squares(jnp.pad(kernel, (*tap, (0, 0), (0, 0))), 0),
+        window_strides=(1, 1),
+        padding=[(-(-reach // 2), reach // 2) for reach in reaches],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _squares(array, axis):
+    """The axes (h, w, c) from ``axis`` on as (h / 2, w / 2, 4 c)."""
+    before, after = array.shape[:axis], array.shape[axis + 3 :]
+    height, width, channels = array.shape[axis : axis + 3]
+    cut = array.reshape(*before, height // 2, 2, width // 2, 2, channels, *after)
+    ordered = jnp.swapaxes(cut, axis + 1, axis + 2)
+    return ordered.reshape(*before, height // 2, width // 2, 4 * channels, *after)
+
+
+def _four_channels(array, axis):
+    """``array`` with zeros up to four channels."""
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, 4 - array.shape[axis])
+    return jnp.pad(array, padding)
 
 
 def loop_algorithm(algorithm: str) -> str:

@@ -7,6 +7,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from resnet_jax.models.fused import (
+    Form,
+    fused_batch_norm,
+    normalize,
+    plain_batch_norm,
+)
+
 NORMALIZATIONS = ("batch", "none")
 
 
@@ -18,9 +25,9 @@ class BatchNorm(nn.Module):
     into that many equal parts in order, each normalised by its own statistics: the
     paper's 8 x 32 images of ImageNet are ``groups=8`` at batch 256 on any topology.
 
-    Statistics are at least float32 for every ``dtype``. The variance is the mean of
-    squared deviations: never negative, and exact where E[x^2] - E[x]^2 cancels. The
-    running variance averages m / (m - 1) times that of the m values of a group, the
+    Statistics are at least float32 for every ``dtype``. The variance is by default the
+    mean of squared deviations: never negative, and exact where E[x^2] - E[x]^2 cancels.
+    The running variance averages m / (m - 1) times that of the m values of a group, the
     unbiased estimate of Ioffe & Szegedy's algorithm 2, as Caffe's and torch's do.
 
     Attributes:
@@ -33,6 +40,9 @@ class BatchNorm(nn.Module):
         BatchNorm does.
       dtype: dtype of the output.
       scale_init: initialiser of the scale.
+      variance: "two_pass", or "fast": E[x^2] - E[x]^2, see ``batch_moments``.
+      fused: in training, normalisation, addition and ReLU are one function that keeps
+        less for the gradient; the same to rounding. See ``models.fused``.
     """
 
     use_running_average: bool
@@ -42,10 +52,20 @@ class BatchNorm(nn.Module):
     unbiased: bool = True
     dtype: Any = jnp.float32
     scale_init: Callable[..., Any] = nn.initializers.ones
+    variance: str = "two_pass"
+    fused: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises ``x`` of shape (n, ..., c)."""
+    def __call__(
+        self, x: jax.Array, shortcut: jax.Array | None = None, relu: bool = False
+    ) -> jax.Array:
+        """Normalises ``x``, then adds ``shortcut``, then applies ReLU if asked.
+
+        Args:
+          x: (n, ..., c).
+          shortcut: of the shape of x; None: nothing is added.
+          relu: whether negative values become zero.
+        """
         channels = (x.shape[-1],)
         running_mean = self.variable(
             "batch_stats", "mean", jnp.zeros, channels, jnp.float32
@@ -58,7 +78,9 @@ class BatchNorm(nn.Module):
 
         if self.use_running_average:
             mean, var = running_mean.value, running_var.value
-            return self._normalize(x, mean, var, scale, bias)
+            y = normalize(x, mean, var, scale, bias, self.epsilon).astype(self.dtype)
+            y = y if shortcut is None else y + shortcut
+            return nn.relu(y) if relu else y
 
         if x.shape[0] % self.groups and not self.is_initializing():
             raise ValueError(
@@ -66,25 +88,25 @@ class BatchNorm(nn.Module):
                 "normalisation groups"
             )
         groups = 1 if self.is_initializing() else self.groups
-        grouped = x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
-        axes = tuple(range(1, grouped.ndim - 1))
-        wide = _widen(grouped)
-        mean = wide.mean(axes, keepdims=True)
-        var = jnp.square(wide - mean).mean(axes, keepdims=True)
+        shape = (groups, x.shape[0] // groups, *x.shape[1:])
+        compute = fused_batch_norm if self.fused else plain_batch_norm
+        y, mean, var = compute(
+            x.reshape(shape),
+            None if shortcut is None else shortcut.reshape(shape),
+            scale,
+            bias,
+            Form(self.epsilon, self.variance, relu, self.dtype),
+        )
         if not self.is_initializing():
             keep = self.momentum
             batch_mean = mean.reshape(groups, -1).mean(0)
             batch_var = var.reshape(groups, -1).mean(0)
-            count = wide.size // (groups * x.shape[-1])
+            count = x.size // (groups * x.shape[-1])
             if self.unbiased and count > 1:
                 batch_var = batch_var * (count / (count - 1))
             running_mean.value = keep * running_mean.value + (1 - keep) * batch_mean
             running_var.value = keep * running_var.value + (1 - keep) * batch_var
-        return self._normalize(grouped, mean, var, scale, bias).reshape(x.shape)
-
-    def _normalize(self, x, mean, var, scale, bias):
-        y = (_widen(x) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale)
-        return (y + bias).astype(self.dtype)
+        return y.reshape(x.shape)
 
 
 class NoNorm(nn.Module):
@@ -100,6 +122,17 @@ def is_frozen(frozen: bool | Sequence[str], part: str) -> bool:
     return frozen if isinstance(frozen, bool) else part in frozen
 
 
-def _widen(x):
-    """``x`` in float32, or in its own dtype if that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def norm_act(
+    norm: Any, x: jax.Array, activation: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """activation(norm(x)), as one function where the normalisation fuses them."""
+    return norm(x, relu=True) if fuses(norm, activation) else activation(norm(x))
+
+
+def fuses(norm: Any, activation: Callable[[jax.Array], jax.Array]) -> bool:
+    """Whether a normalisation, of any kind, computes the activation (ReLU) with it.
+
+    ``norm(x, shortcut, relu=True)`` is then one function, ``models.fused``.
+    """
+    fused = isinstance(norm, BatchNorm) and norm.fused
+    return fused and not norm.use_running_average and activation is nn.relu

@@ -22,6 +22,7 @@ from resnet_jax.models.normalization import (
     BatchNorm,
     NoNorm,
     is_frozen,
+    norm_act,
 )
 from resnet_jax.models.regularization import StochasticDepth, linear_rates
 from resnet_jax.models.shortcuts import Projection, Shortcut
@@ -35,18 +36,25 @@ class ImageNetStem(nn.Module):
     """7x7 convolution of stride 2, normalisation, ReLU and 3x3 max-pooling of stride 2.
 
     The pooling pads one pixel on every side, as Torch's does.
+
+    Attributes:
+      form: how the convolution is computed, with the same parameters and, to rounding,
+        the same results: "conv" as all others, or one of ``STEM_ALGORITHMS``, see
+        ``models.convolution.convolve``.
     """
 
     features: int
     conv: ModuleFactory
     norm: ModuleFactory
+    form: str = "conv"
     strides = (2, 4)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns C1, the map before the pooling (stride 2), and the pooled map."""
-        c1 = self.conv(self.features, (7, 7), strides=2, name="conv")(x)
-        c1 = nn.relu(self.norm(name="norm")(c1))
+        options = {} if self.form == "conv" else {"algorithm": self.form}
+        c1 = self.conv(self.features, (7, 7), strides=2, name="conv", **options)(x)
+        c1 = norm_act(self.norm(name="norm"), c1, nn.relu)
         return c1, _max_pool(c1)
 
 
@@ -70,7 +78,7 @@ class DeepStem(nn.Module):
         for index, features in enumerate((*self.inner, self.features), start=1):
             strides = 2 if index == 1 else 1
             conv = self.conv(features, (3, 3), strides=strides, name=f"conv{index}")
-            x = nn.relu(self.norm(name=f"norm{index}")(conv(x)))
+            x = norm_act(self.norm(name=f"norm{index}"), conv(x), nn.relu)
         return x, _max_pool(x)
 
 
@@ -86,7 +94,7 @@ class CifarStem(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns C1 twice: there is no pooling."""
         x = self.conv(self.features, (3, 3), name="conv")(x)
-        c1 = nn.relu(self.norm(name="norm")(x))
+        c1 = norm_act(self.norm(name="norm"), x, nn.relu)
         return c1, c1
 
 
@@ -121,6 +129,9 @@ class ResNet(nn.Module):
       batch_norm_groups, batch_norm_momentum, batch_norm_epsilon: see BatchNorm.
       batch_norm_frozen: normalise by the running statistics in training too, and keep
         them: True everywhere, or the names of parts, ``("stem", "stage1")``.
+      norm_variance: see BatchNorm's ``variance``.
+      fused_norm: see BatchNorm's ``fused``; blocks then hand it the addition too, where
+        nothing stands between.
       dropout_rate: between the convolutions of a block.
       stochastic_depth_rate: with which the last block is dropped in training; it grows
         linearly from the first.
@@ -145,6 +156,8 @@ class ResNet(nn.Module):
     batch_norm_momentum: float = 0.9
     batch_norm_epsilon: float = 1e-5
     batch_norm_frozen: bool | Sequence[str] = False
+    norm_variance: str = "two_pass"
+    fused_norm: bool = False
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
     scan: bool = False
@@ -222,7 +235,8 @@ class ResNet(nn.Module):
             )
             x = stage(x)
             if self.preactivation and index == len(self.stage_sizes) - 1:
-                x = nn.relu(self._norm("norm", train)(name="norm")(x))
+                norm = self._norm("norm", train)(name="norm")
+                x = norm_act(norm, x, nn.relu)
             maps.append(FeatureMap(x, f"C{index + 2}", stride))
         # In float32 at least: a bfloat16 sum over the map would lose its small terms.
         wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -246,6 +260,8 @@ class ResNet(nn.Module):
             momentum=self.batch_norm_momentum,
             epsilon=self.batch_norm_epsilon,
             groups=self.batch_norm_groups,
+            variance=self.norm_variance,
+            fused=self.fused_norm,
             dtype=self.dtype,
         )
 

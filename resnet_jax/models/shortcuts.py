@@ -41,20 +41,45 @@ class Shortcut(Protocol):
         ...
 
 
+class Added:
+    """Shortcuts that add an array to the residual function's output as it is.
+
+    The array is a method of its own, so that a block can hand it to a normalisation
+    that adds it itself (``models.fused``).
+    """
+
+    def addend(
+        self,
+        x: jax.Array,
+        shape: tuple[int, ...],
+        strides: int,
+        conv: ModuleFactory,
+        norm: ModuleFactory,
+        dilation: tuple[int, int] = (1, 1),
+    ) -> jax.Array | None:
+        """What is added to an array of ``shape``; None: nothing."""
+        raise NotImplementedError
+
+    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
+        """See ``Shortcut``."""
+        added = self.addend(x, residual.shape, strides, conv, norm, dilation)
+        return residual if added is None else residual + added
+
+
 @dataclasses.dataclass(frozen=True)
-class ZeroPad:
+class ZeroPad(Added):
     """Option A: the identity; where the shape changes, subsampled and zero-padded.
 
     See ``zero_pad``: no parameters and no multiply-adds.
     """
 
-    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
-        """See ``Shortcut``. Raises ValueError where channels become fewer."""
-        return residual + zero_pad(x, residual.shape, strides)
+    def addend(self, x, shape, strides, conv, norm, dilation=(1, 1)):
+        """See ``Added``. Raises ValueError where channels become fewer."""
+        return zero_pad(x, shape, strides)
 
 
 @dataclasses.dataclass(frozen=True)
-class Projection:
+class Projection(Added):
     """Options B and C: a 1x1 convolution and its normalisation, W_s x of equation 2.
 
     Option C is the "1x1 convolutional shortcut" of He et al. 2016 too, who replace the
@@ -72,27 +97,26 @@ class Projection:
     normalized: bool = True
     pooled: bool = False
 
-    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
-        """See ``Shortcut``."""
-        features = residual.shape[-1]
+    def addend(self, x, shape, strides, conv, norm, dilation=(1, 1)):
+        """See ``Added``."""
+        features = shape[-1]
         # By stride and width, not by shape: parameters must not depend on image sizes.
         unchanged = strides == 1 and x.shape[-1] == features
         if unchanged and not self.everywhere:
-            return residual + x
+            return x
         if self.pooled:
             window = strides * dilation[1] // dilation[0]
             x, strides = average_pool(x, window, strides, dilation[0]), 1
         x = conv(features, (1, 1), strides=strides, name="shortcut_conv")(x)
-        return residual + (norm(name="shortcut_norm")(x) if self.normalized else x)
+        return norm(name="shortcut_norm")(x) if self.normalized else x
 
 
 @dataclasses.dataclass(frozen=True)
-class NoShortcut:
+class NoShortcut(Added):
     """The plain nets: nothing is added."""
 
-    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
-        """See ``Shortcut``."""
-        return residual
+    def addend(self, x, shape, strides, conv, norm, dilation=(1, 1)):
+        """See ``Added``: nothing."""
 
 
 @dataclasses.dataclass(frozen=True)

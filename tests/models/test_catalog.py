@@ -873,6 +873,8 @@ NET_OPTIONS = {
     "batch_norm_momentum": ("vgg16_bn", 0.99),
     "batch_norm_epsilon": ("resnet50", 1e-3),
     "batch_norm_frozen": ("resnet50", ("stem", "stage1")),
+    "norm_variance": ("resnet50", "fast"),
+    "fused_norm": ("resnet50", True),
     "scan": ("resnet50", True),
     "remat": ("resnet50", True),
     "conv_algorithm": ("resnet50", "xla"),
@@ -895,6 +897,7 @@ def test_options_of_the_net(option):
 
 def test_every_option_has_its_test():
     tested = {"name", "num_classes", "shortcut", "initialization", *NET_OPTIONS}
+    tested |= {"stem_form"}  # test_stem_forms.py
     tested |= {option for _, options, _ in BLOCK_OPTIONS for option in options}
     assert set(inspect.signature(create_model).parameters) == tested
 
@@ -933,6 +936,8 @@ def test_gate_bias_of_a_gated_shortcut(letter, shortcut):
         ("batch_norm_epsilon", 1e-3),
         ("batch_norm_frozen", ("stem",)),
         ("zero_init_last", True),
+        ("norm_variance", "fast"),
+        ("fused_norm", True),
     ],
 )
 def test_without_normalisation_its_options_are_refused(option, value):
@@ -968,6 +973,8 @@ def test_other_kinds_of_net_take_the_options_they_have():
         ("vgg16", "scan", True),
         ("vgg16", "remat", True),
         ("vgg16", "conv_algorithm", "xla"),
+        ("vgg16_bn", "fused_norm", True),
+        ("vgg16_bn", "norm_variance", "fast"),
         ("vgg16", "gate_bias", -1.0),
         ("vgg16", "normalization", "none"),
         ("vgg16", "initialization", "he"),
@@ -1012,6 +1019,13 @@ def test_an_option_that_a_net_has_not_is_refused(name, option, value):
             "conv_algorithm",
             "fft",
             rf"'fft'; valid are {', '.join(ALGORITHMS)}$",
+        ),
+        ("resnet50", "norm_variance", "slow", r"'slow'; valid are two_pass, fast$"),
+        (
+            "resnet50",
+            "stem_form",
+            "s2d",
+            r"'s2d'; valid are conv, space_to_depth, four_channels$",
         ),
         ("resnet50", "num_classes", 0, r"^num_classes must be at least 1, not 0$"),
         ("vgg16", "num_classes", -3, r"^num_classes must be at least 1, not -3$"),

@@ -102,6 +102,15 @@ def test_a_scanned_net_trains_as_the_unrolled_one(tiny_config, tmp_path):
     assert_close(unstack_blocks(scanned), unrolled, atol=2e-4)
 
 
+def test_fused_normalisations_train_as_the_plain_ones(tiny_config):
+    """On eight devices as on one, in micro-batches of whole groups."""
+    tiny_config.model.batch_norm_groups = tiny_config.training.micro_batches = 2
+    _, plain = run(tiny_config, 2)
+    tiny_config.model.fused_norm = True
+    _, fused = run(tiny_config, 2, devices=8)
+    assert_close(fused, plain, atol=2e-4)
+
+
 def test_nets_without_batch_normalisation_train(tiny_config):
     tiny_config.model.name = "cifar_highway19"
     tiny_config.model.dropout_rate = 0.2
