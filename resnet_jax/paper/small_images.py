@@ -412,8 +412,10 @@ DEGRADATION = Experiment(
     ),
     figure="curves",
     panels=tuple(
-        Panel(f"{kind} nets", tuple(f"{kind}-{depth}" for depth in (20, 56)))
-        for kind in _DEGRADATION
+        Panel(title, tuple(f"{kind}-{depth}" for depth in (20, 56)))
+        for kind, title in zip(
+            _DEGRADATION, ("plain nets", "residual nets"), strict=True
+        )
     ),
 )
 
