@@ -123,15 +123,16 @@ class TakingTurns(io.StringIO):
         """Takes the time where ``text`` is the row of a window's last step."""
         now = time.perf_counter()
         row = re.match(r"step (\d+)/", text)
-        if row and int(row[1]) == self._window * (len(self.bare) + 1):
+        # The run goes on for another row, which may end a window that is not read.
+        more = len(self.bare) <= self._windows
+        if more and row and int(row[1]) == self._window * (len(self.bare) + 1):
             self._turn(now)
         return super().write(text)
 
     def _turn(self, now: float) -> None:
         if self.bare:
             self.loop.append(now - self._began)
-        if len(self.loop) <= self._windows:
-            self.bare.append(self._bare_step.seconds(self._window))
+        self.bare.append(self._bare_step.seconds(self._window))
         self._began = time.perf_counter()
 
 

@@ -48,6 +48,17 @@ def test_a_round_measures_loop_and_bare_step(tfds_dir):
     assert figures["loop_own_images_per_second"] > 0
 
 
+def test_rows_behind_the_last_window_end_none():
+    class Bare:
+        def seconds(self, steps):
+            return float(steps)
+
+    turns = loop_overhead.TakingTurns(Bare(), window=10, windows=2)
+    for step in (10, 20, 30, 40):
+        turns.write(f"step {step}/40")
+    assert (len(turns.loop), turns.bare) == (2, [10.0] * 3)
+
+
 def test_a_steady_drift_of_the_machine_falls_out_of_the_ratios():
     """The loop takes 1.25 times the bare step, and all slows down from turn to turn."""
     bare, loop = [1.0, 3.0, 5.0], [1.25 * 2.0, 1.25 * 4.0]
