@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import gpu_small_images
 from benchmarks.gpu_small_images import Case
 
@@ -24,6 +26,7 @@ def test_a_case_that_fails_or_takes_too_long_says_so():
     assert row["status"] == "not measured: out of time"
 
 
+@pytest.mark.slow
 def test_a_trial_measures_every_case_that_it_can(tmp_path):
     gpu_small_images.main(["--tiny", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "gpu_small_images.json").read_text())

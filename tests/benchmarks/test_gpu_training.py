@@ -74,6 +74,7 @@ def test_torch_s_net_is_torchvision_s_where_it_is_installed(monkeypatch):
     assert sum(weight.numel() for weight in net.parameters()) == 25_557_032
 
 
+@pytest.mark.slow
 def test_a_trial_measures_every_case_that_it_can(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in "ab":

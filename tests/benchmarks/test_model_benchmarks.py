@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -19,6 +21,7 @@ def run(module, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_forward_backward_writes_every_contender(tmp_path):
     file = tmp_path / "result.json"
     arguments = "--model cifar_resnet8 --batch 4 --rounds 1 --steps 1 --json"
@@ -37,6 +40,7 @@ def test_forward_backward_writes_every_contender(tmp_path):
         assert row["milliseconds"] > 0
 
 
+@pytest.mark.slow
 def test_deep_nets_writes_every_form_and_stops_at_its_limit(tmp_path):
     file = tmp_path / "result.json"
     arguments = "--depths 8 --batch 2 --steps 1 --json"
@@ -54,6 +58,7 @@ def test_deep_nets_writes_every_form_and_stops_at_its_limit(tmp_path):
     assert {row["status"] for row in rows} == {"stopped after 1 s"}
 
 
+@pytest.mark.slow
 def test_sharded_memory_writes_what_the_devices_hold(tmp_path):
     file = tmp_path / "result.json"
     arguments = "--model cifar_resnet8 --batch 32 --size 32 --devices 4 --json"

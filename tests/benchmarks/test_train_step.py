@@ -67,6 +67,7 @@ def test_ratios_are_medians_of_the_rounds_ratios():
     assert rows[0]["images_per_second"] == 8000.0
 
 
+@pytest.mark.slow
 def test_script_writes_every_contender(tmp_path):
     # A process of its own: the comparison is made on one device.
     file = tmp_path / "results" / "step.json"

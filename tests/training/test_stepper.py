@@ -81,6 +81,7 @@ def test_scanned_steps_are_the_steps(tiny_config, num_devices):
     assert_close(advanced(tiny_config, num_devices, 4, 4), one_by_one)
 
 
+@pytest.mark.slow
 def test_scanned_steps_have_the_groups_statistics(tiny_config):
     tiny_config.model.batch_norm_groups = 2
     grouped = advanced(tiny_config, 8, 4, 4)
@@ -102,6 +103,7 @@ def test_a_warm_up_by_the_training_error_ends_at_the_same_step(tiny_config):
     assert_close(advanced(tiny_config, 1, 8, 8), one_by_one)
 
 
+@pytest.mark.slow
 def test_a_bad_loss_inside_a_call_is_named_with_its_step(tiny_config):
     tiny_config.optimizer.learning_rate = 1e37
     bad_step = int(advanced(tiny_config, 1, 1, 4).first_bad_step)

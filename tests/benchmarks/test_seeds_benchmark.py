@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import seeds
 from resnet_jax.training.benchmark import synthetic_step
@@ -15,6 +16,7 @@ from resnet_jax.training.benchmark import synthetic_step
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_vmapped_step_is_each_seeds_own_step():
     train_step, state, batch = synthetic_step("cifar_resnet8", 8, 8, "float32")
     states = seeds.stacked(state, 2)
@@ -30,6 +32,7 @@ def test_a_vmapped_step_is_each_seeds_own_step():
     assert found.sums.loss[0] != found.sums.loss[1]
 
 
+@pytest.mark.slow
 def test_script_writes_every_form_and_number_of_seeds(tmp_path):
     file = tmp_path / "seeds.json"
     command = "-m benchmarks.seeds --model cifar_resnet8 --batch 2 --size 8 --rounds 1 "
