@@ -14,8 +14,9 @@ degradation: $(VENV)/.demo
 	$(BIN)/resnet-jax paper run degradation --workdir runs/degradation
 	$(BIN)/resnet-jax paper report --workdir runs/degradation --figures runs/degradation
 
+# A worker that crashes ends the tests: xdist can wait for ever behind a new one.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 -m "not slow"
 
 slow-test: $(VENV)/.test
 	$(BIN)/python -m pytest

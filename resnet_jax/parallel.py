@@ -1,7 +1,7 @@
 """The device mesh and how arrays lie on it."""
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ from jax.sharding import (
 )
 
 from resnet_jax.errors import UserError
+
+Tree = TypeVar("Tree")
 
 SMALL_LEAF = 2**12
 """Arrays of fewer elements are never cut over the devices."""
@@ -71,6 +73,23 @@ def fully_sharded(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 def gathered(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Whole arrays on every device, of leaves that may be cut; inside jit."""
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def settled(tree: Tree) -> Tree:
+    """``tree`` as it is, but waited for where one CPU simulates several devices.
+
+    Simulated devices share a pool of as many threads. Programs in flight together can
+    hold threads that each other's collectives wait for, and XLA then ends the process
+    after 40 seconds: seen within a minute with evaluations of 8 devices on 2 cores. A
+    loop that gives the devices one program after another calls this in between.
+
+    Args:
+      tree: what a program returned: arrays on the same devices.
+    """
+    devices = jax.tree.leaves(tree)[0].sharding.addressable_devices
+    if len(devices) > 1 and next(iter(devices)).platform == "cpu":
+        jax.block_until_ready(tree)
+    return tree
 
 
 def check_divides(

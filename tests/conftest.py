@@ -13,6 +13,10 @@ import rich.console
 from resnet_jax.config import default_config
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Tests give eight devices one program after another, and do not wait in between as the
+# library does: twice the threads, lest collectives wait for each other's.
+# See ``resnet_jax.parallel.settled``.
+os.environ.setdefault("PJRT_NPROC", "16")
 
 
 @pytest.fixture(scope="session", autouse=True)

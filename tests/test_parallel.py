@@ -65,3 +65,14 @@ def test_processes_of_unequal_devices_are_refused():
     mesh = SimpleNamespace(size=4, devices=np.array(devices))
     with pytest.raises(UserError, match="the processes have 3, 1 devices"):
         parallel.check_processes(mesh)
+
+
+@pytest.mark.parametrize(("devices", "waits"), [(8, True), (2, True), (1, False)])
+def test_several_devices_of_one_cpu_are_waited_for(devices, waits, monkeypatch):
+    """On one device, as on accelerators, programs run while others are prepared."""
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", waited.append)
+    sharding = parallel.batch_sharding(parallel.data_mesh(devices))
+    tree = {"sums": jax.device_put(np.arange(8.0), sharding)}
+    assert parallel.settled(tree) is tree
+    assert waited == ([tree] if waits else [])

@@ -63,7 +63,8 @@ def evaluate_split(
     total = Sums.zeros()
     skipped_before = len(feed.skipped)
     for batch in feed.evaluation_batches(batch_size):
-        total = total + eval_step(variables, statistics, feed.resident, batch)
+        sums = eval_step(variables, statistics, feed.resident, batch)
+        total = total + parallel.settled(sums)
         if interrupted():
             raise Interrupted
     summary = total.summary()

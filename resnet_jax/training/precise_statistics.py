@@ -84,7 +84,7 @@ def with_precise_statistics(
             batch_stats = step(
                 variables, seen, state.rng, state.statistics, feed.resident, batch
             )
-            variables = variables | {"batch_stats": batch_stats}
+            variables = variables | {"batch_stats": parallel.settled(batch_stats)}
     if state.ema is not None:
         return dataclasses.replace(state, ema=variables)
     return dataclasses.replace(state, batch_stats=variables["batch_stats"])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from resnet_jax import parallel
 from resnet_jax.data.batch import Feed
 from resnet_jax.data.device_order import Place
 from resnet_jax.training.setup import Setup
@@ -80,6 +81,7 @@ class Stepper:
         first = self._position // self._batch_size + 1
         with jax.profiler.StepTraceAnnotation("train", step_num=first):
             state = self._programs[length](state, self._feed.resident, argument)
+            parallel.settled(state)
         self._position += length * self._batch_size
         return Call(state, length, compiled)
 
