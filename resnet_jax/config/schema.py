@@ -15,7 +15,7 @@ from resnet_jax.models.convolution import (
     INITIALIZATIONS,
     STEM_ALGORITHMS,
 )
-from resnet_jax.models.fused import VARIANCES
+from resnet_jax.models.fused import ARITHMETICS, VARIANCES
 from resnet_jax.models.normalization import NORMALIZATIONS as NET_NORMALIZATIONS
 
 if TYPE_CHECKING:
@@ -145,6 +145,12 @@ class ModelConfig:
         "how batch normalisation computes the variance: fast reads the map once, and "
         "is wrong where the mean is large beside the deviation",
         choices=VARIANCES,
+    )
+    norm_arithmetic: str = option(
+        "wide",
+        "of normalised maps in training: wide is float32, narrow is the dtype of the "
+        "maps, which rounds more",
+        choices=ARITHMETICS,
     )
     fused_norm: bool = option(
         False,

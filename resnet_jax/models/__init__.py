@@ -6,6 +6,7 @@ from resnet_jax.models.blocks import BasicBlock, BottleneckBlock, ResidualBlock
 from resnet_jax.models.catalog import catalog_entry, create_model, list_models
 from resnet_jax.models.convolution import Conv
 from resnet_jax.models.features import FeatureMap
+from resnet_jax.models.folding import fold_batch_norm
 from resnet_jax.models.freezing import trainable_mask
 from resnet_jax.models.highway import HighwayNet
 from resnet_jax.models.mlp import HighwayMLP, PlainMLP
@@ -43,6 +44,7 @@ __all__ = [
     "catalog_entry",
     "create_model",
     "deepen",
+    "fold_batch_norm",
     "list_models",
     "precise_batch_stats",
     "shortcuts",

@@ -28,7 +28,7 @@ from resnet_jax.models.convolution import (
     STEM_ALGORITHMS,
 )
 from resnet_jax.models.factories import class_of
-from resnet_jax.models.fused import VARIANCES
+from resnet_jax.models.fused import ARITHMETICS, VARIANCES
 from resnet_jax.models.highway import HighwayNet
 from resnet_jax.models.mlp import HighwayMLP, PlainMLP
 from resnet_jax.models.normalization import NORMALIZATIONS
@@ -411,6 +411,7 @@ def create_model(
     batch_norm_epsilon: float | None = None,
     batch_norm_frozen: bool | Sequence[str] | None = None,
     norm_variance: str | None = None,
+    norm_arithmetic: str | None = None,
     fused_norm: bool | None = None,
     stem_form: str | None = None,
     scan: bool | None = None,
@@ -450,6 +451,8 @@ def create_model(
         keeps its running statistics in training.
       norm_variance: how the batch's variance is computed: "two_pass", or "fast", which
         reads the map once and is wrong where the mean is large beside the deviation.
+      norm_arithmetic: of normalised maps in training: "wide" (float32) or "narrow"
+        (``dtype``, which rounds more); statistics are float32 in both.
       fused_norm: normalisation, addition and ReLU as one function with a gradient that
         keeps less; the same to rounding (``models.fused``).
       stem_form: how an ImageNet net's 7x7 convolution is computed: "conv",
@@ -481,6 +484,7 @@ def create_model(
         "batch_norm_epsilon": batch_norm_epsilon,
         "batch_norm_frozen": batch_norm_frozen,
         "norm_variance": norm_variance,
+        "norm_arithmetic": norm_arithmetic,
         "fused_norm": fused_norm,
         "stem_form": stem_form,
         "scan": scan,
@@ -497,6 +501,7 @@ def create_model(
     given_block = {k: value for k, value in block_options.items() if value is not None}
     _check_values({"num_classes": num_classes} | given | given_block)
     _refuse_unnormalized(given | given_block)
+    _refuse_narrow_fused(given)
     given = _as_fields(net, given)
     fields = _field_names(net)
     _refuse_unknown(name, given, fields)
@@ -542,7 +547,12 @@ def _as_fields(net: Any, options: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-_ACT_ON_NORMALIZATION = ("zero_init_last", "norm_variance", "fused_norm")
+_ACT_ON_NORMALIZATION = (
+    "zero_init_last",
+    "norm_variance",
+    "norm_arithmetic",
+    "fused_norm",
+)
 
 
 def _refuse_unnormalized(options: dict[str, Any]) -> None:
@@ -556,6 +566,14 @@ def _refuse_unnormalized(options: dict[str, Any]) -> None:
                 f"{option}={value} acts on batch normalisation, and normalization is "
                 f"none: leave {option} out, or in a config at its default"
             )
+
+
+def _refuse_narrow_fused(options: dict[str, Any]) -> None:
+    """Raises UserError where the fused normalisation is asked to be narrow."""
+    if options.get("fused_norm") and options.get("norm_arithmetic") == "narrow":
+        raise UserError(
+            "fused_norm computes in float32: leave out fused_norm, or norm_arithmetic"
+        )
 
 
 def _refuse_overlapping(name: str, options: dict[str, Any]) -> None:
@@ -627,6 +645,7 @@ def _check_values(options: dict[str, Any]) -> None:
         "stride_version": STRIDE_VERSIONS,
         "conv_algorithm": ALGORITHMS,
         "norm_variance": VARIANCES,
+        "norm_arithmetic": ARITHMETICS,
         "stem_form": ("conv", *STEM_ALGORITHMS),
         "normalization": NORMALIZATIONS,
         "initialization": INITIALIZATIONS,

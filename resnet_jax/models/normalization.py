@@ -41,6 +41,8 @@ class BatchNorm(nn.Module):
       dtype: dtype of the output.
       scale_init: initialiser of the scale.
       variance: "two_pass", or "fast": E[x^2] - E[x]^2, see ``batch_moments``.
+      arithmetic: of maps in training: "wide" is float32 at least, "narrow" is
+        ``dtype``; see ``models.fused.Form``. In evaluation it is wide.
       fused: in training, normalisation, addition and ReLU are one function that keeps
         less for the gradient; the same to rounding. See ``models.fused``.
     """
@@ -53,6 +55,7 @@ class BatchNorm(nn.Module):
     dtype: Any = jnp.float32
     scale_init: Callable[..., Any] = nn.initializers.ones
     variance: str = "two_pass"
+    arithmetic: str = "wide"
     fused: bool = False
 
     @nn.compact
@@ -87,6 +90,8 @@ class BatchNorm(nn.Module):
                 f"a batch of {x.shape[0]} does not divide into {self.groups} batch "
                 "normalisation groups"
             )
+        if self.fused and self.arithmetic != "wide":
+            raise ValueError("the fused normalisation's arithmetic is wide alone")
         groups = 1 if self.is_initializing() else self.groups
         shape = (groups, x.shape[0] // groups, *x.shape[1:])
         compute = fused_batch_norm if self.fused else plain_batch_norm
@@ -95,7 +100,7 @@ class BatchNorm(nn.Module):
             None if shortcut is None else shortcut.reshape(shape),
             scale,
             bias,
-            Form(self.epsilon, self.variance, relu, self.dtype),
+            Form(self.epsilon, self.variance, relu, self.dtype, self.arithmetic),
         )
         if not self.is_initializing():
             keep = self.momentum

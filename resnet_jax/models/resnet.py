@@ -130,6 +130,7 @@ class ResNet(nn.Module):
       batch_norm_frozen: normalise by the running statistics in training too, and keep
         them: True everywhere, or the names of parts, ``("stem", "stage1")``.
       norm_variance: see BatchNorm's ``variance``.
+      norm_arithmetic: see BatchNorm's ``arithmetic``.
       fused_norm: see BatchNorm's ``fused``; blocks then hand it the addition too, where
         nothing stands between.
       dropout_rate: between the convolutions of a block.
@@ -157,6 +158,7 @@ class ResNet(nn.Module):
     batch_norm_epsilon: float = 1e-5
     batch_norm_frozen: bool | Sequence[str] = False
     norm_variance: str = "two_pass"
+    norm_arithmetic: str = "wide"
     fused_norm: bool = False
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
@@ -261,6 +263,7 @@ class ResNet(nn.Module):
             epsilon=self.batch_norm_epsilon,
             groups=self.batch_norm_groups,
             variance=self.norm_variance,
+            arithmetic=self.norm_arithmetic,
             fused=self.fused_norm,
             dtype=self.dtype,
         )

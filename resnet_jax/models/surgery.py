@@ -19,7 +19,7 @@ from resnet_jax.models.normalization import NoNorm
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.shortcuts import NoShortcut, Projection, ZeroPad
 from resnet_jax.models.stages import Stage
-from resnet_jax.models.trees import stack_blocks, unstack_blocks
+from resnet_jax.models.trees import input_channels, stack_blocks, unstack_blocks
 
 
 def deepen(
@@ -62,7 +62,7 @@ def deepen(
     deeper = model.clone(stage_sizes=tuple(stage_sizes))
     old = unstack_blocks(variables)
     unrolled = deeper.clone(scan=False, remat=False)
-    channels = _input_channels(old["params"])
+    channels = input_channels(old["params"])
     images = jnp.zeros((1, 32, 32, channels))
     fresh = jax.jit(functools.partial(unrolled.init, train=False))(rng, images)
     new: dict[str, Any] = {}
@@ -146,8 +146,3 @@ def _check_plain(model: ResNet) -> None:
             "deepen needs plain nets of basic blocks, each layer a convolution, a "
             "normalisation and a ReLU: only such layers can be identities"
         )
-
-
-def _input_channels(params: Mapping[str, Any]) -> int:
-    stem = params["stem"]
-    return stem["conv" if "conv" in stem else "conv1"]["kernel"].shape[2]

@@ -60,6 +60,16 @@ def is_stacked(variables: Mapping[str, Any]) -> bool:
     )
 
 
+def input_channels(params: Mapping[str, Any]) -> int:
+    """Channels of the images that a net with these params takes.
+
+    Raises:
+      KeyError: the params begin with neither a stem nor a stage of convolutions.
+    """
+    first = params["stem" if "stem" in params else "stage1"]
+    return first["conv" if "conv" in first else "conv1"]["kernel"].shape[-2]
+
+
 def _map_stages(function, tree):
     """Applies ``function`` to the children named stage1, stage2, ... at any depth."""
     return {

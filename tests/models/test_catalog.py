@@ -874,6 +874,7 @@ NET_OPTIONS = {
     "batch_norm_epsilon": ("resnet50", 1e-3),
     "batch_norm_frozen": ("resnet50", ("stem", "stage1")),
     "norm_variance": ("resnet50", "fast"),
+    "norm_arithmetic": ("resnet50", "narrow"),
     "fused_norm": ("resnet50", True),
     "scan": ("resnet50", True),
     "remat": ("resnet50", True),
@@ -937,6 +938,7 @@ def test_gate_bias_of_a_gated_shortcut(letter, shortcut):
         ("batch_norm_frozen", ("stem",)),
         ("zero_init_last", True),
         ("norm_variance", "fast"),
+        ("norm_arithmetic", "narrow"),
         ("fused_norm", True),
     ],
 )
@@ -945,6 +947,12 @@ def test_without_normalisation_its_options_are_refused(option, value):
     with pytest.raises(UserError, match=sentence):
         create_model("cifar_resnet20", normalization="none", **{option: value})
     assert create_model("cifar_resnet20", normalization="batch", **{option: value})
+
+
+def test_the_fused_normalisation_is_wide():
+    with pytest.raises(UserError, match=r"leave out fused_norm, or norm_arithmetic$"):
+        create_model("resnet50", fused_norm=True, norm_arithmetic="narrow")
+    assert create_model("resnet50", fused_norm=True, norm_arithmetic="wide")
 
 
 def test_other_kinds_of_net_take_the_options_they_have():
@@ -975,6 +983,7 @@ def test_other_kinds_of_net_take_the_options_they_have():
         ("vgg16", "conv_algorithm", "xla"),
         ("vgg16_bn", "fused_norm", True),
         ("vgg16_bn", "norm_variance", "fast"),
+        ("vgg16_bn", "norm_arithmetic", "narrow"),
         ("vgg16", "gate_bias", -1.0),
         ("vgg16", "normalization", "none"),
         ("vgg16", "initialization", "he"),
@@ -1021,6 +1030,7 @@ def test_an_option_that_a_net_has_not_is_refused(name, option, value):
             rf"'fft'; valid are {', '.join(ALGORITHMS)}$",
         ),
         ("resnet50", "norm_variance", "slow", r"'slow'; valid are two_pass, fast$"),
+        ("resnet50", "norm_arithmetic", "bf16", r"'bf16'; valid are wide, narrow$"),
         (
             "resnet50",
             "stem_form",
