@@ -15,8 +15,10 @@ momentum 0.9 and weight decay 1e-4 on every parameter; no augmentation.
          benchmarks/peers_torch.py; channels_last, autocast, fused SGD; eager, and
          compiled by torch.compile
 
-With --images also our step fed by the input pipeline from FOLDER/CLASS/IMAGE, in
-Inception's crops, and the pipeline alone.
+With the first net and batch also inference: evaluation's forward pass, ours with its
+normalisations and with these folded into the convolutions, and torch's folded, its
+weights in bfloat16. With --images, likewise, our step fed by the input pipeline from
+FOLDER/CLASS/IMAGE, in Inception's crops, and the pipeline alone.
 
 Each case is a process of its own and has its time; one that fails says why. A case
 compiles, warms up and runs windows of about a second; its figure is their median. What
@@ -28,88 +30,22 @@ benchmarks/notes.md.
 
 import argparse
 import dataclasses
-import importlib
 import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from benchmarks import processes, record
+from benchmarks.gpu_contenders import SWITCHES, Case, prepared
 
 FRAMEWORKS = ("ours", "torch", "flax")
 MODELS = ("resnet50", "resnet18", "resnet101", "resnet152")
 BATCHES = (256, 128, 512)
 TINY_MODEL = "cifar_resnet8"
-_RATE, _MOMENTUM, _DECAY = 0.1, 0.9, 1e-4
-_MEAN, _STD = 0.5, 0.25
-
-
-@dataclasses.dataclass(frozen=True)
-class Switch:
-    """A way to build or compile our step.
-
-    Attributes:
-      options: of ``create_model``; and dtype.
-      flags: of XLA, added to those that are set.
-    """
-
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    flags: str = ""
-
-
-SWITCHES = {
-    "default": Switch(),
-    "pointwise": Switch({"conv_algorithm": "pointwise"}),
-    "products": Switch({"conv_algorithm": "products"}),
-    "remat": Switch({"remat": True}),
-    "fused norm": Switch({"fused_norm": True}),
-    "fast variance": Switch({"norm_variance": "fast"}),
-    "fused, fast": Switch({"fused_norm": True, "norm_variance": "fast"}),
-    "space to depth": Switch({"stem_form": "space_to_depth"}),
-    "four channels": Switch({"stem_form": "four_channels"}),
-    "float32": Switch({"dtype": "float32"}),
-    "no graphs": Switch(flags="--xla_gpu_enable_command_buffer="),
-    "graphs": Switch(flags="--xla_gpu_enable_command_buffer=+CONVOLUTION"),
-    "conv fusion": Switch(flags="--xla_gpu_experimental_enable_conv_fusion=true"),
-    "runtime fusion": Switch(flags="--xla_gpu_use_runtime_fusion=true"),
-    "no autotuning": Switch(flags="--xla_gpu_autotune_level=0"),
-    "fusion autotuner": Switch(
-        flags="--xla_gpu_experimental_enable_fusion_autotuner=true"
-    ),
-}
-"""By name; JAX's float32 lets products round their factors on a GPU (TF32)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What one process measures.
-
-    Attributes:
-      framework: of ``FRAMEWORKS``.
-      model: the net.
-      batch: images a step.
-      way: ours: a key of ``SWITCHES``, "end to end" or "input alone"; torch: eager or
-        compiled; flax: jitted.
-      images: for the latter two of ours: folder of CLASS/IMAGE.
-    """
-
-    framework: str
-    model: str
-    batch: int
-    way: str
-    images: str | None = None
-
-    @property
-    def flags(self) -> str:
-        """Of XLA."""
-        return SWITCHES[self.way].flags if self.way in SWITCHES else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,21 +60,6 @@ class Size:
 TINY = Size(warm=1, window=0.01, windows=2)
 
 
-@dataclasses.dataclass
-class Running:
-    """An implementation, ready to run.
-
-    Attributes:
-      run: does so many steps, waits for them, and stops at a loss that is not finite.
-      facts: of the row.
-      peak: bytes on the device at the fullest moment; None where it does not tell.
-    """
-
-    run: Callable[[int], None]
-    facts: dict[str, Any]
-    peak: Callable[[], int | None]
-
-
 def plan(
     models: Sequence[str],
     batches: Sequence[int],
@@ -149,7 +70,8 @@ def plan(
 ) -> list[Case]:
     """The cases, in the order of what matters.
 
-    Switches are compared, and images read, with the first net and batch.
+    Switches are compared, inference is measured and images are read with the first net
+    and batch.
 
     Args:
       models: of the catalog.
@@ -159,10 +81,12 @@ def plan(
       images: folder for the input pipeline.
       compiled: whether torch is compiled too.
     """
-    ways = {
-        "ours": ("default",),
-        "torch": ("compiled", "eager") if compiled else ("eager",),
-        "flax": ("jitted",),
+    torch_ways = ("compiled", "eager") if compiled else ("eager",)
+    ways = {"ours": ("default",), "torch": torch_ways, "flax": ("jitted",)}
+    inference = {
+        "ours": ("inference", "folded"),
+        "torch": tuple(f"folded, {way}" for way in torch_ways),
+        "flax": (),
     }
     cases = []
     for model in models:
@@ -172,7 +96,14 @@ def plan(
                 for framework in frameworks
                 for way in ways[framework]
             ]
-            if (model, batch) != (models[0], batches[0]) or "ours" not in frameworks:
+            if (model, batch) != (models[0], batches[0]):
+                continue
+            cases += [
+                Case(framework, model, batch, way)
+                for framework in frameworks
+                for way in inference[framework]
+            ]
+            if "ours" not in frameworks:
                 continue
             if images is not None:
                 cases += [
@@ -185,229 +116,6 @@ def plan(
                 if name != "default"
             ]
     return cases
-
-
-def prepared(case: Case) -> Running:
-    """Builds what the case measures; nothing is compiled yet."""
-    if case.framework == "torch":
-        return torch_running(case)
-    if case.framework == "flax":
-        return flax_running(case)
-    return our_running(case) if case.way in SWITCHES else fed_running(case)
-
-
-def our_running(case: Case) -> Running:
-    """The library's step with a switch, and what XLA says of the program."""
-    import jax
-
-    from resnet_jax.analysis.complexity import count_parameters
-    from resnet_jax.config.schema import AugmentationConfig
-    from resnet_jax.models import catalog_entry
-    from resnet_jax.training.benchmark import synthetic_step
-
-    options = dict(SWITCHES[case.way].options)
-    step, state, batch = synthetic_step(
-        case.model,
-        case.batch,
-        catalog_entry(case.model).image_size,
-        options.pop("dtype", "bfloat16"),
-        AugmentationConfig(),
-        devices=1,
-        **options,
-    )
-    start = time.perf_counter()
-    compiled = step.lower(state, None, batch).compile()
-    facts = {
-        "implementation": "resnet_jax",
-        "parameters": count_parameters(state.params),
-        "compile_seconds": time.perf_counter() - start,
-        **_account(compiled, case.batch),
-    }
-
-    def run(steps: int) -> None:
-        nonlocal state
-        for _ in range(steps):
-            state = compiled(state, None, batch)
-        jax.block_until_ready(state)
-        _check(int(state.first_bad_step) < 0)
-
-    return Running(run, facts, _jax_peak)
-
-
-def _account(compiled: Any, batch: int) -> dict[str, Any]:
-    """XLA's own sums for a program; None where a backend gives none."""
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    nbytes = (cost or {}).get("bytes accessed")
-    return {
-        "xla_bytes_an_image": None if nbytes is None else nbytes / batch,
-        "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
-    }
-
-
-def fed_running(case: Case) -> Running:
-    """The step on images that the pipeline reads, or the pipeline without a step."""
-    import jax
-
-    from resnet_jax import parallel
-    from resnet_jax.config import resolve
-    from resnet_jax.models import catalog_entry
-    from resnet_jax.training.setup import prepare
-
-    folder = Path(str(case.images)).resolve()
-    config = resolve(
-        {
-            "model.name": case.model,
-            "model.dtype": "bfloat16",
-            "data.name": "images",
-            "data.path": str(folder.parent),
-            "data.train_split": f"{folder.name}[:90%]",
-            "data.test_split": f"{folder.name}[90%:]",  # not read
-            "data.image_size": catalog_entry(case.model).image_size,
-            "data.normalization": "imagenet",
-            "data.resident": False,
-            "augmentation.crop_area": (0.08, 1.0),
-            "augmentation.flip": True,
-            "training.steps": 10**6,
-            "training.global_batch_size": case.batch,
-        }
-    )
-    setup = prepare(config, parallel.data_mesh(1))
-    train = setup.dataset.train
-    stream = setup.feed(train).training_batches(0, case.batch, config.seed)
-    facts = {
-        "implementation": "resnet_jax",
-        "images": len(train),
-        "classes": setup.dataset.num_classes,
-        "threads": config.data.threads,
-    }
-
-    def read(steps: int) -> None:
-        for _ in range(steps):
-            jax.block_until_ready(next(stream))
-
-    if case.way == "input alone":
-        return Running(read, facts, _jax_peak)
-    step, state = setup.train_step(), setup.fresh_state()
-
-    def run(steps: int) -> None:
-        nonlocal state
-        for _ in range(steps):
-            state = step(state, None, next(stream))
-        jax.block_until_ready(state)
-        _check(int(state.first_bad_step) < 0)
-
-    return Running(run, facts, _jax_peak)
-
-
-def flax_running(case: Case) -> Running:
-    """Flax's example's net; see benchmarks/train_step.py."""
-    from benchmarks.train_step import Work, flax_contender
-    from resnet_jax.data.transforms import PixelStatistics
-
-    images, labels = synthetic(case)
-    pixels = PixelStatistics(
-        np.full((1, 1, 3), _MEAN, np.float32), np.full((1, 1, 3), _STD, np.float32)
-    )
-    work = Work(case.model, images, labels, pixels)
-    contender = flax_contender(work, "bfloat16")
-
-    def run(steps: int) -> None:
-        contender.run(steps)
-        _check(contender.is_finite())
-
-    facts = {"implementation": "flax", "parameters": contender.parameters}
-    return Running(run, facts, _jax_peak)
-
-
-def torch_running(case: Case) -> Running:
-    """Torch's step, eager or compiled."""
-    import torch
-    from torch.nn import functional
-
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.benchmark = True
-    net, implementation = torch_net(case.model)
-    net = net.to(device, memory_format=torch.channels_last).train()
-    host_images, host_labels = synthetic(case)
-    # (n, h, w, c) in memory, seen as (n, c, h, w): channels_last.
-    images = torch.from_numpy(host_images).to(device).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(host_labels).long().to(device)
-    optimizer = torch.optim.SGD(
-        net.parameters(),
-        lr=_RATE,
-        momentum=_MOMENTUM,
-        weight_decay=_DECAY,
-        fused=device == "cuda",
-    )
-
-    def loss_of() -> Any:
-        batch = (images.float() / 255 - _MEAN) / _STD
-        with torch.autocast(device, torch.bfloat16):
-            logits = net(batch)
-        return functional.cross_entropy(logits.float(), labels)
-
-    if case.way == "compiled":
-        loss_of = torch.compile(loss_of)
-
-    def run(steps: int) -> None:
-        for _ in range(steps):
-            loss = loss_of()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        _check(math.isfinite(loss.item()))  # which waits for the device
-
-    facts = {
-        "implementation": implementation,
-        "torch": torch.__version__,
-        "parameters": sum(parameter.numel() for parameter in net.parameters()),
-    }
-
-    def peak() -> int | None:
-        return torch.cuda.max_memory_allocated() if device == "cuda" else None
-
-    return Running(run, facts, peak)
-
-
-def torch_net(model: str) -> tuple[Any, str]:
-    """A net of torchvision or timm, else that of the peers, and whose it is."""
-    for library, make in (
-        ("torchvision", lambda found: getattr(found.models, model)()),
-        ("timm", lambda found: found.create_model(model)),
-    ):
-        # One that does not fit the installed torch fails in other ways too.
-        try:
-            found = importlib.import_module(library)
-            return make(found), f"{library} {found.__version__}"
-        except (ImportError, AttributeError, RuntimeError):
-            continue
-    from benchmarks.peers import LAYOUTS
-    from benchmarks.peers_torch import TorchResNet
-
-    return TorchResNet(LAYOUTS[model]), "benchmarks/peers_torch.py"
-
-
-def synthetic(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Random images (n, h, w, 3) uint8 and labels (n,) int32."""
-    from benchmarks.peers import LAYOUTS
-
-    layout = LAYOUTS[case.model]
-    rng = np.random.default_rng(0)
-    shape = (case.batch, layout.image_size, layout.image_size, 3)
-    images = rng.integers(0, 256, shape, dtype=np.uint8)
-    return images, rng.integers(0, layout.num_classes, case.batch).astype(np.int32)
-
-
-def _check(finite: bool) -> None:
-    if not finite:
-        raise SystemExit("a loss was not finite")
-
-
-def _jax_peak() -> int | None:
-    import jax
-
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def run_case(case: Case, size: Size) -> dict[str, Any]:
@@ -497,8 +205,8 @@ def main(arguments: Sequence[str]) -> None:
         compiled=not options.tiny,
     )
     print(
-        f"training step, bfloat16, {content['environment']['devices']}; medians of "
-        f"{size.windows} windows of {size.window} s\n"
+        f"training steps and inference, bfloat16, {content['environment']['devices']}; "
+        f"medians of {size.windows} windows of {size.window} s\n"
         f"{'net':<14}{'batch':>5}  {'':<6}{'':<18}{'ms/step':>9}  {'':<20}"
         f"{'images/s':>10}{'GiB':>7}{'MB/im.':>8}{'ready':>8}"
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import gpu_training, processes
-from benchmarks.gpu_training import SWITCHES, Case
+from benchmarks import gpu_contenders, gpu_training, processes
+from benchmarks.gpu_contenders import SWITCHES, Case
 from resnet_jax.models import create_model
 
 
@@ -21,19 +21,23 @@ def test_the_plan_begins_with_what_matters():
         ["default", "remat"],
         images="folder",
     )
-    first = [(case.framework, case.way) for case in cases[:7]]
+    first = [(case.framework, case.way) for case in cases[:11]]
     assert first == [
         ("ours", "default"),
         ("torch", "compiled"),
         ("torch", "eager"),
         ("flax", "jitted"),
+        ("ours", "inference"),
+        ("ours", "folded"),
+        ("torch", "folded, compiled"),
+        ("torch", "folded, eager"),
         ("ours", "end to end"),
         ("ours", "input alone"),
         ("ours", "remat"),
     ]
-    assert all((case.model, case.batch) == ("resnet50", 256) for case in cases[:7])
+    assert all((case.model, case.batch) == ("resnet50", 256) for case in cases[:11])
     # Four contenders for each net and batch; the rest once.
-    assert len(cases) == 4 * 4 + 3
+    assert len(cases) == 4 * 4 + 7
     assert len(set(cases)) == len(cases)
 
 
@@ -65,11 +69,11 @@ def test_torch_s_net_is_torchvision_s_where_it_is_installed(monkeypatch):
     library = types.ModuleType("torchvision")
     library.models, library.__version__ = models, "1.2"
     monkeypatch.setitem(sys.modules, "torchvision", library)
-    assert gpu_training.torch_net("resnet18") == ("a net", "torchvision 1.2")
+    assert gpu_contenders.torch_net("resnet18") == ("a net", "torchvision 1.2")
     # None in sys.modules is what is not installed.
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "timm", None)
-    net, source = gpu_training.torch_net("resnet50")
+    net, source = gpu_contenders.torch_net("resnet50")
     assert source == "benchmarks/peers_torch.py"
     assert sum(weight.numel() for weight in net.parameters()) == 25_557_032
 
@@ -91,6 +95,9 @@ def test_a_trial_measures_every_case_that_it_can(tmp_path, capsys):
         ("ours", "default"),
         ("torch", "eager"),
         ("flax", "jitted"),
+        ("ours", "inference"),
+        ("ours", "folded"),
+        ("torch", "folded, eager"),
         ("ours", "end to end"),
         ("ours", "input alone"),
     ]
