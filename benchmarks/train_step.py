@@ -63,13 +63,27 @@ class Work:
     pixels: PixelStatistics
 
 
-def our_contender(model: str, batch_size: int) -> tuple[Contender, Work]:
-    """The library's step, and the batch it was made with for the others."""
+def our_contender(
+    model: str,
+    batch_size: int,
+    name: str = OURS,
+    dtype: str = "float32",
+    **options: Any,
+) -> tuple[Contender, Work]:
+    """The library's step, and the batch it was made with for the others.
+
+    Args:
+      model: a key of ``peers.LAYOUTS``.
+      batch_size: images.
+      name: in the table.
+      dtype: of the convolutions.
+      **options: further ones of ``create_model``.
+    """
     side = peers.LAYOUTS[model].image_size
     train_step, state, batch = synthetic_step(
-        model, batch_size, side, "float32", AugmentationConfig()
+        model, batch_size, side, dtype, AugmentationConfig(), **options
     )
-    net = create_model(model)
+    net = create_model(model, **options)
     work = Work(
         model,
         np.asarray(batch["image"]),
@@ -85,7 +99,7 @@ def our_contender(model: str, batch_size: int) -> tuple[Contender, Work]:
         jax.block_until_ready(state)
 
     contender = Contender(
-        OURS,
+        name,
         parameters,
         count_multiply_adds(net, (side, side, 3)),
         run,

@@ -106,7 +106,11 @@ def normalize_narrow(
     """
     slope = lax.rsqrt(var + epsilon) * scale
     offset = bias - mean * slope
-    return x.astype(dtype) * slope.astype(dtype) + offset.astype(dtype)
+    # Repeated before they are rounded, so that their gradients are summed in float32.
+    slope, offset = (
+        jnp.broadcast_to(number, x.shape).astype(dtype) for number in (slope, offset)
+    )
+    return x.astype(dtype) * slope + offset
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -190,12 +194,15 @@ def _backward(form, saved, cotangents):
     """
     x, joined, mean, var, scale, bias = saved
     gradient, mean_gradient, var_gradient = cotangents
-    deviation, gradient = widen(x) - mean, widen(gradient)
+    deviation = widen(x) - mean
     inverse = lax.rsqrt(var + form.epsilon)
     slope = inverse * scale
     if form.relu:
         sign = deviation * slope + bias if joined is None else joined
+        # Before it is widened: what is kept of it, for several readers, is narrow.
         gradient = jnp.where(sign > 0, gradient, 0)
+    shortcut_gradient = None if joined is None else gradient.astype(joined.dtype)
+    gradient = widen(gradient)
     axes = _reduced(x)
     total = gradient.sum(axes, keepdims=True)
     moment = (gradient * deviation).sum(axes, keepdims=True)
@@ -206,7 +213,7 @@ def _backward(form, saved, cotangents):
     others = tuple(range(x.ndim - 1))
     return (
         x_gradient.astype(x.dtype),
-        None if joined is None else gradient.astype(joined.dtype),
+        shortcut_gradient,
         (moment * inverse).sum(others).astype(scale.dtype),
         total.sum(others).astype(bias.dtype),
     )

@@ -62,6 +62,18 @@ def test_statistics_are_float32_in_both():
     assert jax.tree.map(np.array_equal, wide, narrow) == {"mean": True, "var": True}
 
 
+def test_gradients_of_many_values_are_summed_in_float32():
+    """A bfloat16 sum of ones ends at 256."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4096, 2)), jnp.bfloat16)
+    form = Form(dtype=jnp.bfloat16, arithmetic="narrow")
+
+    def total(bias):
+        y, *_ = plain_batch_norm(x, None, jnp.ones(2), bias, form)
+        return y.astype(jnp.float32).sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.zeros(2)), [4096, 4096])
+
+
 def test_in_evaluation_both_are_wide():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.bfloat16)
     wide = BatchNorm(True, dtype=jnp.bfloat16)
