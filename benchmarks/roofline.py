@@ -24,6 +24,7 @@ or dtype.
 import argparse
 import collections
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -38,7 +39,7 @@ from flax import linen as nn
 from benchmarks import hlo, record
 from resnet_jax.analysis.complexity import count_multiply_adds
 from resnet_jax.config.schema import AugmentationConfig
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, nearest
 from resnet_jax.models import catalog_entry, create_model
 from resnet_jax.models.blocks import ResidualBlock
 from resnet_jax.models.convolution import Conv
@@ -436,7 +437,7 @@ def parse_switch(text: str) -> tuple[str, dict[str, Any]]:
     """A name and options, from NAME=OPTION:VALUE,OPTION:VALUE; values as in JSON.
 
     Raises:
-      UserError: it has another form.
+      UserError: it has another form, or there is no such option.
     """
     name, _, rest = text.partition("=")
     pairs = [pair.partition(":") for pair in rest.split(",") if pair]
@@ -444,6 +445,10 @@ def parse_switch(text: str) -> tuple[str, dict[str, Any]]:
         raise UserError(
             f"{text!r} is no switch; it has the form NAME=OPTION:VALUE,OPTION:VALUE"
         )
+    valid = [*inspect.signature(create_model).parameters, "batch", "image_size"]
+    for key, _, _ in pairs:
+        if key not in valid:
+            raise UserError(f"there is no option {key}; {nearest(key, valid)}")
     return name, {key: _value(value) for key, _, value in pairs}
 
 
