@@ -428,8 +428,10 @@ def test_an_arrayrecord_data_set_of_tfds_keeps_its_order(tfds_dir, tmp_path):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from resnet_jax.data import images
+# A shell ignores interrupts of what it runs in the background, and so would this.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 decode = images.decode
 def slowly(*arguments):
     time.sleep(0.01)
