@@ -17,6 +17,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 # library does: twice the threads, lest collectives wait for each other's.
 # See ``resnet_jax.parallel.settled``.
 os.environ.setdefault("PJRT_NPROC", "16")
+# Most of the tests' time is LLVM's: unoptimised code halves it. Programs, and so what
+# is counted of them, are the same; the subprocesses of tests take this over.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+).strip()
 
 
 @pytest.fixture(scope="session", autouse=True)
