@@ -15,15 +15,19 @@ Nothing is run or timed. Per image of the batch it says, side by side for each s
   analytic  three times the forward pass's multiply-adds; the bytes of the net's maps,
             each read and written as often as ``PASSES`` says
 
+With --inference it is evaluation's forward pass, and ``folded:true`` an option of its
+switches, see ``resnet_jax.models.folding``.
+
 The roofline gives each operation the longer of its arithmetic's and its traffic's time,
 and adds these up: operations follow each other. It is a bound, and not a measurement.
-A switch is NAME=OPTION:VALUE,...: an option of ``create_model``, or batch, image_size
-or dtype.
+A switch is NAME=OPTION:VALUE,...: an option of ``create_model``, or batch, image_size,
+dtype or folded.
 """
 
 import argparse
 import collections
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -39,8 +43,9 @@ from flax import linen as nn
 from benchmarks import hlo, record
 from resnet_jax.analysis.complexity import count_multiply_adds
 from resnet_jax.config.schema import AugmentationConfig
+from resnet_jax.data.transforms import to_unit
 from resnet_jax.errors import UserError, nearest
-from resnet_jax.models import catalog_entry, create_model
+from resnet_jax.models import catalog_entry, create_model, fold_batch_norm
 from resnet_jax.models.blocks import ResidualBlock
 from resnet_jax.models.convolution import Conv
 from resnet_jax.models.normalization import BatchNorm
@@ -192,6 +197,8 @@ class Case:
       image_size: side; None: the net's own.
       dtype: of the convolutions.
       options: of ``create_model``.
+      inference: the forward pass of evaluation, not a training step.
+      folded: in inference, without normalisation.
     """
 
     name: str
@@ -200,10 +207,12 @@ class Case:
     image_size: int | None
     dtype: str
     options: dict[str, Any]
+    inference: bool = False
+    folded: bool = False
 
     def switched(self, name: str, changes: dict[str, Any]) -> "Case":
         """With other fields or further options of the net."""
-        own = {"batch", "image_size", "dtype"}
+        own = {"batch", "image_size", "dtype", "folded"}
         fields = {key: value for key, value in changes.items() if key in own}
         options = {key: value for key, value in changes.items() if key not in own}
         return dataclasses.replace(
@@ -216,7 +225,9 @@ class Case:
         return self.image_size or catalog_entry(self.model).image_size
 
     def trace(self) -> Any:
-        """The training step without augmentation, traced: ``jax.stages.Traced``."""
+        """The step without augmentation, traced: ``jax.stages.Traced``."""
+        if self.inference:
+            return self._trace_inference()
         step, state, batch = synthetic_step(
             self.model,
             self.batch,
@@ -228,6 +239,33 @@ class Case:
             **self.options,
         )
         return step.trace(state, None, batch)
+
+    def _trace_inference(self) -> Any:
+        net = create_model(self.model, dtype=jnp.dtype(self.dtype), **self.options)
+        shape = (self.batch, self.side, self.side, catalog_entry(self.model).channels)
+        init = functools.partial(net.init, train=False)
+        variables = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *shape[1:])))
+        if self.folded:
+            net, variables = fold_abstractly(net, variables)
+
+        def classify(variables: Any, images: jax.Array) -> jax.Array:
+            return net.apply(variables, to_unit(images), train=False)
+
+        images = jax.ShapeDtypeStruct(shape, jnp.uint8)
+        return jax.jit(classify).trace(variables, images)
+
+
+def fold_abstractly(net: Any, variables: Any) -> tuple[Any, Any]:
+    """``fold_batch_norm`` of shapes."""
+    nets = []
+
+    def fold(variables: Any) -> Any:
+        folded, params = fold_batch_norm(net, variables)
+        nets.append(folded)
+        return params
+
+    params = jax.eval_shape(fold, variables)
+    return nets[0], params
 
 
 def traced_operations(jaxpr: Any) -> list[hlo.Operation]:
@@ -445,7 +483,8 @@ def parse_switch(text: str) -> tuple[str, dict[str, Any]]:
         raise UserError(
             f"{text!r} is no switch; it has the form NAME=OPTION:VALUE,OPTION:VALUE"
         )
-    valid = [*inspect.signature(create_model).parameters, "batch", "image_size"]
+    valid = list(inspect.signature(create_model).parameters)
+    valid += ["batch", "image_size", "folded"]
     for key, _, _ in pairs:
         if key not in valid:
             raise UserError(f"there is no option {key}; {nearest(key, valid)}")
@@ -479,7 +518,13 @@ def main(arguments: Sequence[str]) -> None:
     chips = chosen_chips(options)
     content = record.circumstances("roofline", arguments)
     base = Case(
-        "base", options.model, options.batch, options.image_size, options.dtype, {}
+        "base",
+        options.model,
+        options.batch,
+        options.image_size,
+        options.dtype,
+        {},
+        options.inference,
     )
     if options.option:
         base = base.switched("base", parse_switch(f"base={options.option}")[1])
@@ -498,8 +543,9 @@ def main(arguments: Sequence[str]) -> None:
             print_largest(row, "compiled" if options.compile else "traced")
     result: dict[str, Any] = {"rows": rows}
     try:
-        result["analytic"] = analytic(base, chips)
-        print_analytic(result["analytic"])
+        if not base.inference:
+            result["analytic"] = analytic(base, chips)
+            print_analytic(result["analytic"])
     except UserError as error:
         print(f"analytic: {error}")
     record.write(options.json, content | result)
@@ -538,6 +584,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--bandwidth", type=float, help="and of its memory, 10^9 bytes a second"
+    )
+    parser.add_argument(
+        "--inference", action="store_true", help="evaluation's forward pass alone"
     )
     parser.add_argument("--compile", action="store_true", help="count the HLO too")
     parser.add_argument(

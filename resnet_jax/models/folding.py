@@ -1,8 +1,8 @@
 """Inference without batch normalisation: its numbers multiplied into the convolutions.
 
 By its running statistics a normalisation is a scale and an offset for each channel, and
-so is part of the convolution before it. The folded net reads and writes every map once
-less.
+so is part of the convolution before it. Behind that stand then a bias, a sum and a ReLU
+alone, which convolution kernels of libraries can compute before they write the map.
 """
 
 import functools

@@ -237,3 +237,16 @@ def test_switches_stand_side_by_side(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "custom gradient" in output
     assert "conv_general_dilated bfloat16" in output
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_inference_is_the_forward_pass_alone(folded):
+    case = roofline.Case(
+        "a", "cifar_resnet8", 4, None, "bfloat16", {"conv_algorithm": "xla"}, True
+    )
+    case = case.switched("b", {"folded": folded})
+    traced = case.trace()
+    row = roofline.summarize(roofline.traced_operations(traced.jaxpr), case, [])
+    net = create_model("cifar_resnet8")
+    assert row["multiply_adds"] == count_multiply_adds(net, (32, 32, 3))
+    assert ("rsqrt" in str(traced.jaxpr)) != folded
