@@ -423,9 +423,11 @@ def analytic(case: Case, chips: Sequence[Chip]) -> dict[str, Any]:
 def print_rows(rows: Sequence[dict[str, Any]], source: str) -> None:
     """Prints a table of ``traced`` or ``compiled``: a column a switch."""
     columns = [row[source] for row in rows]
+    widths = [max(16, len(row["name"]) + 2) for row in rows]
 
     def line(name: str, values: Iterable[str]) -> None:
-        print(f"{name:<26}" + "".join(f"{value:>16}" for value in values))
+        cells = zip(values, widths, strict=True)
+        print(f"{name:<26}" + "".join(f"{value:>{width}}" for value, width in cells))
 
     line(f"{source}, an image", [row["name"] for row in rows])
     for kind in KINDS:
