@@ -14,9 +14,11 @@ degradation: $(VENV)/.demo
 	$(BIN)/resnet-jax paper run degradation --workdir runs/degradation
 	$(BIN)/resnet-jax paper report --workdir runs/degradation --figures runs/degradation
 
-# A worker that crashes ends the tests: xdist can wait for ever behind a new one.
+# A worker that crashes ends the tests, for xdist can wait for ever behind a new one; so
+# does a test of a quarter of an hour, with the stacks of its threads.
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 \
+	  -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true -m "not slow"
 
 slow-test: $(VENV)/.test
 	$(BIN)/python -m pytest
