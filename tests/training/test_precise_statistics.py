@@ -168,3 +168,23 @@ def test_a_net_without_batch_normalisation_is_refused(tiny_config, tmp_path):
     tiny_config.evaluation.precise_statistics_examples = 64
     with pytest.raises(UserError, match="cifar_highway19 has none: set it to 0"):
         train(tiny_config, tmp_path)
+
+
+def test_programs_on_simulated_devices_are_waited_for(
+    tiny_config, tmp_path, monkeypatch
+):
+    """Each step, each batch of statistics and each evaluated batch, one by one."""
+    waited = []
+    settled = parallel.settled
+
+    def recorded(tree):
+        waited.append(type(tree).__name__)
+        return settled(tree)
+
+    monkeypatch.setattr(parallel, "settled", recorded)
+    tiny_config.training.steps = 3
+    tiny_config.evaluation.every_steps = 3
+    tiny_config.evaluation.batch_size = 120
+    tiny_config.evaluation.precise_statistics_examples = 64
+    resnet_jax.train(tiny_config, tmp_path)
+    assert waited == ["TrainState"] * 3 + ["dict"] * 2 + ["Sums"] * 3
