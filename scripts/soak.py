@@ -35,7 +35,7 @@ import numpy as np
 import soak_runs as runs
 from soak_runs import Failed, Process, Runs, Skipped
 
-from resnet_jax.training.environment import environment
+from resnet_jax.environment import environment
 
 FAKETIME = "/usr/lib/*/faketime/libfaketimeMT.so.1"
 PEER_TIMEOUT_SECONDS = 10

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from resnet_jax.config import resolve
-from resnet_jax.training.checkpoints import Checkpoints
+from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.training.setup import prepare
 from resnet_jax.workdir import Workdir
 

@@ -14,8 +14,9 @@ from resnet_jax.cli import main
 from resnet_jax.distributed import Processes
 from resnet_jax.errors import UserError
 from tests.conftest import REPOSITORY
-from tests.training.test_checkpoints import same
-from tests.training.test_loop import final_state, rows_of
+from tests.test_checkpoints import same
+from tests.training.helpers import final_state
+from tests.training.test_train import rows_of
 
 LAUNCH = [sys.executable, str(REPOSITORY / "scripts" / "launch_local.py")]
 

@@ -167,8 +167,8 @@ def _options(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
 def _from_run(folder: str | os.PathLike[str], model: str | None) -> _Net:
     """The net of a run's last checkpoint; the data need not be there."""
     # Imported here: only this form needs the libraries of training.
+    from resnet_jax.checkpoints import Checkpoints
     from resnet_jax.config import model_options
-    from resnet_jax.training.checkpoints import Checkpoints
     from resnet_jax.workdir import Workdir
 
     workdir = Workdir(folder)
