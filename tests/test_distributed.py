@@ -161,7 +161,7 @@ def test_one_sigterm_stops_all_at_the_same_step_and_they_go_on(
     assert (workdir / "checkpoints" / str(stopped_at)).is_dir()
     launcher = start(config_file, workdir, 2)
     output, _ = launcher.communicate(timeout=120)
-    assert f"going on from the checkpoint at step {stopped_at}" in output
+    assert f"continuing from the checkpoint at step {stopped_at}" in output
     assert_ends_as(alone, workdir, config_file)
 
 

@@ -174,9 +174,13 @@ def test_what_needs_batch_normalisation_is_refused_without(
     tiny_config.model.name = "cifar_plain8"
     tiny_config.model.normalization = "none"
     tiny_config[section][field] = value
-    with pytest.raises(UserError, match=sentence):
+
+    def check():
         learner = parts(tiny_config).learner
         check_precise_statistics(learner.config, learner.abstract_state().batch_stats)
+
+    with pytest.raises(UserError, match=sentence):
+        check()
 
 
 @pytest.mark.parametrize(
