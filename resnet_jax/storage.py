@@ -313,8 +313,8 @@ def read_text(path: Path) -> str | None:
 
 
 def _wait_until_free(file: Path, tell: Tell) -> None:
-    first = read_text(file)
-    if not first:
+    first = now = read_text(file)
+    if first is None:
         return
     tell(
         f"{file} belongs to a run on {_holder(file)}, which is alive or was killed; "
@@ -324,7 +324,7 @@ def _wait_until_free(file: Path, tell: Tell) -> None:
         time.sleep(BEAT_SECONDS)
         if (now := read_text(file)) != first:
             break
-    if now and now != first:
+    if now not in (None, first):
         raise _in_use(file, _holder(file))
 
 

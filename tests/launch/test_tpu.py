@@ -294,7 +294,7 @@ def test_interrupted_the_run_saves_before_the_slice_goes(cloud):
 
 
 def test_a_launcher_that_was_killed_finds_its_run_again(cloud):
-    cloud.plan({"seconds": 4, "done": True})
+    cloud.plan({"seconds": 2, "done": True})
     arguments = [*OWN, *QUICK, "--", *COMMAND]
     with subprocess.Popen(
         [*LAUNCH, "tpu", *arguments],
