@@ -1,15 +1,95 @@
-"""A run in a store: gcsfs, Orbax and tensorstore against a server of the GCS API."""
+"""Locks, and a run in a store: gcsfs, Orbax and tensorstore against a GCS emulator."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
-from resnet_jax.workdir import Workdir
+from resnet_jax import storage
+from resnet_jax.errors import UserError
 from tests.conftest import REPOSITORY
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Locks in a store that live and die within tenths of a second."""
+    monkeypatch.setattr(storage, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(storage, "DEAD_SECONDS", 0.4)
+    monkeypatch.setattr(storage, "SETTLE_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", [storage.Disk, storage.Store])
+def test_a_second_run_is_refused_until_the_first_leaves(kind, tmp_path):
+    with (
+        kind().lock(tmp_path, print),
+        pytest.raises(UserError, match="in use by another run"),
+        kind().lock(tmp_path, print),
+    ):
+        pass
+    heard = []
+    with kind().lock(tmp_path, heard.append):
+        assert not heard
+    assert not (tmp_path / storage.LOCK).exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_lock_of_a_dead_run_is_taken_after_a_while(tmp_path):
+    storage._renew(tmp_path / storage.LOCK, "a host, process 7")
+    heard = []
+    with storage.Store().lock(tmp_path, heard.append):
+        assert "a host, process 7" in heard[0]
+
+
+@pytest.mark.usefixtures("quick")
+def test_of_two_runs_at_once_the_last_to_write_has_the_lock(tmp_path, monkeypatch):
+    def taken_by_another(_):
+        storage._renew(tmp_path / storage.LOCK, "a host, process 7")
+
+    monkeypatch.setattr(time, "sleep", taken_by_another)
+    with (
+        pytest.raises(UserError, match="run on a host, process 7"),
+        storage.Store().lock(tmp_path, print),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_lost_its_lock_writes_no_more(tmp_path):
+    store = storage.Store()
+    with store.lock(tmp_path, print):
+        storage._renew(tmp_path / storage.LOCK, "a host, process 7")
+        time.sleep(0.3)
+        with pytest.raises(UserError, match="now belongs to a run on a host, process"):
+            store.write(tmp_path / "result.json", "{}")
+    assert not (tmp_path / "result.json").exists()
+    assert "process 7" in (tmp_path / storage.LOCK).read_text()
+
+
+def test_rows_are_written_at_most_so_often_and_all_on_leaving(tmp_path, quick):
+    store, rows = storage.Store(), tmp_path / "rows"
+    with store.lock(tmp_path, print):
+        store.append(rows, "1\n")
+        store.append(rows, "2\n")
+        assert rows.read_text() == "1\n"
+    assert rows.read_text() == "1\n2\n"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+    with contextlib.suppress(ZeroDivisionError), storage.replacing(file) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "old"
+    storage.Disk().write(file, "new")
+    assert file.read_text() == "new"
 
 
 @pytest.fixture(scope="module")
@@ -57,62 +137,56 @@ def _tell_generations():
     objects.download = download
 
 
-def python(environment, code, *arguments):
-    """What a program prints, a fresh process that knows the store."""
+RUN = """
+import json
+import sys
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 1)
+from resnet_jax import storage, train
+from resnet_jax.workdir import Workdir
+from tests.conftest import make_tiny_config
+
+storage.SETTLE_SECONDS = 0.1
+found = []
+for place in sys.argv[2:]:
+    config = make_tiny_config(sys.argv[1])
+    config.training.steps = 6
+    config.evaluation.every_steps = 6
+    config.checkpoint.every_steps = 3
+    config.profile.steps = "3:4"
+    # Compiled once, in the store, and read from there.
+    config.compilation_cache = sys.argv[2] + "/cache"
+    train(config, place)
+    folder = Workdir(place)
+    boards = [len(path.read_bytes()) for path in folder.tensorboard.iterdir()]
+    found.append({
+        "files": sorted(path.name for path in folder.path.iterdir()),
+        "steps": sorted(path.name for path in folder.checkpoints.iterdir()),
+        "boards": boards,
+        "rows": folder.read_rows(),
+        "result": folder.read_result(),
+    })
+print(json.dumps(found))
+"""
+
+
+def test_a_run_in_a_store_is_the_run_on_the_disk(bucket, tfds_dir, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
+        [sys.executable, "-c", RUN, tfds_dir, "gs://bucket/run", tmp_path / "run"],
+        env=bucket,
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-TRAIN = """
-import sys
-import jax
-jax.config.update("jax_num_cpu_devices", 1)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-from resnet_jax import storage
-storage.SETTLE_SECONDS = 0.1
-from resnet_jax.training.train import train
-from tests.conftest import make_tiny_config
-config = make_tiny_config(sys.argv[2])
-for name in sys.argv[3:]:
-    exec(name)
-train(config, sys.argv[1])
-"""
-READ = """
-import json, sys
-from etils import epath
-from resnet_jax.workdir import Workdir
-folder = Workdir(sys.argv[1])
-files = sorted(str(file.relative_to(folder.path)) for file in folder.path.iterdir())
-steps = sorted(path.name for path in folder.checkpoints.iterdir())
-boards = [len(path.read_bytes()) for path in folder.tensorboard.iterdir()]
-cache = len(list((folder.path / "cache").iterdir()))
-print(json.dumps([files, steps, boards, cache, folder.read_rows(),
-    folder.read_result()]))
-"""
-
-
-def test_a_run_in_a_store_is_the_run_on_the_disk(bucket, tfds_dir, tmp_path):
-    python(bucket, TRAIN, "gs://bucket/run", tfds_dir, "config.profile.steps = '3:4'")
-    python(bucket, TRAIN, tmp_path / "run", tfds_dir)
-    files, steps, boards, cache, rows, result = json.loads(
-        python(bucket, READ, "gs://bucket/run")
-    )
-    here = Workdir(tmp_path / "run")
-    assert files == sorted([*(path.name for path in here.path.iterdir()), "profile"])
-    assert steps == sorted(path.name for path in here.checkpoints.iterdir())
-    assert boards == [
-        pytest.approx(path.stat().st_size, abs=200)
-        for path in here.tensorboard.iterdir()
-    ]
-    assert cache > 0
+    there, here = json.loads(done.stdout.splitlines()[-1])
+    assert there["files"] == sorted([*here["files"], "cache"])
+    assert there["steps"] == here["steps"] == ["3", "6"]
+    assert len(there["boards"]) == 1
+    assert there["boards"] == pytest.approx(here["boards"], abs=200)
 
     def exact(rows):
         measured = ("seconds", "images_per_second", "input_wait")
@@ -120,5 +194,5 @@ def test_a_run_in_a_store_is_the_run_on_the_disk(bucket, tfds_dir, tmp_path):
             {k: v for k, v in r.items() if not k.startswith(measured)} for r in rows
         ]
 
-    assert exact(rows) == exact(here.read_rows())
-    assert result["test_errors"] == here.read_result()["test_errors"]
+    assert exact(there["rows"]) == exact(here["rows"])
+    assert there["result"]["test_errors"] == here["result"]["test_errors"]
