@@ -1,42 +1,41 @@
-"""The processes of one run on several hosts: how they start, end, and find each other.
+"""The processes of one run on several hosts: how they connect, and how they end.
 
-jax.distributed does the work: it connects the processes, its coordination service
-notices which of them live, and XLA's collectives move the numbers. This module adds
-what a person needs: a process that dies makes the others stop, soon, with one sentence
-that names it, where they would wait in a collective for ever.
+jax.distributed connects the processes, and its coordination service knows which of
+them live. This module adds what a person needs: if a process dies, the others stop
+soon, with one sentence that names it, instead of waiting in a collective forever.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import os
-import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from resnet_jax.errors import Preempted, UserError
 
-_NOTICES = "resnet_jax/stopped"
 _POLL_SECONDS = (0.5, 5.0)
 _START_SECONDS = 300
 _LOST = ("Gloo", "NCCL", "arrier", "oordination", "Socket closed", "Connection reset")
+_RESTART = "The checkpoints are whole: the same command on all hosts resumes the run"
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Which processes make a run.
+    """The processes of a run.
 
     Attributes:
-      coordinator: ``HOST:PORT`` of process 0; None: jax finds it in a cluster's
-        environment, as it does the rest.
-      count: of processes.
-      index: of this one, from 0.
+      coordinator: ``HOST:PORT`` of process 0; None: jax finds all three in the
+        environment of a cluster.
+      count: number of processes.
+      index: of this process, from 0.
     """
 
     coordinator: str | None = None
@@ -44,80 +43,77 @@ class Processes:
     index: int | None = None
 
     def check(self) -> None:
-        """Raises UserError where the three do not fit together."""
+        """Raises UserError if the three do not fit together."""
         if self == Processes():
             return
         if self.coordinator is None or self.count is None or self.index is None:
             raise UserError(
-                "--coordinator, --processes and --process-id go together; give all, or "
-                "--distributed where the cluster says them"
+                "--coordinator, --processes and --process-id go together; give all "
+                "three, or --distributed on a cluster that jax knows"
             )
         host, _, port = self.coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise UserError(
-                f"the coordinator is HOST:PORT of process 0, such as 10.0.0.1:8476, "
+                "--coordinator must be HOST:PORT of process 0, such as 10.0.0.1:8476, "
                 f"not {self.coordinator!r}"
             )
         if self.count < 1:
-            raise UserError(f"the processes must be at least 1, not {self.count}")
+            raise UserError(f"--processes must be at least 1, not {self.count}")
         if not 0 <= self.index < self.count:
             raise UserError(
-                f"the process id is one of 0 to {self.count - 1}, not {self.index}"
+                f"--process-id must be one of 0 to {self.count - 1}, not {self.index}"
             )
 
 
 def is_primary() -> bool:
-    """Whether this process writes what a run leaves; uses no device in a lone one."""
+    """Whether this process writes the files of the run.
+
+    Touches no device unless the run has several processes; so do the functions below.
+    """
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def process_count() -> int:
-    """Processes of the run; uses no device in a lone one."""
+    """Number of processes of the run."""
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def broadcast(value: int) -> int:
-    """The first process's value on all of them."""
+    """The value of process 0, on all processes."""
     if process_count() == 1:
         return value
-    from jax.experimental import multihost_utils
-
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def sum_over_processes(value: int) -> int:
-    """The sum of the processes' values on all of them."""
+    """The sum of the values of all processes, on all processes."""
     if process_count() == 1:
         return value
-    from jax.experimental import multihost_utils
-
     return int(multihost_utils.process_allgather(np.int32(value)).sum())
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until every process is here."""
+    """Waits until every process has called this with the same name."""
     if process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(name)
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether a collective or barrier failed, most likely since a process died."""
+    """Whether a collective or barrier failed, most likely because a process died."""
     return any(word in str(error) for word in _LOST)
 
 
 @contextlib.contextmanager
 def started(processes: Processes | None, peer_timeout_seconds: int) -> Iterator[None]:
-    """Connects this process with the others, and watches them meanwhile.
+    """Connects this process with the others, and watches them until the block ends.
 
-    Call it before anything uses a device. A process that dies, or stops for an error,
-    makes every other one end with exit status 1 and a sentence that names it.
+    Call it before anything uses a device. If a process dies or stops with an error,
+    every other one ends with exit status 1 and a sentence that names it.
 
     Args:
-      processes: None for a process alone, for which nothing happens.
-      peer_timeout_seconds: without a sign of life after which a process counts as
-        dead.
+      processes: None: this process is alone, and nothing happens.
+      peer_timeout_seconds: a process counts as dead after this time without a
+        heartbeat.
 
     Raises:
       UserError: the processes cannot be connected.
@@ -126,31 +122,33 @@ def started(processes: Processes | None, peer_timeout_seconds: int) -> Iterator[
         yield
         return
     _initialize(processes, peer_timeout_seconds)
+    if jax.process_count() == 1:
+        yield
+        return
     watch = _Watch(peer_timeout_seconds)
     try:
         yield
-    except UserError as error:
-        watch.tell(str(error))
-        raise
-    except KeyboardInterrupt:
-        watch.tell("it was interrupted")
+    except (UserError, KeyboardInterrupt):
+        watch.leave_alone()
         raise
     except Preempted:
         watch.leave_together()
         raise
-    except Exception as error:
-        # A collective fails here before the watch knows which process has died.
-        watch.name_the_dead(str(error))
+    except Exception:
+        # A collective may fail before the watch knows which process has died.
+        watch.wait()
         raise
     else:
         watch.leave_together()
+    finally:
+        watch.close()
 
 
 def _initialize(processes: Processes, peer_timeout_seconds: int) -> None:
     processes.check()
-    # Without it, jax aborts all processes with a stack trace where one dies.
+    # Otherwise jax aborts all processes with a stack trace when one dies.
     jax.config.update("jax_enable_recoverability", True)
-    # training.stopping hears SIGTERM, and agrees on a step.
+    # training.stopping handles SIGTERM, and agrees on a step.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -163,115 +161,99 @@ def _initialize(processes: Processes, peer_timeout_seconds: int) -> None:
     except (ValueError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(
-            f"the processes of the run cannot be connected: {reason}; give the same "
-            "--coordinator HOST:PORT and --processes N to each, and --process-id from "
-            "0 to N - 1"
+            f"the processes of the run cannot be connected: {reason}; give each the "
+            "same --coordinator HOST:PORT and --processes N, and its own --process-id "
+            "from 0 to N - 1"
         ) from error
 
 
 class _Watch:
-    """A thread that asks jax's coordination service which processes live."""
+    """A thread that asks jax which processes live, and ends this one if any died."""
 
     def __init__(self, peer_timeout_seconds: int):
         low, high = _POLL_SECONDS
         self._interval = min(max(peer_timeout_seconds / 10, low), high)
         self._timeout = peer_timeout_seconds
-        # jax has no public name for its client, which orbax uses as well.
-        from jax._src import distributed
-
-        self._client: Any = distributed.global_state.client
-        self._coordinator = distributed.global_state.coordinator_address
         self._index, self._count = jax.process_index(), jax.process_count()
         self._leaving = threading.Event()
+        self._last_words = None if self._index == 0 else self._say_if_aborted()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        if self._count > 1:
-            self._abort_in_one_sentence()
-            self._thread.start()
+        self._thread.start()
 
-    def tell(self, sentence: str) -> None:
-        """Tells the other processes why this one stops."""
-        if self._count == 1:
-            return
+    def _say_if_aborted(self) -> subprocess.Popen[bytes]:
+        """A shell that prints a sentence if this process dies without closing a pipe.
+
+        jaxlib aborts a process that loses process 0. No Python code can run then.
+        """
+        sentence = (
+            f"resnet-jax: error: process 0 of {self._count}, the coordinator, has died "
+            f"or cannot be reached, or process {self._index} was killed; see the "
+            f"output of both. {_RESTART}"
+        )
+        return subprocess.Popen(
+            ["sh", "-c", 'read -r _ || echo "$0" >&2', sentence],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def wait(self) -> None:
+        """Gives the thread time to find out who died. It then ends this process."""
+        self._thread.join(2 * self._timeout)
+
+    def leave_alone(self) -> None:
+        """Stops watching: the others will see this process go."""
         self._leaving.set()
-        with contextlib.suppress(Exception):
-            self._client.key_value_set(f"{_NOTICES}/{self._index}", sentence)
         if self._index == 0:
-            # The service lives here: the others have to read it before it goes.
+            # The service ends with this process. Others that fail with the same error
+            # can print it first.
             time.sleep(3 * self._interval)
 
-    def name_the_dead(self, what: str) -> None:
-        """Gives the thread the time to find out who died; it then ends the process."""
-        if self._count > 1:
-            self._thread.join(2 * self._timeout)
-            self.tell(what.split("\n")[0])
-
     def leave_together(self) -> None:
-        """Disconnects once all processes are here; the first one goes last."""
+        """Disconnects when all processes are here; process 0 goes last."""
         wait_for_all("end")
         self._leaving.set()
-        # Nobody goes while another's thread still takes that for a death.
+        # No process goes while another's thread would still take that for a death.
         wait_for_all("watch ended")
         if self._index == 0:
             with contextlib.suppress(Exception):
-                while set(self._living()) != {0}:
+                while len(_dead()) < self._count - 1:
                     pass
         jax.distributed.shutdown()
 
-    def _living(self) -> Collection[int]:
-        """Processes that live; answers once all of these have asked."""
-        return self._client.get_live_nodes(list(range(self._count)))
+    def close(self) -> None:
+        """Ends the shell without its sentence."""
+        if self._last_words is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._last_words.communicate(b"\n")
 
     def _run(self) -> None:
         while not self._leaving.wait(self._interval):
             try:
-                notices = self._client.key_value_dir_get(_NOTICES)
-                living = self._living()
+                dead = _dead()
             except Exception:
-                # Whatever jaxlib raises, the service does not answer.
-                if not self._leaving.is_set():
-                    _end(self._lost_coordinator())
+                # Process 0 does not answer: jaxlib or the main thread ends this one.
                 return
-            if self._leaving.is_set():
-                return
-            for key, sentence in notices:
-                index = key.rpartition("/")[2]
-                if int(index) != self._index:
-                    # It leaves in order while the service is still there.
-                    time.sleep(3 * self._interval if self._index == 0 else 0)
-                    _end(f"process {index} stopped: {sentence}")
-            dead = sorted(set(range(self._count)) - set(living))
-            if dead:
-                names = ", ".join(map(str, dead))
+            if dead and not self._leaving.is_set():
+                names = ", ".join(map(str, sorted(dead)))
+                self.close()
                 _end(
-                    f"process {names} of {self._count} has died or cannot be reached; "
-                    "see its own output. The checkpoints are whole: the same command "
-                    "on all hosts goes on"
+                    f"process {names} of {self._count} has stopped, died or cannot be "
+                    f"reached; see its own output. {_RESTART}"
                 )
 
-    def _lost_coordinator(self) -> str:
-        return (
-            f"process 0 of {self._count}, the coordinator at {self._coordinator}, has "
-            "died or cannot be reached; see its own output. The checkpoints are whole: "
-            "the same command on all hosts goes on"
-        )
 
-    def _abort_in_one_sentence(self) -> None:
-        """Jaxlib aborts a process that loses the coordinator; says so in a sentence."""
-        if self._index == 0:
-            return
-
-        @ctypes.CFUNCTYPE(None, ctypes.c_int)
-        def on_abort(_: int) -> None:
-            _end(self._lost_coordinator())
-
-        libc = ctypes.CDLL(None)
-        libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-        libc.signal(signal.SIGABRT, ctypes.cast(on_abort, ctypes.c_void_p))
-        self._on_abort = on_abort  # C holds no reference
+def _dead() -> set[int]:
+    """Processes that no longer live. Returns when all living ones have asked."""
+    try:
+        with multihost_utils.live_devices(jax.devices()) as living:
+            pass
+    except multihost_utils.ProcessFailureError as error:
+        return {device.process_index for device in error.failed_devices}
+    return set(range(jax.process_count())) - {d.process_index for d in living}
 
 
 def _end(sentence: str) -> NoReturn:
-    """Ends the process from any thread: the main one may wait in a collective."""
+    """Ends the process from any thread, even if the main one waits in a collective."""
     sys.stdout.flush()
     print(f"resnet-jax: error: {sentence}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -1,62 +1,62 @@
-"""The device mesh and how arrays lie on it."""
+"""The device mesh, and how arrays are distributed over it."""
 
 import math
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import (
-    AbstractMesh,
-    AxisType,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-)
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from resnet_jax.errors import UserError
 
 Tree = TypeVar("Tree")
 
 SMALL_LEAF = 2**12
-"""Arrays of fewer elements are never cut over the devices."""
+"""Arrays with fewer elements are always replicated."""
 
 
 def data_mesh(num_devices: int | None = None) -> Mesh:
-    """Devices along one axis, ``data``, over which batches are cut; all by default.
+    """A mesh with one axis, ``data``, over which batches are sharded.
 
     The axis is Auto: programs are written for the global batch, and the compiler
-    places them. Devices of one process lie side by side, so that a process reads a run
-    of consecutive examples, whatever the order of the network.
+    partitions them. The devices of a process are neighbours, so each process reads
+    consecutive examples.
+
+    Args:
+      num_devices: None means all.
+
+    Raises:
+      UserError: jax finds no device.
     """
     try:
         devices = jax.devices()[:num_devices]
     except (RuntimeError, AssertionError) as error:
-        # jax asserts where JAX_PLATFORMS names only what this machine lacks.
-        reason = str(error).split("\n")[0] or "none of JAX_PLATFORMS is here"
+        # jax asserts if this machine has none of the platforms in JAX_PLATFORMS.
+        reason = str(error).split("\n")[0] or "no platform of JAX_PLATFORMS is here"
         raise UserError(f"jax finds no device: {reason}") from error
     devices.sort(key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The same array on every device."""
+    """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The leading axis cut over the devices."""
+    """The leading axis split over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def fully_sharded(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """The sharding of each leaf when a state is cut over the devices.
+    """The shardings of a state that is split over the devices.
 
-    A leaf is cut along its largest axis that the number of devices divides. It stays
-    replicated where there is none, or where it is small: gathering it would cost more
-    than it saves.
+    Each leaf is split along its largest axis that the number of devices divides. It is
+    replicated if there is none, or if it is small: gathering it would cost more than
+    splitting saves.
 
     Args:
-      tree: of arrays or of their shapes.
+      tree: arrays or their shapes.
       mesh: the devices.
     """
 
@@ -71,20 +71,20 @@ def fully_sharded(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def gathered(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Whole arrays on every device, of leaves that may be cut; inside jit."""
+    """The leaves, replicated on every device; for use inside jit."""
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def settled(tree: Tree) -> Tree:
-    """``tree`` as it is, but waited for where one CPU simulates several devices.
+    """``tree``; waits for it first if one CPU simulates several devices.
 
-    Simulated devices share a pool of as many threads. Programs in flight together can
-    hold threads that each other's collectives wait for, and XLA then ends the process
-    after 40 seconds: seen within a minute with evaluations of 8 devices on 2 cores. A
-    loop that gives the devices one program after another calls this in between.
+    Simulated devices share a pool with one thread per device. Programs in flight
+    together can hold threads that the collectives of the others need, and XLA then ends
+    the process after 40 seconds. This happened within a minute with evaluations on 8
+    devices and 2 cores. A loop that dispatches programs calls this between them.
 
     Args:
-      tree: what a program returned: arrays on the same devices.
+      tree: arrays that a program returned, on the same devices.
     """
     devices = jax.tree.leaves(tree)[0].sharding.addressable_devices
     if len(devices) > 1 and next(iter(devices)).platform == "cpu":
@@ -95,13 +95,13 @@ def settled(tree: Tree) -> Tree:
 def check_divides(
     global_batch_size: int, num_devices: int, micro_batches: int = 1, groups: int = 1
 ) -> None:
-    """Raises UserError where a batch cannot be cut as it must be.
+    """Raises UserError if a batch does not split evenly.
 
     Args:
-      global_batch_size: examples a step.
-      num_devices: each computes its even share of every micro-batch.
-      micro_batches: parts of the batch that are computed one after another.
-      groups: of batch normalisation; valid choices divide into these too.
+      global_batch_size: examples per step.
+      num_devices: each computes its share of every micro-batch.
+      micro_batches: parts of the batch, computed one after another.
+      groups: of batch normalisation; the sizes suggested divide by these too.
     """
     parts = num_devices * micro_batches
     if global_batch_size % parts == 0:
@@ -120,32 +120,32 @@ def check_divides(
 
 
 def check_processes(mesh: Mesh) -> None:
-    """Raises UserError where processes have unequal numbers of the devices.
+    """Raises UserError if processes have unequal numbers of devices.
 
-    Each feeds an equal part of every batch to its own.
+    Each process feeds its devices an equal part of every batch.
     """
     owners = [device.process_index for device in mesh.devices.flat]
     _, counts = np.unique(owners, return_counts=True)
     if counts.min() != counts.max():
         raise UserError(
-            f"the processes have {', '.join(map(str, counts))} devices, and each "
-            "reads an equal part of every batch: start them with equally many"
+            f"the processes have {', '.join(map(str, counts))} devices, but each reads "
+            "an equal part of every batch: give every process the same number"
         )
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Each process's part of arrays, as device arrays of one sharding."""
+    """Device arrays from the part of each array that this process holds."""
     return jax.tree.map(
         lambda array: jax.make_array_from_process_local_data(sharding, array), tree
     )
 
 
 def place_whole(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process holds whole, as device arrays.
+    """Device arrays from host arrays that every process holds whole.
 
     Args:
-      tree: of host arrays.
-      shardings: a tree of shardings like it.
+      tree: host arrays.
+      shardings: a tree of the same structure.
     """
 
     def placed(array: Any, sharding: NamedSharding) -> jax.Array:

@@ -1,8 +1,8 @@
-"""Where the files of a run lie: on a disk, or as objects in a store such as gs://.
+"""Where the files of a run are: on a disk, or as objects in a store such as gs://.
 
-A disk renames, appends and locks. A store has none of these: it replaces whole objects,
-each in one step. What the two do differently is here; whatever else they do, pathlib's
-and epath's paths do alike.
+A disk renames, appends and locks. A store does none of these: it replaces whole
+objects, each in one step. This module holds the differences; the paths of pathlib and
+epath do the rest alike.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ LOCK = "run.lock"
 BEAT_SECONDS = 15.0
 """How often a run renews its lock in a store."""
 DEAD_SECONDS = 60.0
-"""A lock that nobody renews for so long is that of a dead run."""
+"""A lock that is not renewed for this long belongs to a dead run."""
 SETTLE_SECONDS = 2.0
-"""Of runs that take a lock at once, the one it names after this time has it."""
+"""When runs take a lock at once, the one that it names after this time keeps it."""
 APPEND_SECONDS = 10.0
-"""A growing object is written at most so often: stores limit writes of one object."""
+"""A growing object is written at most this often: stores limit writes per object."""
 
 Tell = Callable[[str], None]
 
@@ -42,10 +42,10 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def locate(path: str | os.PathLike[str]) -> Any:
-    """The path of a folder or file: a Path, absolute, or epath's for a URL.
+    """The path of a folder or file: an absolute Path, or epath's for a URL.
 
     Raises:
-      UserError: it is the URL of a store that is not known.
+      UserError: the URL's store is unknown.
     """
     if not is_remote(path):
         return Path(path).expanduser().resolve()
@@ -53,17 +53,16 @@ def locate(path: str | os.PathLike[str]) -> Any:
         return epath.Path(os.fspath(path))
     except KeyError:
         raise UserError(
-            f"{path} is in no store that can be used; expected a folder, or "
-            "gs://BUCKET/FOLDER"
+            f"the store of {path} is unknown; give a folder, or gs://BUCKET/FOLDER"
         ) from None
 
 
 @contextlib.contextmanager
 def reached(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Says in one sentence that a store cannot be reached.
+    """Turns any error of a store into a UserError that it cannot be reached.
 
-    Each way to reach one has errors of its own. Those of a disk, and of a file that is
-    not there, pass as they are.
+    Each store's library has errors of its own. Errors of a disk and missing files pass
+    unchanged.
     """
     try:
         yield
@@ -75,17 +74,53 @@ def reached(path: str | os.PathLike[str]) -> Iterator[None]:
         if isinstance(error, ImportError):
             raise UserError(
                 f"{path} cannot be reached without gcsfs: "
-                "pip install 'resnet_jax[gcs]', or give a folder of this machine"
+                "pip install 'resnet_jax[gcs]', or give a folder on this machine"
             ) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"{path} cannot be reached: {reason[0]}; it needs the network, and "
-            "credentials that may use it (gcloud auth application-default login)"
+            f"{path} cannot be reached: {reason[0]}; check the network, and the "
+            "credentials (gcloud auth application-default login)"
         ) from error
 
 
+@contextlib.contextmanager
+def locked(folder: Path, refusal: str) -> Iterator[None]:
+    """Holds a folder on the disk. The lock ends with the process, however it ends.
+
+    Raises:
+      UserError: with the text ``refusal``; another process holds the folder.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(refusal) from None
+    finally:
+        os.close(opened)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``; the file written there becomes ``path``.
+
+    It does so in one step, after the disk has it. If the block fails, ``path`` stays as
+    it was, and the temporary file is deleted.
+    """
+    # Two processes may write the same file.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def storage_of(path: Path) -> "Disk | Store":
-    """What keeps the files below a path."""
+    """The storage that holds a path."""
     return Store() if is_remote(path) else Disk()
 
 
@@ -93,164 +128,130 @@ class Disk:
     """The file system of this machine."""
 
     def check_writable(self, folder: Path) -> None:
-        """Makes the folder; raises OSError where it cannot be written to."""
+        """Makes the folder; raises OSError if it is not writable."""
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write_probe"
         probe.write_bytes(b"")
         probe.unlink()
 
-    @contextlib.contextmanager
-    def lock(self, folder: Path, tell: Tell) -> Iterator[None]:
-        """Holds a folder; the lock goes with the process, however it ends."""
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError:
-            raise UserError(
-                f"workdir {folder} is in use by another run; wait for it, or give "
-                "another --workdir"
-            ) from None
-        finally:
-            os.close(opened)
+    def lock(self, folder: Path, tell: Tell) -> contextlib.AbstractContextManager[None]:
+        """Holds a folder; raises UserError if another run holds it."""
+        del tell
+        return locked(
+            folder,
+            f"workdir {folder} is in use by another run; wait for it, or give another "
+            "--workdir",
+        )
 
     def write(self, path: Path, text: str) -> None:
-        """Replaces a file in one step, and not before the new one is on the disk."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        """Replaces a file in one step, after the disk has the new one."""
+        with replacing(path) as temporary:
+            temporary.write_text(text)
 
     def append(self, path: Path, text: str) -> None:
-        """Lets a file grow."""
+        """Appends to a file."""
         with path.open("a") as file:
             file.write(text)
 
     def move(self, source: Path, target: Path) -> None:
-        """Renames a folder; what was at ``target`` is deleted."""
+        """Renames a folder, and deletes an earlier ``target``."""
         if target.exists():
             shutil.rmtree(target)
         source.rename(target)
 
     @contextlib.contextmanager
     def mirror(self, folder: Path) -> Iterator["Mirror"]:
-        """A folder for those that write to disks alone: the folder itself."""
+        """The folder itself; ``Store.mirror`` needs a copy."""
         yield Mirror(folder, None)
 
 
 class Store:
-    """Objects below a URL, through epath. All raise UserError if it is out of reach."""
+    """Objects below a URL. All methods raise UserError if it cannot be reached."""
 
     def __init__(self) -> None:
-        self._grown: dict[Path, str] = {}
+        self._texts: dict[Path, str] = {}  # of objects that grow
         self._waiting: set[Path] = set()
         self._flushed = float("-inf")
-        self._robber: str | None = None
+        self._lost_to: str | None = None
 
     def check_writable(self, folder: Path) -> None:
         """Writes an object and deletes it; a store needs no folders."""
-        probe = folder / ".write_probe"
         with reached(folder):
-            probe.write_text("")
-            probe.unlink()
+            (folder / ".write_probe").write_text("")
+            (folder / ".write_probe").unlink()
 
     @contextlib.contextmanager
     def lock(self, folder: Path, tell: Tell) -> Iterator[None]:
-        """Holds a folder by an object that names the run and is renewed as it lives.
+        """Holds a folder by an object that names the run. A thread renews it.
 
-        It is advisory, and what a killed run leaves holds others up for
-        ``DEAD_SECONDS``: they watch whether it is renewed, so that no two clocks have
-        to agree. Rows that still wait are written on leaving.
+        The lock is advisory. A killed run leaves it, and the next run watches it for
+        ``DEAD_SECONDS`` to see whether it is renewed: no two clocks have to agree. Rows
+        that still wait are written on leaving.
 
         Raises:
           UserError: another run renews it, or took it at the same time.
         """
         file = folder / LOCK
-        me = {
-            "run": secrets.token_hex(8),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-        }
+        me = f"{socket.gethostname()}, process {os.getpid()}, {secrets.token_hex(8)}"
         with reached(folder):
-            self._wait_until_free(file, tell)
+            _wait_until_free(file, tell)
             _renew(file, me)
             time.sleep(SETTLE_SECONDS)
-            holder = _holder(file)
-        if holder.get("run") != me["run"]:
-            raise _in_use(file, holder)
+            if (holder := _holder(file)) != me:
+                raise _in_use(file, holder)
         leaving = threading.Event()
-        beat = threading.Thread(
-            target=self._beat, args=(file, me, leaving), name="run.lock", daemon=True
-        )
-        beat.start()
+
+        def beat() -> None:
+            while not leaving.wait(BEAT_SECONDS):
+                # If the store cannot be reached, the next time may do.
+                with contextlib.suppress(Exception):
+                    holder = _holder(file)
+                    if holder and holder != me:
+                        self._lost_to = holder
+                        return
+                    _renew(file, me)
+
+        thread = threading.Thread(target=beat, name=LOCK, daemon=True)
+        thread.start()
         try:
             yield
         finally:
             leaving.set()
-            beat.join()
-            # The run has ended, well or not: what it says is the news, not this.
+            thread.join()
+            # An error of the run matters more than one of these.
             with contextlib.suppress(Exception):
                 self._flush()
             with contextlib.suppress(Exception):
-                if _holder(file).get("run") == me["run"]:
+                if _holder(file) == me:
                     file.unlink()
-
-    def _wait_until_free(self, file: Path, tell: Tell) -> None:
-        first = _holder(file)
-        if not first:
-            return
-        tell(
-            f"{file} is of a run on {first.get('host')} that is alive or was killed; "
-            f"watching it for {DEAD_SECONDS:.0f} s"
-        )
-        end = time.monotonic() + DEAD_SECONDS
-        while (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, BEAT_SECONDS / 3))
-            now = _holder(file)
-            if not now:
-                return
-            if now != first:
-                raise _in_use(file, now)
-
-    def _beat(self, file: Path, me: dict[str, Any], leaving: threading.Event) -> None:
-        while not leaving.wait(BEAT_SECONDS):
-            # Out of reach for a while: the next time may do.
-            with contextlib.suppress(Exception):
-                holder = _holder(file)
-                if holder and holder.get("run") != me["run"]:
-                    self._robber = str(holder.get("host"))
-                    return
-                _renew(file, me)
 
     def write(self, path: Path, text: str) -> None:
         """Replaces an object, which a store does in one step."""
-        self._grown.pop(path, None)
+        self._texts.pop(path, None)
         self._waiting.discard(path)
         self._flush()
         self._put(path, text)
 
     def append(self, path: Path, text: str) -> None:
-        """Lets an object grow: it is written anew, at most each ``APPEND_SECONDS``."""
-        if path not in self._grown:
-            self._grown[path] = read_text(path) or ""
-        self._grown[path] += text
+        """Appends to an object: rewrites it, at most every ``APPEND_SECONDS``."""
+        if path not in self._texts:
+            self._texts[path] = read_text(path) or ""
+        self._texts[path] += text
         self._waiting.add(path)
         if time.monotonic() - self._flushed >= APPEND_SECONDS:
             self._flush()
 
     def _flush(self) -> None:
         for path in sorted(self._waiting):
-            self._put(path, self._grown[path])
+            self._put(path, self._texts[path])
         self._waiting.clear()
         self._flushed = time.monotonic()
 
     def _put(self, path: Path, text: str) -> None:
-        if self._robber is not None:
+        if self._lost_to is not None:
             raise UserError(
-                f"{path} is now written by a run on {self._robber}: this one was "
-                f"silent for more than {DEAD_SECONDS:.0f} s and lost its lock"
+                f"{path} now belongs to a run on {self._lost_to}: this run could not "
+                f"renew its lock for {DEAD_SECONDS:.0f} s and lost it"
             )
         with reached(path):
             path.write_text(text)
@@ -265,7 +266,7 @@ class Store:
 
     @contextlib.contextmanager
     def mirror(self, folder: Path) -> Iterator["Mirror"]:
-        """A folder of this machine, copied to the store on leaving it, too."""
+        """A temporary folder of this machine, copied to the store at the end."""
         with tempfile.TemporaryDirectory(prefix="resnet_jax-") as local:
             mirror = Mirror(Path(local), folder)
             try:
@@ -278,18 +279,19 @@ class Store:
 
 
 class Mirror:
-    """A folder on the disk and, where the files belong in a store, their place there.
+    """A folder on the disk for libraries that write only there.
 
     Attributes:
-      path: of the folder on the disk.
+      path: the folder.
     """
 
     def __init__(self, path: Path, target: Path | None):
+        """Copies go to ``target``; None: the folder needs no copy."""
         self.path, self._target = path, target
         self._sizes: dict[Path, int] = {}
 
     def copy(self) -> None:
-        """Copies the files that have grown; nothing where they lie right already."""
+        """Copies the files that have grown since the last call."""
         if self._target is None:
             return
         for file in sorted(self.path.rglob("*")):
@@ -302,7 +304,7 @@ class Mirror:
 
 
 def read_text(path: Path) -> str | None:
-    """The text of a file or object, or None where there is none."""
+    """The text of a file or object; None if there is none."""
     try:
         with reached(path):
             return path.read_text()
@@ -310,20 +312,36 @@ def read_text(path: Path) -> str | None:
         return None
 
 
-def _holder(file: Path) -> dict[str, Any]:
-    """What a lock says; {} where there is none."""
+def _wait_until_free(file: Path, tell: Tell) -> None:
+    first = read_text(file)
+    if not first:
+        return
+    tell(
+        f"{file} belongs to a run on {_holder(file)}, which is alive or was killed; "
+        f"watching it for {DEAD_SECONDS:.0f} s"
+    )
+    for _ in range(round(DEAD_SECONDS / BEAT_SECONDS)):
+        time.sleep(BEAT_SECONDS)
+        if (now := read_text(file)) != first:
+            break
+    if now and now != first:
+        raise _in_use(file, _holder(file))
+
+
+def _renew(file: Path, me: str) -> None:
+    file.write_text(json.dumps({"run": me, "time": time.time()}))
+
+
+def _holder(file: Path) -> str:
+    """The run that a lock names; empty if there is no lock."""
     try:
-        return json.loads(read_text(file) or "{}")
-    except ValueError:
-        return {"host": "unknown"}
+        return str(json.loads(read_text(file) or '{"run": ""}')["run"])
+    except (ValueError, TypeError, KeyError):
+        return "an unknown host"
 
 
-def _renew(file: Path, me: dict[str, Any]) -> None:
-    file.write_text(json.dumps(me | {"time": time.time()}))
-
-
-def _in_use(file: Path, holder: dict[str, Any]) -> UserError:
+def _in_use(file: Path, holder: str) -> UserError:
     return UserError(
-        f"workdir {file.parent} is in use by another run on {holder.get('host')}, "
-        f"process {holder.get('pid')}; wait for it, or give another --workdir"
+        f"workdir {file.parent} is in use by another run on {holder}; wait for it, or "
+        "give another --workdir"
     )

@@ -1,4 +1,4 @@
-"""Real processes over loopback, as scripts/launch_local.py starts them."""
+"""Real processes over loopback, as launch/launch.py starts them."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.conftest import REPOSITORY
 from tests.training.test_checkpoints import same
 from tests.training.test_loop import final_state, rows_of
 
-LAUNCH = [sys.executable, str(REPOSITORY / "scripts" / "launch_local.py")]
+LAUNCH = [sys.executable, str(REPOSITORY / "launch" / "launch.py"), "local"]
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_process_that_dies_stops_the_other_and_one_process_goes_on(
     os.kill(process_of(launcher, 1), signal.SIGKILL)
     output, _ = launcher.communicate(timeout=120)
     assert launcher.returncode == 128 + signal.SIGKILL
-    assert "error: process 1 of 2 has died" in output
+    assert "error: process 1 of 2 has stopped, died" in output
     assert "Traceback" not in output
     assert not (workdir / "result.json").exists()
     run_alone(config_file, workdir, devices=2)
@@ -183,8 +183,8 @@ def test_flags_that_do_not_fit_together_are_refused(flags, sentence):
     ("flags", "variables", "sentence"),
     [
         (["--processes=2"], {}, "go together"),
-        (["--distributed", "--process-id=0"], {}, "one or the other"),
-        ([], {"JAX_NUM_PROCESSES": "two"}, "are integers, not 'two'"),
+        (["--distributed", "--process-id=0"], {}, "but not both"),
+        ([], {"JAX_NUM_PROCESSES": "two"}, "must be integers, not 'two'"),
         (["--distributed"], {}, "cannot be connected"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The flags of a run on several hosts; see ``resnet_jax.distributed``."""
+"""Flags for a run on several hosts; see ``resnet_jax.distributed``."""
 
 import argparse
 import contextlib
@@ -17,27 +17,27 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --coordinator, --processes, --process-id and --distributed."""
     group = parser.add_argument_group(
         "several hosts",
-        "The same command runs on each. The first three flags may stand in "
-        f"{', '.join(_VARIABLES)} instead.",
+        "Run the same command on each. The environment variables "
+        f"{', '.join(_VARIABLES)} replace the first three flags.",
     )
     group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where process 0 listens"
+        "--coordinator", metavar="HOST:PORT", help="address of process 0"
     )
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
     group.add_argument(
-        "--process-id", type=int, metavar="I", help="which this one is, from 0"
+        "--process-id", type=int, metavar="I", help="number of this process, from 0"
     )
     group.add_argument(
         "--distributed",
         action="store_true",
-        help="jax finds all three, on TPU pods, in Slurm, Open MPI and Kubernetes",
+        help="let jax find all three: on TPUs, in Slurm, Open MPI and GKE",
     )
 
 
 def connected(
     options: argparse.Namespace, peer_timeout_seconds: int = 60
 ) -> contextlib.AbstractContextManager[None]:
-    """The context in which this process runs, as the flags say; see ``started``."""
+    """Connects this process as the flags say; see ``distributed.started``."""
     from resnet_jax.distributed import started
 
     return started(_processes(options), peer_timeout_seconds)
@@ -50,8 +50,8 @@ def _processes(options: argparse.Namespace) -> "Processes | None":
     if options.distributed:
         if any(flag is not None for flag in flags):
             raise UserError(
-                "--distributed finds the processes, and --coordinator, --processes and "
-                "--process-id say them: give one or the other"
+                "give --distributed, or --coordinator, --processes and --process-id, "
+                "but not both"
             )
         return Processes()
     coordinator, count, index = (
@@ -70,5 +70,5 @@ def _integer(value: int | str | None) -> int | None:
         return None if value is None else int(value)
     except ValueError:
         raise UserError(
-            f"{_VARIABLES[1]} and {_VARIABLES[2]} are integers, not {value!r}"
+            f"{_VARIABLES[1]} and {_VARIABLES[2]} must be integers, not {value!r}"
         ) from None

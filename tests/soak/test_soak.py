@@ -9,12 +9,8 @@ import time
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.scripts.conftest import SCRIPTS
-
-sys.path.insert(0, str(SCRIPTS))
-
-import soak
-import soak_runs as runs
+from tests.soak import __main__ as soak
+from tests.soak import runs
 
 
 def rows(*steps):
@@ -158,7 +154,7 @@ def test_a_used_folder_is_refused(tmp_path, capsys):
 def test_every_fault_once_or_twice(tmp_path, tfds_dir):
     result = subprocess.run(
         [
-            *(sys.executable, str(SCRIPTS / "soak.py"), "--seed", "0"),
+            *(sys.executable, "-m", "tests.soak", "--seed", "0"),
             *("--kills", "3", "--terminations", "4", "--tries", "1", "--steps", "30"),
             *("--workdir", str(tmp_path / "soak"), "--data-dir", tfds_dir),
             *("--json", str(tmp_path / "soak.json")),
@@ -166,6 +162,7 @@ def test_every_fault_once_or_twice(tmp_path, tfds_dir):
         capture_output=True,
         text=True,
         env=dict(os.environ, PYTHONPATH=str(REPOSITORY)),
+        cwd=REPOSITORY,
         timeout=3000,
     )
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,43 +1,18 @@
-"""Tries the faults of real life on real runs, and compares how they end.
-
-    python scripts/soak.py --workdir runs/soak --kills 20 --json soak.json
-    python scripts/soak.py --workdir runs/soak --only kills --seed 1
-
-Every run is a process of its own: eight layers on the digits, on one CPU device. After
-each fault the same command has to end bit for bit where an undisturbed run ends: all
-arrays of the state, and the rows of metrics.jsonl but for the clock's. Moments and
-damages are drawn from --seed. Runs share compiled programs in the folder, or in
-JAX_COMPILATION_CACHE_DIR, so that most of a restart is its imports.
-
-What cannot be tried on this machine is told as skipped, with the reason. The exit
-status is 1 where anything failed. docs/faults.md says what each fault comes to.
-"""
+"""The scenarios of a soak: each disturbs runs, and compares how they end."""
 
 import argparse
-import concurrent.futures
-import copy
-import dataclasses
-import glob
-import json
 import os
-import random
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import cv2
-import numpy as np
-import soak_runs as runs
-from soak_runs import Failed, Process, Runs, Skipped
+from tests.conftest import write_image_folder
+from tests.soak import runs
+from tests.soak.runs import Failed, Process, Runs
 
-from resnet_jax.training.environment import environment
-
-FAKETIME = "/usr/lib/*/faketime/libfaketimeMT.so.1"
 PEER_TIMEOUT_SECONDS = 10
 SECOND_SIGNAL_SECONDS = 0.35
 LATEST_SECONDS = 0.05
@@ -272,29 +247,6 @@ def clock(soak: Soak) -> Iterator[str]:
         process, workdir = with_clock(soak, f"clock-leaping-{number}", patch)
         seen = end_of_jumps(soak, process, workdir, may_stop=True)
         yield f"time.time {LONG_JUMP} s further from look {look} on: {seen}"
-    library = soak.options.faketime or next(iter(glob.glob(FAKETIME)), None)
-    if library is None:
-        return
-    offset, jumps = soak.root / "clock-offset", 0
-    offset.write_text("+0")
-    workdir = soak.stopped("clock-faketime")
-    process = soak.start(
-        workdir,
-        environment={
-            "LD_PRELOAD": str(library),
-            "FAKETIME_TIMESTAMP_FILE": str(offset),
-            "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        },
-    )
-    while process.wait_for(0.3):
-        offset.write_text(f"{soak.rng.randint(-SHORT_JUMP, SHORT_JUMP):+}")
-        jumps += 1
-    seen = end_of_jumps(soak, process, workdir, may_stop=False)
-    yield (
-        f"libfaketime: {jumps} jumps of the system's clock by up to "
-        f"{2 * SHORT_JUMP} s: {seen}"
-    )
 
 
 def with_clock(soak: Soak, name: str, patch: str) -> tuple[Process, Path]:
@@ -336,13 +288,13 @@ def cut_metrics(soak: Soak) -> Iterator[str]:
 def broken_host(soak: Soak) -> Iterator[str]:
     """Two processes, of which the second one's own copy of the images is broken."""
     folder, (reference, workdir) = soak.root / "hosts", ("hosts-whole", "hosts-broken")
-    write_images(folder / "host0", np.random.default_rng(soak.options.seed))
+    write_image_folder(folder / "host0", {"train": 24, "test": 4}, shape=(9, 12))
     shutil.copytree(folder / "host0", folder / "host1")
     file = soak.root / "hosts.py"
     file.write_text(HOSTS.replace("TIMEOUT", str(PEER_TIMEOUT_SECONDS)))
 
     def start(name: str) -> Process:
-        launcher = [sys.executable, "scripts/launch_local.py", "--processes=2", "--"]
+        launcher = [sys.executable, "launch/launch.py", "local", "--processes=2", "--"]
         train = ["train", f"--config={file}:{folder}", f"--workdir={soak.root / name}"]
         return soak.run([*launcher, *train])
 
@@ -359,24 +311,13 @@ def broken_host(soak: Soak) -> Iterator[str]:
     met = time.monotonic()
     output = process.ends(1, seconds=PEER_TIMEOUT_SECONDS)
     seconds = time.monotonic() - met
-    if "process 1 stopped: " not in output or not kept:
+    if "process 1 of 2 has stopped" not in output or not kept:
         raise Failed(f"process 1 is not named: {runs.tail(output)}")
     runs.last_state(shutil.copytree(soak.root / workdir, soak.root / "hosts-kept"))
     shutil.copytree(folder / "host0", folder / "host1", dirs_exist_ok=True)
     start(workdir).ends(0)
     runs.same_end(soak.root / workdir, soak.root / reference)
     yield f"both ended {seconds:.1f} s after process 1 met the image; kept {kept}"
-
-
-def write_images(root: Path, rng: np.random.Generator) -> None:
-    """train/ and test/ with three classes of random PNG files."""
-    for split, count in (("train", 24), ("test", 4)):
-        for name in ("ant", "bee", "cat"):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                image = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
-                cv2.imwrite(str(folder / f"{index}.png"), image)
 
 
 def terminations(soak: Soak) -> Iterator[str]:
@@ -467,105 +408,3 @@ SCENARIOS: dict[str, Scenario] = {
         second_signal,
     )
 }
-
-
-@dataclasses.dataclass
-class Outcome:
-    """How a scenario went: ``seen`` has a line for each try that passed."""
-
-    name: str
-    status: str
-    seconds: float
-    seen: list[str]
-    reason: str = ""
-
-    def __str__(self) -> str:
-        line = f"{self.name:14}{len(self.seen):4} passed{self.seconds:8.0f} s  "
-        return line + self.status + (f": {self.reason}" if self.reason else "")
-
-
-def attempt(name: str, soak: Soak) -> Outcome:
-    """Runs a scenario, printing each try; a fault of it never stops the others."""
-    start, seen, status, reason = time.monotonic(), [], "passed", ""
-    soak = copy.copy(soak)
-    # Of its own, so that --only and --jobs draw the same.
-    soak.rng = random.Random(f"{soak.seed} {name}")
-    try:
-        for line in SCENARIOS[name](soak):
-            seen.append(runs.without_paths(line, soak.root))
-            print(f"  {name}: {seen[-1]}", flush=True)
-    except (Failed, Skipped) as error:
-        status = type(error).__name__.lower()
-        reason = runs.without_paths(str(error), soak.root)
-    return Outcome(name, status, time.monotonic() - start, seen, reason)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    options = parse(arguments)
-    options.workdir.mkdir(parents=True, exist_ok=True)
-    if any(options.workdir.iterdir()):
-        print(f"soak.py: error: {options.workdir} is not empty", file=sys.stderr)
-        return 1
-    soak = Soak(options)
-    soak.undisturbed()
-    soak.measure()
-    soak.make_stopped()
-    outcomes = []
-    names = options.only or SCENARIOS
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        attempts = [pool.submit(attempt, name, soak) for name in names]
-        for ended in concurrent.futures.as_completed(attempts):
-            outcomes.append(ended.result())
-            print(outcomes[-1], flush=True)
-            if options.json:
-                write(options, outcomes)
-    print("", *outcomes, sep="\n")
-    return int(any(outcome.status == "failed" for outcome in outcomes))
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, of which the counts are at least 1."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=Path, required=True, help="an empty folder")
-    parser.add_argument(
-        "--only", action="append", choices=SCENARIOS, help="repeat it for several"
-    )
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--terminations", type=int, default=8)
-    parser.add_argument("--tries", type=int, default=3, help="of other drawn faults")
-    parser.add_argument("--steps", type=int, default=60, help="of each run")
-    parser.add_argument("--jobs", type=int, default=1, help="scenarios at once")
-    parser.add_argument("--data-dir", type=Path, help="of tfds; default: in --workdir")
-    parser.add_argument(
-        "--faketime", type=Path, help=f"libfaketime; default: {FAKETIME}"
-    )
-    parser.add_argument("--json", type=Path, help="file for what was seen")
-    options = parser.parse_args(arguments)
-    if min(options.kills, options.terminations, options.tries, options.jobs) < 1:
-        parser.error("--kills, --terminations, --tries and --jobs are at least 1")
-    if options.steps < 20:
-        parser.error("--steps is at least 20, for several checkpoints")
-    return options
-
-
-def write(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
-    """Writes all that was seen as JSON."""
-    counts = ("seed", "steps", "kills", "terminations", "tries", "jobs")
-    content: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "options": {name: getattr(options, name) for name in counts},
-        "environment": environment(),
-        "outcomes": [
-            dataclasses.asdict(outcome) | {"seconds": round(outcome.seconds, 1)}
-            for outcome in outcomes
-        ],
-    }
-    options.json.write_text(json.dumps(content, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,35 +1,26 @@
-import json
-import os
 import shlex
 import signal
 import subprocess
+import sys
 
 import pytest
+import yaml
 
-from tests.scripts.conftest import launch
+from tests.launch.conftest import launch
 
 COMMAND = shlex.split(
     "train --config configs/imagenet.py:resnet50 --workdir gs://bucket/run1 "
     "'--config.data.train_split=train[:9 %]'"
 )
-TPU = shlex.split("jobset --name run1 --image i --tpu tpu-v5-lite-podslice")
+TPU = shlex.split("--name run1 --image i --tpu tpu-v5-lite-podslice")
 TPU += ["--topology", "4x8"]
-GPU = shlex.split("jobset --name run1 --image i --hosts 3 --gpus-per-host 8")
-XPK = shlex.split("xpk --name run1 --image i --cluster pods --tpu-type v5litepod-16")
-
-
-def dry_run(own, command=COMMAND):
-    result = launch("launch_gke.py", [*own, "--dry-run", "--", *command])
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("\n") == 1
-    return shlex.split(result.stdout)
+GPU = shlex.split("--name run1 --image i --hosts 3 --gpus-per-host 8")
 
 
 def manifest(own, command=COMMAND):
-    words = dry_run(own, command)
-    assert words[:2] == ["printf", "%s\\n"]
-    assert words[3:] == ["|", "kubectl", "apply", "--filename", "-"]
-    return json.loads(words[2])
+    result = launch("gke", [*own, "--dry-run", "--", *command])
+    assert result.returncode == 0, result.stderr
+    return yaml.safe_load(result.stdout)
 
 
 def job(own):
@@ -71,18 +62,9 @@ def test_hosts_follow_from_the_topology(topology, chips, hosts):
     assert job(own)[1]["parallelism"] == hosts
 
 
-@pytest.mark.parametrize("topology", ["4", "4x", "0x4", "4x4x4x4", "4 x 4"])
-def test_a_topology_that_is_none_is_refused(topology):
-    result = launch(
-        "launch_gke.py", [*TPU, "--topology", topology, "--dry-run", "--", *COMMAND]
-    )
-    assert result.returncode == 2
-    assert "is not such as 4x4" in result.stderr
-
-
 def test_chips_that_hosts_cannot_make_up_are_refused():
     own = [*TPU, "--topology", "2x3", "--dry-run", "--", *COMMAND]
-    result = launch("launch_gke.py", own)
+    result = launch("gke", own)
     assert result.returncode == 1
     assert "has 6 chips" in result.stderr
 
@@ -92,7 +74,9 @@ def test_pods_go_to_nodes_of_their_kind():
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "4x8",
     }
-    assert "nodeSelector" not in pod(GPU)
+    assert pod(GPU)["nodeSelector"] == {}
+    assert pod(GPU)["hostNetwork"] is False
+    assert pod(TPU)["hostNetwork"] is True
     spot = pod([*GPU, "--spot", "--gpu-label", "nvidia-h100-80gb"])
     assert spot["nodeSelector"] == {
         "cloud.google.com/gke-accelerator": "nvidia-h100-80gb",
@@ -116,7 +100,7 @@ def test_gpu_processes_are_told_who_they_are():
     field = variables["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert "batch.kubernetes.io/job-completion-index" in field
     assert only["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    assert "--distributed" not in only["command"][2]
+    assert "--distributed" not in only["args"]
 
 
 def test_other_options_find_their_place():
@@ -140,24 +124,19 @@ def test_other_options_find_their_place():
 @pytest.mark.parametrize("claim", [[], ["--volume-claim", "disk:/data"]])
 def test_a_workdir_that_pods_do_not_share_is_refused(claim):
     own = [*GPU, *claim, "--dry-run", "--", "train", "--workdir", "/runs/one"]
-    result = launch("launch_gke.py", own)
+    result = launch("gke", own)
     assert result.returncode == 1
     assert "--workdir /runs/one" in result.stderr
 
 
-def test_the_manifest_that_is_written_is_the_one_that_is_applied(tmp_path, tools):
-    file = tmp_path / "run1.json"
-    result = launch("launch_gke.py", [*TPU, "--write", file, "--", *COMMAND])
-    assert result.returncode == 0
-    assert str(file) in result.stdout
-    assert json.loads(file.read_text()) == manifest(TPU)
+def test_kubectl_gets_the_manifest_and_its_failure_is_reported(tmp_path, tools):
     tools("kubectl", f'#!/bin/sh\necho "$@" > {tmp_path}/said; cat > {tmp_path}/got\n')
     path = f"{tmp_path}/tools:/usr/bin:/bin"
-    assert launch("launch_gke.py", [*TPU, "--", *COMMAND], path=path).returncode == 0
+    assert launch("gke", [*TPU, "--", *COMMAND], path=path).returncode == 0
     assert (tmp_path / "said").read_text() == "apply --filename -\n"
-    assert json.loads((tmp_path / "got").read_text()) == manifest(TPU)
+    assert yaml.safe_load((tmp_path / "got").read_text()) == manifest(TPU)
     tools("kubectl", "#!/bin/sh\nexit 1\n")
-    result = launch("launch_gke.py", [*TPU, "--", *COMMAND], path=path)
+    result = launch("gke", [*TPU, "--", *COMMAND], path=path)
     assert result.returncode == 1
     assert "kubectl apply" in result.stderr
 
@@ -168,8 +147,12 @@ def test_the_container_runs_the_command_whole(own, tmp_path, tools):
     tool = tools(
         "resnet-jax", f"#!/bin/sh\nfor a; do printf '%s\\n' \"$a\" >> {said}; done\n"
     )
-    command = container(own)["command"]
-    subprocess.run(command, env={"PATH": f"{tool}:/usr/bin:/bin"}, check=True)
+    only = container(own)
+    subprocess.run(
+        [*only["command"], *only["args"]],
+        env={"PATH": f"{tool}:/usr/bin:/bin"},
+        check=True,
+    )
     flags = ["--distributed"] if own is TPU else []
     assert said.read_text().splitlines() == [*COMMAND, *flags]
 
@@ -178,53 +161,43 @@ def test_kubernetes_puts_no_variable_into_the_command():
     command = [*COMMAND, "--config.data.name=$(HOME)"]
     found = manifest(GPU, command)["spec"]["replicatedJobs"][0]["template"]["spec"]
     (only,) = found["template"]["spec"]["containers"]
-    assert "=$$(HOME)" in only["command"][2]
+    assert only["args"][-1] == "--config.data.name=$$(HOME)"
+    # Nor into the script around it.
+    assert "$(" not in only["command"][2]
 
 
-def xpk_flags(*own):
-    words = dry_run([*XPK, *own])
-    assert words[:3] == ["xpk", "workload", "create"]
-    return dict(word.partition("=")[::2] for word in words[3:])
+# A run that saves for half a second when it gets SIGTERM, and ends with a code.
+RUN = """
+import signal, sys, time
+def stop(*_):
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit({code})
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep({seconds})
+sys.exit({code})
+"""
 
 
-def test_xpk_is_told_all():
-    found = xpk_flags(
-        *shlex.split("--slices 2 --restarts 9 --spot --project lab --zone us-east5-a"),
-        *shlex.split("--env A=b=c --grace-seconds 60"),
-    )
-    command = found.pop("--command")
-    assert "resnet-jax train" in command
-    assert found == {
-        "--cluster": "pods",
-        "--workload": "run1",
-        "--tpu-type": "v5litepod-16",
-        "--num-slices": "2",
-        "--docker-image": "i",
-        "--max-restarts": "9",
-        "--restart-on-exit-codes": "1",
-        "--termination-grace-period-seconds": "60",
-        "--env": "A=b=c",
-        "--project": "lab",
-        "--zone": "us-east5-a",
-        "--spot": "",
-    }
+@pytest.fixture(scope="module")
+def in_container():
+    """The command of a container, before the run's own."""
+    only = container(GPU)
+    return [*only["command"], "sh", sys.executable, "-c"]
 
 
-def test_what_xpk_runs_in_a_subshell_gets_its_signal(tools):
-    tool = tools(
-        "resnet-jax",
-        "#!/bin/sh\ntrap 'echo saved; exit 0' TERM\necho ready\n"
-        "while :; do sleep 0.1; done\n",
-    )
-    # As xpk has it: the process that it signals is the one of the parentheses.
-    script = f"({xpk_flags()['--command']}) & echo $!; wait $!; echo code $?"
-    with subprocess.Popen(
-        ["bash", "-c", script],
-        env={"PATH": f"{tool}:/usr/bin:/bin"},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        first = {process.stdout.readline().strip() for _ in range(2)}
-        (pid,) = first - {"ready"}
-        os.kill(int(pid), signal.SIGTERM)
-        assert process.stdout.read().splitlines() == ["saved", "code 143"]
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_run_that_ends_keeps_its_exit_status(in_container, code):
+    command = [*in_container, RUN.format(code=code, seconds=0)]
+    assert subprocess.run(command, timeout=30).returncode == code
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 143), (3, 3)])
+def test_a_run_that_gets_sigterm_saves_and_is_not_finished(in_container, code, status):
+    command = [*in_container, RUN.format(code=code, seconds=60)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "saved\n"
+        assert process.wait(timeout=20) == status

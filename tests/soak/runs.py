@@ -1,4 +1,4 @@
-"""What scripts/soak.py does with runs: starts, disturbs, damages and compares them."""
+"""Starts, disturbs, damages and compares the runs of a soak."""
 
 import contextlib
 import itertools
@@ -23,18 +23,18 @@ from resnet_jax.training.checkpoints import Checkpoints
 from resnet_jax.training.setup import prepare
 from resnet_jax.workdir import Workdir
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.001
 LONGEST_SECONDS = 600
 OF_THE_CLOCK = ("images_per_second", "input_wait", "seconds")
 """What rows of metrics.jsonl tell of time: the only part that may differ."""
 
 
-class Failed(Exception):  # noqa: N818 - a word of the table
+class Failed(Exception):
     """What a run did that it should not, in a sentence."""
 
 
-class Skipped(Exception):  # noqa: N818 - a word of the table
+class Skipped(Exception):
     """Why a fault cannot be tried here."""
 
 

@@ -1,4 +1,4 @@
-"""The launch scripts as subprocesses, and tools in the place of the clouds' own."""
+"""The launcher as a subprocess, and programs in the place of the clouds' tools."""
 
 import os
 import subprocess
@@ -8,13 +8,13 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-SCRIPTS = REPOSITORY / "scripts"
+LAUNCH = [sys.executable, str(REPOSITORY / "launch" / "launch.py")]
 
 
-def launch(script, arguments, *, path=os.devnull, timeout=60):
-    """Runs a script; PATH has nothing but what is given: never a real cloud."""
+def launch(kind, arguments, *, path=os.devnull, timeout=60):
+    """Runs the launcher; PATH has only what is given: never a real cloud."""
     return subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *arguments],
+        [*LAUNCH, kind, *arguments],
         capture_output=True,
         text=True,
         env={"PATH": path, "HOME": os.devnull},
@@ -24,7 +24,7 @@ def launch(script, arguments, *, path=os.devnull, timeout=60):
 
 @pytest.fixture
 def tools(tmp_path):
-    """A folder for PATH, and a function that puts an executable script there."""
+    """A function that puts an executable into a folder for PATH, which it returns."""
     folder = tmp_path / "tools"
     folder.mkdir()
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.scripts.conftest import launch
+from tests.launch.conftest import launch
 
 OWN = shlex.split("--name run1 --nodes 4 --gpus-per-node 8 --time 1-00:00:00")
 COMMAND = ["train", "--config", "configs/imagenet.py:resnet50"]
@@ -15,8 +15,9 @@ COMMAND += ["--workdir", "/shared/a run", "--config.seed=1"]
 
 def batch_script(tmp_path, *own):
     file = tmp_path / "run.sbatch"
-    result = launch("launch_slurm.py", [*OWN, *own, "--write", file, "--", *COMMAND])
+    result = launch("slurm", [*OWN, *own, "--dry-run", "--", *COMMAND])
     assert result.returncode == 0, result.stderr
+    file.write_text(result.stdout)
     return file
 
 
@@ -75,33 +76,14 @@ def test_bash_reads_the_script(tmp_path):
     subprocess.run(["bash", "-n", file], check=True)
 
 
-def test_a_dry_run_prints_what_a_shell_would_submit(tmp_path, tools):
-    result = launch("launch_slurm.py", [*OWN, "--dry-run", "--", *COMMAND])
+def test_sbatch_gets_the_script_and_its_failure_is_reported(tmp_path, tools):
+    path = tools("sbatch", f'#!/bin/sh\necho "$@"; cat > {tmp_path}/got\n')
+    result = launch("slurm", [*OWN, "--", *COMMAND], path=f"{path}:/usr/bin:/bin")
     assert result.returncode == 0
-    assert result.stdout.count("\n") == 1
-    path = tools("sbatch", '#!/bin/sh\necho "$@"; cat\n')
-    pasted = subprocess.run(
-        ["bash", "-c", result.stdout],
-        env={"PATH": f"{path}:/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert pasted.stdout == "--parsable\n" + batch_script(tmp_path).read_text()
-
-
-def test_sbatch_gets_the_script_and_its_failure_is_told(tmp_path, tools):
-    path = tools("sbatch", f"#!/bin/sh\ncat > {tmp_path}/got; echo 42; exit $STATUS\n")
-    result = launch(
-        "launch_slurm.py", [*OWN, "--", *COMMAND], path=f"{path}:/usr/bin:/bin"
-    )
-    assert result.returncode == 0
-    assert result.stdout == "42\n"
+    assert result.stdout == "--parsable\n"
     assert (tmp_path / "got").read_text() == batch_script(tmp_path).read_text()
     tools("sbatch", "#!/bin/sh\nexit 1\n")
-    result = launch(
-        "launch_slurm.py", [*OWN, "--", *COMMAND], path=f"{path}:/usr/bin:/bin"
-    )
+    result = launch("slurm", [*OWN, "--", *COMMAND], path=f"{path}:/usr/bin:/bin")
     assert result.returncode == 1
     assert "failed with exit status 1" in result.stderr
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.scripts.conftest import SCRIPTS, launch
+from tests.launch.conftest import LAUNCH, launch
 
 OWN = shlex.split("--name run1 --zone us-east5-a --accelerator v5litepod-16")
 QUICK = ["--poll-seconds", "0.1"]
@@ -18,81 +19,26 @@ COMMAND = shlex.split(
 
 
 def dry_run(*own, command=COMMAND):
-    result = launch("launch_tpu.py", [*OWN, *own, "--dry-run", "--", *command])
+    result = launch("tpu", [*OWN, *own, "--dry-run", "--", *command])
     assert result.returncode == 0, result.stderr
-    return [shlex.split(line) for line in result.stdout.splitlines()]
+    return result.stdout
 
 
-def verb(command):
-    """What a command does: the words of gcloud, or the first word."""
-    if command[0] != "gcloud":
-        return command[0]
-    return " ".join(word for word in command[1:5] if not word.startswith("gs:"))
-
-
-def remote(command):
-    """The script that gcloud's ssh runs on a host."""
-    return next(x for x in command if x.startswith("--command="))[len("--command=") :]
-
-
-def test_the_steps_in_their_order():
-    verbs = [verb(command) for command in dry_run()]
-    tpus = "compute tpus"
-    assert verbs == [
-        "git",
-        f"{tpus} queued-resources create",
-        "until",
-        f"{tpus} tpu-vm scp",
-        f"{tpus} tpu-vm ssh",
-        f"{tpus} tpu-vm ssh",
-        f"{tpus} tpu-vm ssh",
-        "storage ls",
-        f"{tpus} queued-resources delete",
-    ]
-
-
-def test_every_command_knows_where_the_slice_is():
-    for command in dry_run("--project", "lab"):
-        if command[:2] == ["gcloud", "compute"]:
-            assert command[5] in ("run1",) or command[4] == "scp"
-            assert "--zone=us-east5-a" in command
-            assert "--project=lab" in command
-            assert "--quiet" in command
-        if command[3:5] in (["tpu-vm", "scp"], ["tpu-vm", "ssh"]):
-            assert "--worker=all" in command
-
-
-def test_what_is_asked_for():
-    create = dry_run("--spot", "--service-account", "a@b", "--internal-ip")[1]
-    assert {
-        "--node-id=run1",
-        "--accelerator-type=v5litepod-16",
-        "--runtime-version=v2-alpha-tpuv5-lite",
-        "--spot",
-        "--internal-ips",
-        "--service-account=a@b",
-    } <= set(create)
-    assert "--spot" not in dry_run()[1]
-    given = dry_run("--accelerator", "v6e-64", "--runtime-version", "mine")[1]
-    assert "--runtime-version=mine" in given
-    assert "--accelerator-type=v6e-64" in given
-
-
-def test_scripts_for_hosts_are_of_shell_syntax():
-    scripts = [remote(c) for c in dry_run("--env", "A=b c") if c[4:5] == ["ssh"]]
-    assert len(scripts) == 3
-    for script in scripts:
-        subprocess.run(["bash", "-n", "-c", script], check=True)
-
-
-def test_the_archive_that_is_packed_is_the_one_that_is_copied():
-    commands = dry_run()
-    packed = next(x for x in commands[0] if x.startswith("--output="))
-    assert packed.removeprefix("--output=") in commands[3]
-
-
-def test_keep_leaves_the_slice():
-    assert "delete" not in dry_run("--keep")[-1]
+def test_a_dry_run_prints_a_script_with_all_that_was_asked_for():
+    script = dry_run(
+        *shlex.split("--spot --service-account a@b --internal-ip --project lab"),
+        *shlex.split("--accelerator v6e-64 --runtime-version mine --env 'A=b c'"),
+    )
+    assert not re.search("@[A-Z_]+@", script)
+    subprocess.run(["bash", "-n", "-c", script], check=True)
+    assert (
+        '--node-id="$name" --accelerator-type=v6e-64 --runtime-version=mine --spot '
+        "--internal-ips --service-account=a@b --quiet" in script
+    )
+    assert "name=run1\n" in script
+    assert "where=(--zone=us-east5-a --project=lab)" in script
+    assert "connection=(--internal-ip)" in script
+    assert "--spot" not in dry_run()
 
 
 @pytest.mark.parametrize(
@@ -106,16 +52,16 @@ def test_keep_leaves_the_slice():
         ),
         (
             ["train", "--workdir", "gs://b/r", "--config", "/etc/hostname"],
-            "no file of this repository",
+            "not a file of this repository",
         ),
         (
             ["train", "--workdir", "gs://b/r", "--config", "configs/none.py"],
-            "no file of this repository",
+            "not a file of this repository",
         ),
     ],
 )
 def test_what_hosts_cannot_reach_is_refused(command, sentence):
-    result = launch("launch_tpu.py", [*OWN, "--dry-run", "--", *command])
+    result = launch("tpu", [*OWN, "--dry-run", "--", *command])
     assert result.returncode == 1
     assert sentence in result.stderr
     assert result.stdout == ""
@@ -214,7 +160,7 @@ class Cloud:
 
     def launch(self, *own, command=COMMAND):
         arguments = [*OWN, *QUICK, *own, "--", *command]
-        return launch("launch_tpu.py", arguments, path=self.path)
+        return launch("tpu", arguments, path=self.path)
 
     def calls(self, name):
         lines = (self.folder / "calls").read_text().splitlines()
@@ -241,6 +187,11 @@ def test_a_run_from_the_first_to_the_last_step(cloud):
     result = cloud.launch("--env", "WHO=a b")
     assert result.returncode == 0, result.stderr
     assert cloud.runs() == [[*COMMAND, "--distributed"]]
+    for call in cloud.calls("queued-resources") + cloud.calls("tpu-vm"):
+        assert call[4] == "run1" or call[3] == "scp"
+        assert "--zone=us-east5-a" in call
+        assert "--quiet" in call or call[3] == "describe"
+        assert "--worker=all" in call or call[2] == "queued-resources"
     # The log of the host is seen, and its environment is what was asked for.
     assert "step 1 of a b" in result.stdout
     assert "WAITING_FOR_RESOURCES" in result.stderr
@@ -285,7 +236,7 @@ def test_restarts_have_an_end(cloud):
     cloud.plan(*[{"code": 1, "states": ["SUSPENDED"]}] * 2)
     result = cloud.launch("--restarts", "1")
     assert result.returncode == 1
-    assert "was preempted, and --restarts 1 allows no further" in result.stderr
+    assert "preempted, and --restarts 1 allows no further" in result.stderr
     assert len(cloud.runs()) == 2
     assert not cloud.has_slice()
 
@@ -302,7 +253,7 @@ def test_a_request_that_failed_is_told_and_taken_back(cloud):
     (cloud.folder / "home").mkdir()
     result = cloud.launch()
     assert result.returncode == 1
-    assert "the request for run1 failed" in result.stderr
+    assert "run1: error: the request failed" in result.stderr
     assert not cloud.has_slice()
     assert cloud.runs() == []
 
@@ -314,7 +265,7 @@ def test_gcloud_that_cannot_tell_is_told_and_nothing_is_deleted(cloud, tools):
     )
     result = cloud.launch()
     assert result.returncode == 1
-    assert "cannot tell the state of run1: no login" in result.stderr
+    assert "gcloud does not report the state of the slice: no login" in result.stderr
     assert set((cloud.folder / "verbs").read_text().split()) == {"describe"}
 
 
@@ -322,7 +273,7 @@ def test_interrupted_the_run_saves_before_the_slice_goes(cloud):
     cloud.plan({"seconds": 60})
     arguments = [*OWN, *QUICK, "--", *COMMAND]
     with subprocess.Popen(
-        [sys.executable, str(SCRIPTS / "launch_tpu.py"), *arguments],
+        [*LAUNCH, "tpu", *arguments],
         env={"PATH": cloud.path},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -346,7 +297,7 @@ def test_a_launcher_that_was_killed_finds_its_run_again(cloud):
     cloud.plan({"seconds": 4, "done": True})
     arguments = [*OWN, *QUICK, "--", *COMMAND]
     with subprocess.Popen(
-        [sys.executable, str(SCRIPTS / "launch_tpu.py"), *arguments],
+        [*LAUNCH, "tpu", *arguments],
         env={"PATH": cloud.path},
         stdout=subprocess.PIPE,
         text=True,
@@ -368,6 +319,6 @@ def test_the_images_of_docs_are_those_of_the_script():
         ("v5p-8", "v2-alpha-tpuv5"),
         ("v6e-8", "v2-alpha-tpuv6e"),
     ]:
-        create = dry_run("--accelerator", accelerator)[1]
-        assert f"--runtime-version={image}" in create
+        script = dry_run("--accelerator", accelerator)
+        assert f"--runtime-version={image}" in script
         assert f"`{image}`" in table
