@@ -11,7 +11,7 @@ from resnet_jax.models import create_model, list_models
 
 if TYPE_CHECKING:
     from resnet_jax.config import default_config, load_config
-    from resnet_jax.data.prepare import prepare
+    from resnet_jax.prepare import prepare_dataset
     from resnet_jax.training.evaluate import evaluate
     from resnet_jax.training.report import report
     from resnet_jax.training.seeds import train
@@ -25,7 +25,7 @@ __all__ = [
     "list_models",
     "load_config",
     "load_weights",
-    "prepare",
+    "prepare_dataset",
     "report",
     "save_weights",
     "train",
@@ -34,7 +34,7 @@ __all__ = [
 _LAZY = {
     "default_config": "resnet_jax.config",
     "load_config": "resnet_jax.config",
-    "prepare": "resnet_jax.data.prepare",
+    "prepare_dataset": "resnet_jax.prepare",
     "train": "resnet_jax.training.seeds",
     "evaluate": "resnet_jax.training.evaluate",
     "report": "resnet_jax.training.report",

@@ -5,11 +5,9 @@ safetensors, which every library reads and which cannot hold a program.
 """
 
 import codecs
-import contextlib
 import json
 import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -18,6 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from resnet_jax.errors import UserError
+from resnet_jax.storage import replacing
 from resnet_jax.weights.torch_files import printable, read_torch_file
 
 # safetensors.numpy reads no bfloat16 in some versions.
@@ -103,24 +102,6 @@ def write_safetensors(
         raise UserError(
             f"{path} cannot be written ({error}); make room or give another path"
         ) from error
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside ``path``, and then moves its file to ``path``.
-
-    If the block fails, ``path`` is unchanged and the temporary file is deleted.
-    """
-    # The name is random because two processes may write the same file.
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _plain(path: Path, name: str, array: np.ndarray) -> np.ndarray:

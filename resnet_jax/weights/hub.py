@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from resnet_jax.errors import UserError, nearest
-from resnet_jax.weights.files import replacing
+from resnet_jax.storage import replacing
 
 HUB_PREFIX = "hf-hub:"
 TORCHVISION_PREFIX = "torchvision:"
