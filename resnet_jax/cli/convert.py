@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from resnet_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from resnet_jax.weights.load_save import Layout, NamedModel
+    from resnet_jax.weights.load_save import NamedModel, WeightsLayout
 
 _DESCRIPTION = """Write weights in another layout, torch's or Flax's.
 
@@ -67,7 +67,7 @@ def convert_weights(
     target: str | os.PathLike[str],
     *,
     model: str | None = None,
-    layout: "Layout | None" = None,
+    layout: "WeightsLayout | None" = None,
     force: bool = False,
 ) -> None:
     """Writes the weights of a file or a run to a file in either layout.

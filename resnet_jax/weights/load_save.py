@@ -32,8 +32,8 @@ from resnet_jax.weights.torch_layout import (
     torch_module,
 )
 
-Layout = Literal["flax", "torch"]
-LAYOUTS: tuple[Layout, ...] = ("flax", "torch")
+WeightsLayout = Literal["flax", "torch"]
+LAYOUTS: tuple[WeightsLayout, ...] = ("flax", "torch")
 
 SUFFIX = ".safetensors"
 _FORMAT = "resnet_jax"  # "format" in the metadata of files in the flax layout
@@ -117,7 +117,7 @@ def save_weights(
     variables: Mapping[str, Any],
     model: nn.Module,
     *,
-    layout: Layout = "flax",
+    layout: WeightsLayout = "flax",
     name: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
@@ -186,7 +186,7 @@ def save_weights(
 
 def load_named_model(
     source: str | os.PathLike[str], name: str | None = None
-) -> tuple[NamedModel, Layout]:
+) -> tuple[NamedModel, WeightsLayout]:
     """Loads a file's weights and the model that they belong to.
 
     Args:
@@ -239,7 +239,7 @@ def _kept_options(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def file_layout(
     source: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> Layout:
+) -> WeightsLayout:
     """The layout of a file, from its metadata and the names of its arrays.
 
     Raises:
@@ -262,7 +262,7 @@ def file_layout(
 def variables_of(
     source: str,
     arrays: Mapping[str, np.ndarray],
-    layout: Layout,
+    layout: WeightsLayout,
     model: nn.Module,
     *,
     new_head: bool = False,
@@ -304,7 +304,7 @@ def variables_of(
 
 
 def without_counters(
-    arrays: Mapping[str, np.ndarray], layout: Layout
+    arrays: Mapping[str, np.ndarray], layout: WeightsLayout
 ) -> dict[str, np.ndarray]:
     """A file's arrays without torch's counters of batches."""
     if layout == "flax":
@@ -312,7 +312,7 @@ def without_counters(
     return {key: a for key, a in arrays.items() if key.split(".")[-1] != COUNTER}
 
 
-def fitting_models(arrays: Mapping[str, Any], layout: Layout) -> Iterator[str]:
+def fitting_models(arrays: Mapping[str, Any], layout: WeightsLayout) -> Iterator[str]:
     """Names of the models whose arrays are exactly those of a file.
 
     Args:
@@ -360,7 +360,7 @@ def _candidates(arrays: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(
-    source: str, layout: Layout, model: nn.Module, arrays: Mapping[str, Any]
+    source: str, layout: WeightsLayout, model: nn.Module, arrays: Mapping[str, Any]
 ) -> dict[str, StoredArray]:
     """How a layout stores a model's arrays, by flat name."""
     if layout == "torch":
@@ -374,7 +374,7 @@ def _table(
     }
 
 
-def _classifier(layout: Layout, model: Any, head_alone: bool) -> tuple[str, ...]:
+def _classifier(layout: WeightsLayout, model: Any, head_alone: bool) -> tuple[str, ...]:
     """Prefixes of the names of a file's classifier.
 
     A VGG net without classes has no dense layers at all.
@@ -392,7 +392,7 @@ def _by_key(table: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
 
 
 def _advice(
-    layout: Layout,
+    layout: WeightsLayout,
     model: nn.Module,
     expected: Mapping[str, StoredArray],
     arrays: Mapping[str, np.ndarray],
