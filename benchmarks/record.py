@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.training.environment import environment
+from resnet_jax.environment import environment
 
 _VARIABLES = ("XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "JAX_PLATFORMS")
 """Environment variables that change the speed."""

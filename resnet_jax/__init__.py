@@ -11,10 +11,11 @@ from resnet_jax.models import create_model, list_models
 
 if TYPE_CHECKING:
     from resnet_jax.config import default_config, load_config
+    from resnet_jax.evaluation.evaluate import evaluate
+    from resnet_jax.evaluation.saved_run import load_run
     from resnet_jax.prepare import prepare_dataset
-    from resnet_jax.training.evaluate import evaluate
     from resnet_jax.training.report import report
-    from resnet_jax.training.seeds import train
+    from resnet_jax.training.train import train
     from resnet_jax.weights import load_weights, save_weights
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate",
     "list_models",
     "load_config",
+    "load_run",
     "load_weights",
     "prepare_dataset",
     "report",
@@ -35,8 +37,9 @@ _LAZY = {
     "default_config": "resnet_jax.config",
     "load_config": "resnet_jax.config",
     "prepare_dataset": "resnet_jax.prepare",
-    "train": "resnet_jax.training.seeds",
-    "evaluate": "resnet_jax.training.evaluate",
+    "train": "resnet_jax.training.train",
+    "evaluate": "resnet_jax.evaluation.evaluate",
+    "load_run": "resnet_jax.evaluation.saved_run",
     "report": "resnet_jax.training.report",
     "load_weights": "resnet_jax.weights",
     "save_weights": "resnet_jax.weights",

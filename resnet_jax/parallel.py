@@ -48,6 +48,11 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def steps_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The second axis cut over the devices: batches of several steps, or parts."""
+    return NamedSharding(mesh, PartitionSpec(None, "data"))
+
+
 def fully_sharded(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The shardings of a state that is split over the devices.
 
@@ -153,3 +158,8 @@ def place_whole(tree: Any, shardings: Any) -> Any:
         return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     return jax.tree.map(placed, tree, shardings)
+
+
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """The smallest batch of at least ``batch_size`` that divides over the devices."""
+    return -(-batch_size // mesh.size) * mesh.size

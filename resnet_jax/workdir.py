@@ -1,10 +1,10 @@
 """The files of a run: config.json, metrics.jsonl, result.json, report.html.
 
-Of several processes only the first writes them. They lie in a folder, or below a URL
+With several processes only the first writes them. They are in a folder, or below a URL
 such as ``gs://bucket/run`` (see ``storage``).
 
-Every file is replaced in one step or grows by whole lines, so that a run killed at any
-moment leaves files that can be read.
+Every file is replaced in one step or grows by whole lines, so a run that is killed at
+any moment leaves readable files.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ class Workdir:
     """A run's folder.
 
     Attributes:
-      path: absolute, or epath's where it is a URL.
+      path: absolute, or an epath URL.
       checkpoints, tensorboard, profile, report: paths in it.
     """
 
@@ -44,8 +44,8 @@ class Workdir:
         self._result = self.path / "result.json"
         self._failure = self.path / "failure.json"
 
-    def prepare(self) -> None:
-        """Makes the folder, or raises UserError where it cannot be written to."""
+    def create(self) -> None:
+        """Creates the folder; raises UserError if it cannot be written to."""
         if not distributed.is_primary():
             return
         try:
@@ -58,13 +58,13 @@ class Workdir:
 
     @contextlib.contextmanager
     def lock(self, tell: storage.Tell) -> Iterator[None]:
-        """Keeps other runs off.
+        """Keeps other runs out.
 
-        On a disk the lock goes with the process, however it ends; in a store it is an
-        object, and ``tell`` hears of one that a killed run may have left.
+        On a disk the lock ends with the process, however it ends. In a store it is an
+        object, and ``tell`` reports one that a killed run may have left.
 
         Raises:
-          UserError: another run has it.
+          UserError: another run holds it.
         """
         if not distributed.is_primary():
             yield
@@ -73,17 +73,17 @@ class Workdir:
             yield
 
     def mirror(self, folder: Path) -> contextlib.AbstractContextManager[storage.Mirror]:
-        """``folder`` on the disk of this host, for what writes to disks alone."""
+        """``folder`` on this host's disk, for libraries that only write to disks."""
         return self._storage.mirror(folder)
 
     def compiled_programs(self, folder: str) -> Path:
-        """Where compiled programs go: a folder from the workdir on, or a URL."""
+        """Where compiled programs are kept: relative to the workdir, or a URL."""
         return (
             storage.locate(folder) if storage.is_remote(folder) else self.path / folder
         )
 
     def check_shared(self) -> None:
-        """Raises UserError where the processes of a run see different folders."""
+        """Raises UserError if the processes of a run see different folders."""
         if distributed.process_count() == 1:
             return
         number = distributed.broadcast(secrets.randbits(31))
@@ -93,8 +93,8 @@ class Workdir:
         distributed.wait_for_all("mark")
         if not mark.exists():
             raise UserError(
-                f"workdir {self.path} of process {jax.process_index()} is not that of "
-                "process 0; give a --workdir that all hosts share"
+                f"workdir {self.path} of process {jax.process_index()} is not the "
+                "folder of process 0; give a --workdir that all hosts share"
             )
         distributed.wait_for_all("marks")
         if distributed.is_primary():
@@ -114,7 +114,7 @@ class Workdir:
     ) -> None:
         """Writes config.json: the resolved config, derived values and the command.
 
-        The folder of several runs has no derived values: theirs have.
+        ``derived`` is None for the folder of several seeds.
         """
         content = {
             "config": dataclasses.asdict(config),
@@ -124,33 +124,33 @@ class Workdir:
         self.write(self._config, json.dumps(content, indent=2) + "\n")
 
     def refuse_other_run(self, config: Config) -> None:
-        """Raises UserError where the folder holds a run that differs in its result."""
+        """Raises UserError if the folder holds a run that would have another result."""
         if not distributed.is_primary():
             return
         present = self.read_config()
         if present is None:
             if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
                 raise UserError(
-                    f"workdir {self.path} holds checkpoints and no config.json: it is "
-                    "not a whole run; give another --workdir"
+                    f"workdir {self.path} holds checkpoints but no config.json, so "
+                    "it is not a whole run; give another --workdir"
                 )
             return
         here, wanted = flatten(present), flatten(config)
         if (present.seeds > 1) != (config.seeds > 1):
             kinds = ("a single run", f"runs of {present.seeds} seeds")
             raise UserError(
-                f"workdir {self.path} holds {kinds[present.seeds > 1]}, and "
-                f"seeds={config.seeds} is asked for; give another --workdir"
+                f"workdir {self.path} holds {kinds[present.seeds > 1]}, but "
+                f"the config says seeds={config.seeds}; give another --workdir"
             )
         for name, field in fields().items():
             if here[name] != wanted[name] and not field.operational:
                 raise UserError(
                     f"workdir {self.path} holds a run with {name}={here[name]}, not "
-                    f"{wanted[name]}; give another --workdir, or that value to go on"
+                    f"{wanted[name]}; give another --workdir, or that value to continue"
                 )
 
     def write_rows(self, rows: list[dict[str, Any]]) -> None:
-        """Replaces metrics.jsonl by these rows."""
+        """Replaces metrics.jsonl with these rows."""
         self.write(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append_row(self, row: dict[str, Any]) -> None:
@@ -164,12 +164,12 @@ class Workdir:
                 self._storage.append(self._metrics, json.dumps(row) + "\n")
 
     def read_rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line cut short by a kill is left out."""
+        """The rows of metrics.jsonl, without a last line that a kill cut short."""
         lines = (storage.read_text(self._metrics) or "").split("\n")[:-1]
         return [json.loads(line) for line in lines]
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Writes result.json, which says that the run is finished."""
+        """Writes result.json, which marks the run as finished."""
         self.write(self._result, json.dumps(result, indent=2) + "\n")
 
     def read_result(self) -> dict[str, Any] | None:
@@ -177,18 +177,18 @@ class Workdir:
         return self._read_json(self._result)
 
     def write_failure(self, sentence: str) -> None:
-        """Writes failure.json, which says that the run has diverged and how."""
+        """Writes failure.json, which says how the run diverged."""
         self.write(self._failure, json.dumps({"failure": sentence}, indent=2) + "\n")
 
     def read_failure(self) -> str | None:
-        """How the run has diverged, or None."""
+        """How the run diverged, or None."""
         content = self._read_json(self._failure)
         return None if content is None else content["failure"]
 
     def write(self, path: Path, text: str) -> None:
-        """Replaces a file in one step: a reader sees the old or the new one, whole.
+        """Replaces a file in one step, so a reader sees the old or the new one, whole.
 
-        Only the first of several processes does.
+        With several processes only the first writes.
 
         Raises:
           UserError: it cannot be written, to a full disk for example.
@@ -214,5 +214,5 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}); make room, and the same "
-            "command goes on from the last checkpoint"
+            "command continues from the last checkpoint"
         ) from error

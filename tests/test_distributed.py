@@ -14,8 +14,9 @@ from resnet_jax.cli import main
 from resnet_jax.distributed import Processes
 from resnet_jax.errors import UserError
 from tests.conftest import REPOSITORY
-from tests.training.test_checkpoints import same
-from tests.training.test_loop import final_state, rows_of
+from tests.test_checkpoints import same
+from tests.training.helpers import final_state
+from tests.training.test_train import rows_of
 
 LAUNCH = [sys.executable, str(REPOSITORY / "launch" / "launch.py"), "local"]
 
@@ -160,7 +161,7 @@ def test_one_sigterm_stops_all_at_the_same_step_and_they_go_on(
     assert (workdir / "checkpoints" / str(stopped_at)).is_dir()
     launcher = start(config_file, workdir, 2)
     output, _ = launcher.communicate(timeout=120)
-    assert f"going on from the checkpoint at step {stopped_at}" in output
+    assert f"continuing from the checkpoint at step {stopped_at}" in output
     assert_ends_as(alone, workdir, config_file)
 
 

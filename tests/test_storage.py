@@ -78,7 +78,7 @@ jax.config.update("jax_num_cpu_devices", 1)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 from resnet_jax import storage
 storage.SETTLE_SECONDS = 0.1
-from resnet_jax.training.seeds import train
+from resnet_jax.training.train import train
 from tests.conftest import make_tiny_config
 config = make_tiny_config(sys.argv[2])
 for name in sys.argv[3:]:

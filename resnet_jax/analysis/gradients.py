@@ -1,4 +1,4 @@
-"""Norms of gradients layer by layer: do they vanish or explode (section 4.1)?"""
+"""Gradient norms layer by layer: do they vanish or explode (section 4.1)?"""
 
 import functools
 from typing import Any, NamedTuple
@@ -22,11 +22,11 @@ QUANTITIES = ("kernels", "outputs")
 
 
 class GradientNorm(NamedTuple):
-    """How strong the gradient is at a convolution.
+    """The strength of the gradient at a convolution.
 
     Attributes:
       layer: its name in the unrolled net: "stem/conv", "stage1/block1/conv2".
-      norm: the l2 norm, of the batch's mean loss.
+      norm: l2 norm of the gradient of the batch's mean loss.
     """
 
     layer: str
@@ -44,8 +44,8 @@ def gradient_norms(
 ) -> list[GradientNorm]:
     """The l2 norm of the loss' gradient at every convolution of a net.
 
-    The loss is the batch's mean cross-entropy, without weight decay. Norms down to the
-    smallest float32, about 1e-38, are told from zero.
+    The loss is the batch's mean cross-entropy, without weight decay. Norms are exact
+    down to the smallest float32, about 1e-38.
 
     Args:
       model: a net, unrolled or scanned, with or without normalisation.
@@ -55,18 +55,18 @@ def gradient_norms(
       of: "kernels": the gradient with respect to each kernel. "outputs": with respect
         to each convolution's output map (n, h', w', c'), before any normalisation, of
         all images together.
-      train: normalise by the batch's statistics, as a training step does, with dropout
-        and stochastic depth drawn from one fixed key; False: as in evaluation.
+      train: normalise with the batch's statistics, as a training step does, with
+        dropout and stochastic depth from one fixed key; False runs as in evaluation.
 
     Returns:
-      All convolutions, 1x1 and shortcuts' included, in the order in which the net
+      All convolutions, including 1x1 and shortcuts, in the order in which the net
       computes them.
 
     Raises:
       UserError: an unknown ``of``, or no convolution in the net.
     """
     if of not in QUANTITIES:
-        raise UserError(f"gradients are those of {' or '.join(QUANTITIES)}, not {of!r}")
+        raise UserError(f"gradients are of {' or '.join(QUANTITIES)}, not {of!r}")
     found = jax.device_get(_norms(model, variables, images, labels, of, train))
     if not found.layers:
         raise UserError(f"{type(model).__name__} has no convolution")
@@ -118,7 +118,7 @@ def _norms(model, variables, images, labels, of, train):
 def _probes(apply: Any, variables: Any) -> tuple[Any, list[Path]]:
     """A zero for each convolution, as variables, and the convolutions in order.
 
-    They lie in the collection that nets carry through their loops.
+    They are in the collection that nets carry through their loops.
     """
     paths: dict[Path, None] = {}
 
@@ -146,9 +146,9 @@ def _pass_probe(method, args, kwargs, context):
 
 @jax.custom_vjp
 def _with_probe(y, probe):
-    """``y``; the gradient with respect to the probe is the norm of that of ``y``.
+    """``y``; the probe's gradient is the norm of the gradient of ``y``.
 
-    So a scalar comes back from each layer, out of loops too, and no map is kept.
+    So each layer returns a scalar, even from inside loops, and no map is kept.
     """
     del probe
     return y
@@ -160,7 +160,7 @@ _with_probe.defvjp(
 
 
 def _l2_norm(x: jax.Array) -> jax.Array:
-    """The l2 norm; squares neither underflow nor overflow."""
+    """The l2 norm, without underflow or overflow of squares."""
     x = x.astype(_wide(x))
     largest = jnp.abs(x).max()
     scale = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)

@@ -1,5 +1,6 @@
 """The strength of layer responses (Fig. 7 of He et al. 2015)."""
 
+import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -9,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from resnet_jax import parallel
 from resnet_jax.analysis.convolutions import Path, is_convolution, leaf, unrolled
+from resnet_jax.data.transforms import normalize, to_unit
 from resnet_jax.errors import UserError
+from resnet_jax.evaluation.evaluator import evaluation_batch_size, jit_over_batch
+from resnet_jax.evaluation.saved_run import load_run
 from resnet_jax.models.normalization import BatchNorm
 
 _NORMALIZATIONS = (
@@ -28,7 +33,7 @@ class Response(NamedTuple):
 
     Attributes:
       layer: its convolution in the unrolled net: "stem/conv", "stage1/block1/conv2".
-      std: standard deviation of all its responses.
+      std: standard deviation of its responses.
     """
 
     layer: str
@@ -41,7 +46,7 @@ class ImageMoments:
 
     Attributes:
       layers: names of the layers in the net's order.
-      sizes: the numbers that a layer responds to an image with: h w c of its map.
+      sizes: numbers in a layer's response to one image: h w c of its map.
       mean: (layers, n), float32 or wider.
       squares: (layers, n), sums of squared deviations from that mean.
     """
@@ -58,15 +63,14 @@ def layer_responses(
     """The standard deviation of each 3x3 layer's response, as in Fig. 7.
 
     The response is "the output of each 3x3 layer, after BN and before other
-    nonlinearity": of the stem's and the blocks' 3x3 convolutions (1x1 ones, those of
-    shortcuts among them, do not count), behind the normalisation that directly follows
-    in the same block, and before the ReLU and the addition. Where none follows, in a
-    net without normalisation and at the end of a pre-activation block, it is the
-    convolution's own output; that of such a block is its whole residual function.
+    nonlinearity": the output of a 3x3 convolution of the stem or a block (1x1
+    convolutions do not count) after the normalisation that directly follows it, and
+    before ReLU and addition. If no normalisation follows (in a net without, or at the
+    end of a pre-activation block), it is the convolution's own output.
 
-    The standard deviation is one for a layer: over all examples, pixels and channels
-    together, from their common mean and with their number as divisor. The net runs as
-    in evaluation: by the running statistics, without dropout.
+    Each layer has one standard deviation, over all examples, pixels and channels from
+    their common mean, divided by n. The net runs as in evaluation: with the running
+    statistics, without dropout.
 
     Args:
       model: a net, unrolled or scanned.
@@ -75,8 +79,8 @@ def layer_responses(
         once; n may differ.
 
     Returns:
-      The layers in the order in which the net computes them; the deviation is nan or
-      infinite where responses were not finite.
+      The layers in the order in which the net computes them. The deviation is NaN or
+      infinite if responses were not finite.
 
     Raises:
       UserError: there is no batch, or no 3x3 convolution in the net.
@@ -88,8 +92,42 @@ def layer_responses(
     return statistics.responses()
 
 
+def responses_of_run(
+    workdir: str | os.PathLike[str],
+    *,
+    split: str = "test",
+    checkpoint: int | str = "last",
+) -> list[Response]:
+    """``layer_responses`` of a run's net, over a whole split as evaluation sees it.
+
+    The paper does not say over which examples its own figure is.
+
+    Args:
+      workdir: of ``train``.
+      split: "test", "holdout" or "train" (centre crops).
+      checkpoint: "last", "best" (lowest held-out error) or a step.
+
+    Raises:
+      UserError: there is no such run, checkpoint or split, or the net has no 3x3
+        convolution.
+    """
+    run = load_run(workdir, checkpoint)
+    feed = run.feed(run.split(split))
+
+    def moments_of(variables, statistics, images, labels, batch):
+        images = normalize(to_unit(images), statistics)
+        return image_moments(run.model, variables, images), batch["mask"]
+
+    step, statistics = jit_over_batch(moments_of, run.mesh), ResponseStatistics()
+    size = evaluation_batch_size(run.config, run.mesh)
+    for batch in feed.evaluation_batches(size):
+        found = step(run.variables, run.statistics, feed.resident, batch)
+        statistics.add(*parallel.settled(found))
+    return statistics.responses()
+
+
 def image_moments(model: nn.Module, variables: Any, images: jax.Array) -> ImageMoments:
-    """What ``layer_responses`` adds up, of a batch; to be called inside jit.
+    """The moments that ``layer_responses`` adds up, for one batch; inside jit.
 
     Args:
       model: a net, unrolled or scanned.
@@ -113,7 +151,7 @@ def image_moments(model: nn.Module, variables: Any, images: jax.Array) -> ImageM
             keep(module, y)
         elif isinstance(module, _NORMALIZATIONS) and module.path[:-1] in latest:
             conv, response = latest[module.path[:-1]]
-            # Directly: the very array, with nothing between.
+            # It follows directly if its input is the very same array.
             if args and args[0] is response:
                 keep(conv, y)
         return y
@@ -124,8 +162,8 @@ def image_moments(model: nn.Module, variables: Any, images: jax.Array) -> ImageM
         )
     if not sizes:
         raise UserError(
-            f"{type(model).__name__} has no 3x3 convolution whose response could be "
-            "measured"
+            f"{type(model).__name__} has no 3x3 convolution, so there are no "
+            "responses to measure"
         )
     found = updates["intermediates"]
     moments = unrolled({path: leaf(found, (*path, "response")) for path in sizes})
@@ -147,7 +185,7 @@ def image_moments(model: nn.Module, variables: Any, images: jax.Array) -> ImageM
 def _moments(response: jax.Array) -> jax.Array:
     """(2, n): mean and sum of squared deviations of (n, h, w, c), image by image."""
     x = response.astype(jnp.promote_types(response.dtype, jnp.float32))
-    # Pixels first, then channels: long sums in float32 lose their last terms.
+    # Pixels first, then channels: a long float32 sum loses small terms.
     mean = x.mean((1, 2)).mean(-1)
     deviations = x - mean[:, None, None, None]
     return jnp.stack([mean, jnp.square(deviations).sum((1, 2)).sum(-1)])
@@ -157,7 +195,7 @@ class ResponseStatistics:
     """Adds up ``ImageMoments`` in float64 on the host."""
 
     def __init__(self):
-        """Nothing is added yet."""
+        """Starts empty."""
         self._layers: tuple[str, ...] = ()
         self._count = self._mean = self._squares = np.zeros(())
 
@@ -170,7 +208,7 @@ class ResponseStatistics:
 
         Args:
           moments: of the batch.
-          mask: (n,), 1 for an example and 0 for padding; None: all are examples.
+          mask: (n,), 1 for an example and 0 for padding; None if all are examples.
         """
         mean, squares = (
             np.asarray(part, np.float64) for part in (moments.mean, moments.squares)
@@ -181,7 +219,7 @@ class ResponseStatistics:
         if not mean.shape[1]:
             return
         sizes = np.asarray(moments.sizes, np.float64)
-        # A net may overflow: its deviations are nan, and that is said by them alone.
+        # A net that overflows has NaN deviations, which say enough.
         with np.errstate(invalid="ignore", over="ignore"):
             center = mean.mean(1)
             between = np.square(mean - center[:, None]).sum(1)
@@ -198,7 +236,7 @@ class ResponseStatistics:
         self._count = total
 
     def responses(self) -> list[Response]:
-        """Those of all that was added; UserError if nothing was."""
+        """The responses over everything added; UserError if nothing was."""
         if not self._layers:
             raise UserError("layer responses cannot be measured on no images")
         stds = np.sqrt(self._squares / self._count)

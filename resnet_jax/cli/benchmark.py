@@ -13,10 +13,10 @@ def add_parser(commands: Any) -> None:
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     step = kinds.add_parser(
         "step",
-        help="the training step on random images that lie on the device",
+        help="the training step on random images on the device",
         description="Times the jitted training step: forward, backward, optimizer, "
-        "normalisation and, for a CIFAR net, crop and flip. Medians; the compilation "
-        "is told apart.",
+        "normalisation and, for a CIFAR net, crop and flip. Prints medians, and the "
+        "compile time separately.",
     )
     step.add_argument(
         "--model",
@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
         type=int,
         default=128,
         metavar="N",
-        help="images a step, over all devices (default: 128)",
+        help="images per step, over all devices (default: 128)",
     )
     step.add_argument(
         "--image-size",
@@ -51,8 +51,8 @@ def add_parser(commands: Any) -> None:
     reading = kinds.add_parser(
         "input",
         help="the input pipeline of a config, up to the device",
-        description="Times the training batches of a config, without any step: read, "
-        "decoded, cropped and placed on the devices. Any field may be overridden: "
+        description="Times the training batches of a config without any step: read, "
+        "decoded, cropped and put on the devices. Any field can be overridden: "
         "--config.data.num_threads=4",
         allow_abbrev=False,
     )
@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
         "--config", required=True, metavar="FILE.py[:ARG]", help="config file"
     )
     reading.add_argument(
-        "--batches", type=int, default=50, metavar="N", help="a round (default: 50)"
+        "--batches", type=int, default=50, metavar="N", help="per round (default: 50)"
     )
     reading.add_argument(
         "--rounds", type=int, default=5, metavar="N", help="(default: 5)"
@@ -85,7 +85,7 @@ def _run_step(options: argparse.Namespace) -> None:
 
 def _run_input(options: argparse.Namespace) -> None:
     from resnet_jax.config import load_config
-    from resnet_jax.training.input_benchmark import benchmark_input
+    from resnet_jax.training.benchmark import benchmark_input
 
     config = load_config(options.config, parse_overrides(options.rest))
     with connected(options):

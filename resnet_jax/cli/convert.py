@@ -1,8 +1,6 @@
 """``resnet-jax convert``: weights of a file or a run, to a file in either layout."""
 
 import argparse
-import contextlib
-import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,87 +121,14 @@ def convert_weights(
 def _from_run(folder: str | os.PathLike[str], model: str | None) -> "NamedModel":
     """The model of a run's last checkpoint; the data need not exist."""
     from resnet_jax.config import model_options
-    from resnet_jax.training.checkpoints import Checkpoints
+    from resnet_jax.evaluation.saved_run import load_run
     from resnet_jax.weights.load_save import KEPT_OPTIONS, NamedModel
-    from resnet_jax.workdir import Workdir
 
-    workdir = Workdir(folder)
-    config = workdir.read_config()
-    if config is None:
-        raise UserError(
-            f"{folder} is a folder without a run (config.json is missing); give a file "
-            "of weights or a workdir of resnet-jax train"
-        )
+    run = load_run(folder)
+    config = run.config.model
     if model is not None:
-        raise UserError(
-            f"workdir {folder} holds a {config.model.name}; leave --model out"
-        )
-    no_checkpoint = UserError(f"workdir {folder} holds no checkpoint yet")
-    if not workdir.checkpoints.is_dir():
-        raise no_checkpoint
-    with Checkpoints(workdir.checkpoints, config.checkpoint) as checkpoints:
-        if not checkpoints.steps():
-            raise no_checkpoint
-        step = checkpoints.steps()[-1]
-        net, abstract = _abstract_state(config, workdir.checkpoints / str(step))
-        state, _ = checkpoints.restore(step, abstract)
-    options = model_options(config.model)
+        raise UserError(f"workdir {folder} holds a {config.name}; leave --model out")
+    options = model_options(config)
     kept = {name: options[name] for name in options if name in KEPT_OPTIONS}
-    variables = {key: v for key, v in state.evaluation_variables().items() if v}
-    return NamedModel(config.model.name, kept, net, variables)
-
-
-def _abstract_state(config: Any, checkpoint: Path) -> tuple[Any, Any]:
-    """The model of a checkpoint, and the shapes of its state on one device.
-
-    The checkpoint gives the classes and channels, so no data are needed.
-    """
-    import jax
-    import jax.numpy as jnp
-    import orbax.checkpoint as ocp
-    from etils import epath
-    from flax import traverse_util
-
-    from resnet_jax.config import derive, model_options
-    from resnet_jax.data.transforms import PixelStatistics
-    from resnet_jax.models import create_model
-    from resnet_jax.training.optimizer import make_optimizer
-    from resnet_jax.training.schedule import Schedule
-    from resnet_jax.training.state import init_state
-    from resnet_jax.weights import shapes
-
-    try:
-        with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-            tree = handler.metadata(epath.Path(checkpoint / "state")).tree
-        leaves = traverse_util.flatten_dict({"params": tree["params"]}, sep="/")
-        params: dict[str, Any] = leaves
-        mean = tree["statistics"]["mean"].shape
-    except Exception as error:
-        # A damaged file may raise anything.
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"checkpoint {checkpoint} is damaged: {reason[:160]}; delete it to use "
-            "the previous one"
-        ) from error
-    net = create_model(
-        config.model.name,
-        num_classes=shapes.classes(params),
-        **model_options(config.model),
-    )
-    state = functools.partial(
-        init_state,
-        net,
-        make_optimizer(config.optimizer, config.model.frozen),
-        # The number of examples changes the schedule's steps, but not its state.
-        Schedule(config.optimizer, config.schedule, derive(config, 1)),
-        image_shape=(shapes.SIDE, shapes.SIDE, shapes.input_channels(params)),
-        seed=config.seed,
-        averaged=config.optimizer.ema_decay is not None,
-    )
-    pixels: Any = jax.ShapeDtypeStruct(mean, jnp.float32)
-    abstract = jax.eval_shape(state, PixelStatistics(mean=pixels, std=pixels))
-    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return net, jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one_device),
-        abstract,
-    )
+    variables = {key: tree for key, tree in run.variables.items() if tree}
+    return NamedModel(config.name, kept, run.model, variables)

@@ -7,8 +7,8 @@ from resnet_jax.cli.processes import add_process_flags, connected
 
 _DESCRIPTION = """Evaluate a checkpoint of a run on a whole split.
 
-Every example is counted once, whatever the batch size. The last checkpoint is what a
-run reports; the best one was chosen on a held-out part of the training set.
+Every example counts once, whatever the batch size. A run reports its last checkpoint;
+its best one was chosen on a held-out part of the training set.
 """
 
 
@@ -40,14 +40,14 @@ def add_parser(commands: Any) -> None:
         "--batch-size",
         type=int,
         metavar="N",
-        help="examples a batch (default: the config's); changes no result",
+        help="examples per batch (default: the config's); changes no result",
     )
     parser.add_argument(
         "--precise-batches",
         type=int,
         metavar="N",
-        help="first take the batch statistics anew, over N batches of the training "
-        "set (default: those of the checkpoint)",
+        help="first recompute the batch statistics over N batches of the training set "
+        "(default: keep those of the checkpoint)",
     )
     add_process_flags(parser)
     parser.set_defaults(run=_run)
@@ -62,7 +62,7 @@ def _checkpoint(text: str) -> int | str:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.training.evaluate import evaluate
+    from resnet_jax.evaluation.evaluate import evaluate
 
     with connected(options):
         evaluate(

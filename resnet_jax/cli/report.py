@@ -8,9 +8,9 @@ def add_parser(commands: Any) -> None:
     """Adds the subcommand to the parser of ``resnet-jax``."""
     parser = commands.add_parser(
         "report",
-        help="write the report of a finished run again, and its curves as a picture",
+        help="write the report of a finished run again, or draw its curves",
         description="Write report.html of a finished run again, and its training "
-        "curves as a picture of their own.",
+        "curves as a separate picture.",
     )
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="the run's folder"

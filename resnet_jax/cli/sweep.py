@@ -6,16 +6,16 @@ from typing import Any
 from resnet_jax.cli.overrides import fields_help, parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
 
-_DESCRIPTION = """Train every combination of some fields' values.
+_DESCRIPTION = """Train every combination of values of some fields.
 
   resnet-jax sweep --config configs/digits.py --workdir runs/sweep \\
       --grid optimizer.learning_rate=0.05,0.1,0.2 \\
       --grid model.name=cifar_resnet20,cifar_plain20 \\
       --config.seeds=3 --config.data.holdout_examples=200
 
-The same command goes on where it was stopped, a larger grid keeps what is finished.
-At the end stand one table and one plot: the error of each combination, mean and
-standard deviation over its seeds.
+The same command continues where it stopped, and a larger grid keeps finished runs. At
+the end one table and one plot show the error of each combination: mean and standard
+deviation over its seeds.
 """
 
 
@@ -35,7 +35,9 @@ def add_parser(commands: Any) -> None:
         metavar="FILE.py[:ARG]",
         help="config file and its argument",
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="of all runs")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="folder of all runs"
+    )
     parser.add_argument(
         "--grid",
         action="append",

@@ -9,8 +9,8 @@ from resnet_jax.errors import UserError
 
 _DESCRIPTION = """Train a net as a config file says, in a workdir.
 
-The same command on an unfinished workdir goes on where the run was stopped, bit for
-bit; on a finished one it prints the result. Any field may be overridden:
+On an unfinished workdir the same command continues where the run stopped, bit for bit.
+On a finished one it prints the result. Any field can be overridden:
 
   resnet-jax train --config configs/cifar10.py:cifar_resnet56 --workdir runs/r56 \\
       --config.optimizer.learning_rate=0.05 --config.training.steps=200
@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     """Adds the subcommand to the parser of ``resnet-jax``."""
     parser = commands.add_parser(
         "train",
-        help="train a net from a config file, or go on with it",
+        help="train a net from a config file, or continue",
         description=_DESCRIPTION,
         epilog=fields_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE.py[:ARG]",
-        help="config file and its argument; may be left out to go on with a workdir",
+        help="config file and its argument; not needed to continue a workdir",
     )
     parser.add_argument(
         "--workdir", required=True, metavar="DIR", help="the run's folder"
@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.config import load_config, resolve
+    from resnet_jax.config import load_config
     from resnet_jax.workdir import Workdir
 
     overrides = parse_overrides(options.rest)
@@ -50,11 +50,11 @@ def _run(options: argparse.Namespace) -> None:
         present = Workdir(options.workdir).read_config()
         if present is None or overrides:
             raise UserError(
-                "give --config FILE.py: it may be left out only to go on with the run "
-                "of a workdir, without overrides"
+                "give --config FILE.py; only to continue the run of a workdir, without "
+                "overrides, it is not needed"
             )
         config = present
-    from resnet_jax.training.seeds import train
+    from resnet_jax.training.train import train
 
-    with connected(options, resolve(config).parallel.peer_timeout_seconds):
+    with connected(options, config.parallel.peer_timeout_seconds):
         train(config, options.workdir)

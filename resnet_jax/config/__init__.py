@@ -6,6 +6,7 @@ A config file's ``get_config(arg)`` starts from ``default_config()``, an
 rest of the library reads ``Config`` alone.
 """
 
+from resnet_jax.config.build import build_model
 from resnet_jax.config.derive import Derived, derive
 from resnet_jax.config.resolve import load_config, model_options, resolve
 from resnet_jax.config.schema import (
@@ -21,6 +22,7 @@ __all__ = [
     "Config",
     "Derived",
     "Field",
+    "build_model",
     "default_config",
     "derive",
     "describe_type",

@@ -1,4 +1,4 @@
-"""What a batch is, and what gives batches; imported by the jitted steps."""
+"""Batches, and the protocol of what feeds them to a jitted step."""
 
 from collections.abc import Generator, Iterator
 from typing import Any, Protocol
@@ -6,8 +6,9 @@ from typing import Any, Protocol
 import jax
 
 Batch = dict[str, Any]
-"""``label`` or ``index`` (n,), ``image`` (n, h, w, c) where streamed, ``mask`` (n,)
-in evaluation: 1 for an example, 0 for padding."""
+"""``index`` (n,) into resident arrays, or ``image`` (n, h, w, c) and ``label`` (n,).
+
+In evaluation also ``mask`` (n,): 1 for an example, 0 for padding."""
 
 
 class Feed(Protocol):
@@ -15,19 +16,20 @@ class Feed(Protocol):
 
     @property
     def resident(self) -> Batch | None:
-        """The arrays to pass to every step beside the batch; None if streamed."""
+        """The arrays that every step takes beside the batch; None if streamed."""
         ...
 
     @property
     def num_examples(self) -> int:
-        """Examples that an evaluation counts, broken ones that are skipped included
-        where only reading tells them.
+        """Examples that an evaluation counts.
+
+        A streamed split includes broken images here: only reading finds them.
         """
         ...
 
     @property
     def skipped(self) -> list[str]:
-        """A sentence each time that a broken image was skipped so far."""
+        """One sentence for each time a broken image was skipped."""
         ...
 
     def training_batches(

@@ -1,9 +1,9 @@
 """Feeds: batches on the devices, in the order of the run.
 
-A small data set is resident: it lies on the devices whole, and a batch is a handful of
-indices. A large one is streamed: threads, or processes of threads, read, decode and
-crop ahead of the step. Both give the same examples; inside the jitted step,
-``batch.gather`` makes them look alike.
+A small data set is resident: it is on the devices whole, and a batch is only indices. A
+large one is streamed: threads, or processes of threads, read, decode and crop ahead of
+the step. Both give the same examples; ``batch.gather`` hides the difference from the
+jitted step.
 """
 
 import collections
@@ -25,7 +25,7 @@ from resnet_jax.data.split import Split
 from resnet_jax.errors import UserError
 
 _ENDLESS = 2**62
-_READY_BATCHES = 2  # joined and waiting for their transfer
+_READY_BATCHES = 2  # joined, waiting for their transfer to the devices
 
 
 def training_order(
@@ -35,7 +35,7 @@ def training_order(
     data: DataConfig,
     augmentation: AugmentationConfig,
 ) -> Order:
-    """The order of a run's training examples, as its config says."""
+    """The order of the training examples that a config describes."""
     return Order.of(
         num_examples,
         seed,
@@ -46,7 +46,7 @@ def training_order(
 
 @dataclasses.dataclass(frozen=True)
 class ResidentFeed:
-    """A split that lies on every device whole; see ``Feed``."""
+    """A split that is on every device whole; see ``Feed``."""
 
     resident: Batch
     broken: np.ndarray
@@ -66,14 +66,14 @@ class ResidentFeed:
         """Decodes the split and puts it on the devices.
 
         Raises:
-          UserError: an image is broken and none is to be skipped, or all are broken.
+          UserError: an image is broken and the config skips none, or all are broken.
         """
         images, labels, skipped = split.arrays(data.threads)
         broken = labels < 0
         if broken.all():
             raise UserError(f"no image of the {split.name} split can be decoded")
         if broken.any():
-            # The next whole one stands in for a broken one, in training.
+            # In training, the next whole image replaces a broken one.
             whole = np.flatnonzero(~broken)
             place = np.searchsorted(whole, np.flatnonzero(broken)) % len(whole)
             images[broken], labels[broken] = images[whole[place]], labels[whole[place]]
@@ -83,7 +83,7 @@ class ResidentFeed:
 
     @property
     def num_examples(self) -> int:
-        """Examples in the split, without broken ones."""
+        """Examples in the split that are not broken."""
         return int((~self.broken).sum())
 
     def training_batches(self, position, batch_size, seed):
@@ -96,6 +96,18 @@ class ResidentFeed:
         for start in itertools.count(position, batch_size):
             indices = order.examples(start + rows.start, len(rows))
             yield parallel.place({"index": indices}, sharding)
+
+    def training_indices(
+        self, position: int, steps: int, batch_size: int, seed: int
+    ) -> jax.Array:
+        """The indices of several training batches, int32 (steps, batch_size)."""
+        order = training_order(
+            len(self.broken), seed, batch_size, self.data, self.augmentation
+        )
+        rows = _local_rows(batch_size)
+        indices = order.examples(position, steps * batch_size)
+        local = indices.reshape(steps, batch_size)[:, rows.start : rows.stop]
+        return parallel.place(local, parallel.steps_sharding(self.mesh))
 
     def evaluation_batches(self, batch_size):
         """See ``Feed``."""
@@ -119,7 +131,7 @@ def _local_rows(batch_size: int) -> range:
 
 @dataclasses.dataclass(frozen=True)
 class StreamingFeed:
-    """A split that is read while the steps run; see ``Feed``."""
+    """A split that is read while training runs; see ``Feed``."""
 
     split: Split
     mesh: Mesh
@@ -165,7 +177,7 @@ class StreamingFeed:
         return Layout.of(batch_size, int(np.prod(shape)), *hosts)
 
     def _placed(self, batches: Generator[Chunk]) -> Generator[Batch]:
-        """On the devices, one batch ahead; what was skipped is told as it is used."""
+        """Batches on the devices, one ahead; notes what was skipped in each."""
         sharding = parallel.batch_sharding(self.mesh)
 
         def placed() -> Iterator[tuple[Batch, str]]:
@@ -186,17 +198,17 @@ def host_batches(
     data: DataConfig,
     num_batches: int | None = None,
 ) -> Generator[Chunk]:
-    """This host's part of each batch, in order, made ahead by threads or processes.
+    """This host's part of each batch, in order, read ahead by threads or processes.
 
     Args:
-      chunks: a function of the chunk's number, which may be sent to a process.
+      chunks: a function of the chunk's number; can be sent to a process.
       data: its threads, processes and batches ahead.
-      num_batches: how many there are; None: endless.
+      num_batches: None for an endless feed.
 
     Raises:
       UserError: an image is broken, or a worker process died.
     """
-    import grain  # here, so that the train step can be imported without it
+    import grain  # So that the training step can be imported without grain.
 
     per_batch = chunks.layout.chunks_per_batch
     length = _ENDLESS if num_batches is None else num_batches * per_batch
@@ -221,13 +233,13 @@ def host_batches(
         )
     )
     try:
-        yield from _told(iterator)
+        yield from _checked(iterator)
     finally:
         iterator.close()
 
 
-def _told(batches: Iterator[Chunk]) -> Iterator[Chunk]:
-    """The batches; faults of images and workers as UserError."""
+def _checked(batches: Iterator[Chunk]) -> Iterator[Chunk]:
+    """The batches; raises UserError for faults of images and workers."""
     try:
         for batch in batches:
             if "error" in batch:
@@ -238,13 +250,13 @@ def _told(batches: Iterator[Chunk]) -> Iterator[Chunk]:
             raise
         cause = str(error).split(". ")[0]
         raise UserError(
-            f"a process that reads the data died: {cause}; exit code -9 is mostly the "
-            "system's, out of memory: lower data.num_processes or data.prefetch_batches"
+            f"a process that reads the data died: {cause}; exit code -9 usually means "
+            "out of memory: lower data.num_processes or data.prefetch_batches"
         ) from error
 
 
 def _allow_flags() -> None:
-    """Grain's processes read absl's flags, which nobody parses in a notebook."""
+    """Marks absl's flags as parsed: Grain's processes read them, notebooks do not."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -254,7 +266,7 @@ def _allow_flags() -> None:
 def _ahead(
     batches: Iterator[tuple[Batch, str]], count: int = 1
 ) -> Iterator[tuple[Batch, str]]:
-    """Begins the transfer of ``count`` batches before they are asked for."""
+    """Starts the transfer of ``count`` batches before they are needed."""
     waiting = collections.deque(itertools.islice(batches, count))
     for batch in batches:
         waiting.append(batch)
@@ -265,10 +277,10 @@ def _ahead(
 def make_feed(
     split: Split, mesh: Mesh, data: DataConfig, augmentation: AugmentationConfig
 ) -> Feed:
-    """The feed that fits a split: resident if it is small enough, else streamed.
+    """A resident feed if the split is small enough, else a streaming one.
 
-    Training images that change on the host are never resident; a split for evaluation
-    may be, whatever the augmentation.
+    Training images that the host augments are never resident. Splits for evaluation can
+    be, whatever the augmentation.
     """
     if is_resident(split, data, augmentation):
         return ResidentFeed.load(split, mesh, data, augmentation)
@@ -278,7 +290,7 @@ def make_feed(
 def is_resident(
     split: Split, data: DataConfig, augmentation: AugmentationConfig
 ) -> bool:
-    """Whether the whole split lies on every device; see ``make_feed``."""
+    """Whether the whole split goes on every device; see ``make_feed``."""
     if data.resident is not None:
         return data.resident
     small = split.nbytes <= data.resident_mib * 2**20
@@ -286,9 +298,9 @@ def is_resident(
 
 
 class LastDataset:
-    """Opens data sets, and keeps the last: runs in a row mostly have the same.
+    """Opens data sets and keeps the last one: runs in a row mostly share it.
 
-    The images of splits that lie on the devices whole are decoded once for all runs.
+    The images of resident splits are decoded once for all runs.
     """
 
     def __init__(self) -> None:
@@ -296,14 +308,14 @@ class LastDataset:
         self._dataset: Dataset | None = None
 
     def open(self, config: Config) -> Dataset:
-        """See ``open_dataset``, which it calls where the data are others than before.
+        """The data of a config; calls ``open_dataset`` if they are not the last ones.
 
         Raises:
           UserError: data are missing, broken or contradict the config.
         """
         key = config.data, config.augmentation
         if self._dataset is None or key != self._key:
-            # The old one's images are not to be in memory beside the new one's.
+            # Free the old images before the new ones are decoded.
             self._dataset = None
             dataset = open_dataset(config)
             for split in (dataset.train, dataset.holdout, dataset.test):

@@ -1,9 +1,9 @@
 """The order of training examples, as a stateless function of (seed, epoch).
 
 The position in a run is one number, the global example index: how many examples were
-drawn before. It is all that a checkpoint has to hold of the data: the example at any
-position, and the random numbers of its crop, follow from it at once, on any number of
-hosts, processes and threads.
+drawn before. A checkpoint needs no more of the data. The example at any position, and
+the random numbers of its crop, follow from it on any number of hosts, processes and
+threads.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Which example stands at which global example index.
+    """Maps global example indices to examples.
 
     Attributes:
       num_examples: of the data set.
       seed: of the shuffles.
-      repeats: how often an example follows itself, to be augmented differently each
-        time (Hoffer et al. 2020). An epoch stays as long, and sees fewer examples.
-      epoch_length: draws an epoch; fewer than ``num_examples`` where the last ones,
-        which fill no batch, are left out.
+      repeats: how often each example is drawn in a row, to be augmented differently
+        each time (Hoffer et al. 2020). An epoch stays as long and sees fewer examples.
+      epoch_length: draws per epoch; fewer than ``num_examples`` if the last ones, which
+        do not fill a batch, are dropped.
     """
 
     num_examples: int
@@ -40,7 +40,7 @@ class Order:
     ) -> "Order":
         """The order of a run.
 
-        Epochs follow each other without a gap: a batch may span two of them. With
+        Epochs follow each other without a gap, so a batch can span two of them. With
         ``whole_batches_of``, an epoch ends with its last whole batch of that size.
         """
         length = num_examples
@@ -49,11 +49,11 @@ class Order:
         return cls(num_examples, seed, repeats, length)
 
     def place(self, position: int) -> tuple[int, int]:
-        """The epoch of a global example index, and the draws of that epoch before."""
+        """The epoch of a global example index, and its place in that epoch."""
         return divmod(position, self.epoch_length)
 
     def examples(self, position: int, count: int) -> np.ndarray:
-        """The indices of ``count`` examples from a global example index on, int32."""
+        """The ``count`` examples from a global example index on, int32 (count,)."""
         parts = []
         while count > 0:
             epoch, offset = self.place(position)
@@ -68,11 +68,11 @@ class Order:
         return np.concatenate(parts).astype(np.int32)
 
     def generator(self, position: int, attempt: int = 0) -> np.random.Generator:
-        """The random numbers of one example's crop: of seed and position alone.
+        """The random numbers for one example's crop, a function of seed and position.
 
-        Each ``attempt`` at a position, after broken images, has numbers of its own.
+        Each ``attempt`` at a position, after a broken image, draws other numbers.
         """
-        # The high bit keeps the stream apart from those of the epochs' orders.
+        # The high bit keeps this stream apart from the streams of epoch_order.
         bits = _philox(self.seed | 1 << 63, position, counter=attempt)
         return np.random.Generator(bits)
 
@@ -81,8 +81,8 @@ class Order:
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     """A uniform permutation of range(num_examples), int64 and read-only.
 
-    Made by sorting the raw words of a counter-based generator, whose stream NumPy
-    guarantees never to change: an order can be had again in any later year.
+    It sorts the raw words of a counter-based generator. NumPy guarantees that this
+    stream never changes, so an order can be reproduced in any later year.
     """
     words = _philox(seed, epoch).random_raw(num_examples)
     order = np.argsort(words, kind="stable")

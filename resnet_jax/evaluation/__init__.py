@@ -1,1 +1,1 @@
-"""Exact evaluation."""
+"""Evaluation: metrics, the evaluator, and the evaluation of a saved run."""

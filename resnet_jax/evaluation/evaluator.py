@@ -1,5 +1,7 @@
 """Evaluation that counts every example exactly once."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,73 +10,118 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from resnet_jax import distributed, parallel
+from resnet_jax.config import Config
 from resnet_jax.data.batch import Batch, Feed, gather
 from resnet_jax.data.transforms import PixelStatistics, normalize, to_unit
 from resnet_jax.evaluation.metrics import Sums, batch_sums, cross_entropy
 
-
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """An evaluation was asked to stop."""
-
-
-EvalStep = Callable[[Any, PixelStatistics, Batch | None, Batch], Sums]
+TOP5_CLASSES = 100
+"""With at least this many classes the top-5 error is reported too."""
 
 
-def make_eval_step(model: nn.Module, mesh: Mesh) -> EvalStep:
-    """A jitted function of (variables, statistics, resident, batch) to ``Sums``.
-
-    The variables may be replicated or cut over the devices.
-    """
-
-    def eval_step(variables, statistics, resident, batch):
-        variables = parallel.gathered(variables, mesh)
-        images, labels = gather(resident, batch)
-        images = normalize(to_unit(images), statistics)
-        logits: Any = model.apply(variables, images, train=False)
-        losses = cross_entropy(logits, labels)
-        return batch_sums(logits, labels, losses, batch["mask"])
-
-    same, cut = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    return jax.jit(eval_step, in_shardings=(None, same, same, cut), out_shardings=same)
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The caller asked an evaluation to stop."""
 
 
-def evaluate_split(
-    eval_step: EvalStep,
-    variables: Any,
-    statistics: PixelStatistics,
-    feed: Feed,
-    batch_size: int,
-    interrupted: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """Loss and error over every example of a feed; see ``Sums.summary``.
+def jit_over_batch(
+    function: Callable[[Any, Any, jax.Array, jax.Array, Batch], Any], mesh: Mesh
+) -> Callable[[Any, Any, Batch | None, Batch], Any]:
+    """Jits a function of a sharded batch; the result is replicated.
 
     Args:
-      eval_step: made by ``make_eval_step``.
-      variables: params and batch_stats.
-      statistics: of the training pixels.
-      feed: the split.
-      batch_size: examples a batch; need not divide the split.
-      interrupted: asked after each batch whether to stop; the same on all processes.
+      function: takes (variables, other, images, labels, batch): variables whole on
+        every device, any other replicated input, uint8 images (n, h, w, c), labels
+        (n,) and the batch itself, for its mask.
+      mesh: the devices.
 
-    Raises:
-      Interrupted: it was asked to stop.
-      RuntimeError: not every example was counted once, a fault of this library.
+    Returns:
+      A function of (variables, other, resident, batch). The variables can be
+      replicated or cut over the devices; ``resident`` is ``Feed.resident``.
     """
-    total = Sums.zeros()
-    skipped_before = len(feed.skipped)
-    for batch in feed.evaluation_batches(batch_size):
-        sums = eval_step(variables, statistics, feed.resident, batch)
-        total = total + parallel.settled(sums)
-        if interrupted():
-            raise Interrupted
-    summary = total.summary()
-    skipped = distributed.sum_over_processes(len(feed.skipped) - skipped_before)
-    expected = feed.num_examples - skipped
-    if summary["count"] != expected:
-        raise RuntimeError(
-            f"evaluation counted {summary['count']} of {expected} examples"
+
+    def on_batch(variables, other, resident, batch):
+        images, labels = gather(resident, batch)
+        return function(
+            parallel.gathered(variables, mesh), other, images, labels, batch
         )
-    return summary
+
+    same, cut = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    return jax.jit(on_batch, in_shardings=(None, same, same, cut), out_shardings=same)
+
+
+def evaluation_batch_size(config: Config, mesh: Mesh) -> int:
+    """Examples per evaluation batch, rounded up to divide over the devices."""
+    training = config.training
+    size = (
+        config.evaluation.batch_size
+        or training.global_batch_size // training.micro_batches
+    )
+    return parallel.round_up(size, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates variables of one net on any split.
+
+    Attributes:
+      model: the net; ``num_classes`` is its number of logits.
+      mesh: the devices.
+    """
+
+    model: nn.Module
+    mesh: Mesh
+
+    @functools.cached_property
+    def step(self) -> Callable[[Any, PixelStatistics, Batch | None, Batch], Sums]:
+        """The jitted sums over one batch; see ``jit_over_batch``."""
+
+        def sums_of(variables, statistics, images, labels, batch):
+            images = normalize(to_unit(images), statistics)
+            logits: Any = self.model.apply(variables, images, train=False)
+            losses = cross_entropy(logits, labels)
+            return batch_sums(logits, labels, losses, batch["mask"])
+
+        return jit_over_batch(sums_of, self.mesh)
+
+    def evaluate(
+        self,
+        variables: Any,
+        statistics: PixelStatistics,
+        feed: Feed,
+        batch_size: int,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
+        """Loss and error over every example of a feed; see ``Sums.summary``.
+
+        Args:
+          variables: params and batch_stats.
+          statistics: of the training pixels.
+          feed: of the split.
+          batch_size: examples per batch; need not divide the split.
+          interrupted: called after each batch; True stops the evaluation. All
+            processes must get the same answer.
+
+        Raises:
+          Interrupted: ``interrupted`` returned True.
+          RuntimeError: an example was not counted exactly once, a bug here.
+        """
+        total, skipped_before = Sums.zeros(), len(feed.skipped)
+        for batch in feed.evaluation_batches(batch_size):
+            sums = self.step(variables, statistics, feed.resident, batch)
+            total = total + parallel.settled(sums)
+            if interrupted():
+                raise Interrupted
+        summary = total.summary()
+        skipped = distributed.sum_over_processes(len(feed.skipped) - skipped_before)
+        expected = feed.num_examples - skipped
+        if summary["count"] != expected:
+            raise RuntimeError(
+                f"evaluation counted {summary['count']} of {expected} examples"
+            )
+        num_classes: int = getattr(self.model, "num_classes", 0)
+        if num_classes < TOP5_CLASSES:
+            del summary["top5_error"]
+        return summary
 
 
 def describe_error(name: str, errors: int, count: int) -> str:

@@ -1,4 +1,4 @@
-"""Metrics as sums with their count, so that means over any batches are exact."""
+"""Metrics as sums and counts, so that means over any batches are exact."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ class Sums:
 
     Attributes:
       loss: of the cross-entropies, float32.
-      errors: examples whose largest logit is not their label's, int32.
+      errors: examples whose largest logit is not their label, int32.
       top5_errors: examples whose label is not among the five largest, int32.
       count: examples, int32.
     """
@@ -26,8 +26,8 @@ class Sums:
 
     @classmethod
     def zeros(cls) -> "Sums":
-        """The sums over no example."""
-        # An array each: a donated state may not hold the same buffer twice.
+        """The sums over no examples."""
+        # Separate arrays: a donated state must not hold a buffer twice.
         return cls(jnp.zeros(()), *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
     def __add__(self, other: "Sums") -> "Sums":
@@ -61,13 +61,13 @@ def batch_sums(
 ) -> Sums:
     """Sums over a batch: logits (n, k), labels, losses and a 0/1 mask (n,).
 
-    An example of mask 0 counts for nothing, whatever its values. A logit that is not
-    a number is an error.
+    An example with mask 0 counts for nothing, whatever its values. A NaN logit is an
+    error.
     """
     real = mask > 0
     wrong = jnp.argmax(logits, axis=-1) != labels
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    # Not "larger than": every logit beats a label's logit that is not a number.
+    # Not ">": every logit beats a NaN logit of the label.
     rank = jnp.sum(~(logits <= own), axis=-1)
     return Sums(
         loss=jnp.sum(jnp.where(real, losses, 0.0)),

@@ -1,4 +1,4 @@
-"""What is computed beside the training, and kept as JSON beside the runs."""
+"""The analyses that experiments need beside training, stored as JSON."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -7,25 +7,28 @@ from typing import Any
 
 import jax
 import rich.console
+from flax import linen as nn
 
 from resnet_jax.analysis.gradients import gradient_norms
+from resnet_jax.analysis.responses import responses_of_run
+from resnet_jax.console import say
 from resnet_jax.data.batch import gather
+from resnet_jax.data.dataset import open_dataset
+from resnet_jax.data.feeds import make_feed
 from resnet_jax.data.transforms import normalize, to_unit
 from resnet_jax.errors import UserError
-from resnet_jax.evaluation.evaluator import evaluate_split, make_eval_step
+from resnet_jax.evaluation.evaluator import Evaluator, evaluation_batch_size
+from resnet_jax.evaluation.saved_run import load_run
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.surgery import deepen
 from resnet_jax.paper.entries import AnalysisKind
 from resnet_jax.paper.sections import analysis_file
-from resnet_jax.training.members import Member
-from resnet_jax.training.opened import open_run
-from resnet_jax.training.progress import say
-from resnet_jax.training.responses import responses_of_run
-from resnet_jax.training.setup import prepare
+from resnet_jax.training.runs import Member
+from resnet_jax.training.train import learner_for
 from resnet_jax.workdir import Workdir
 
 DEEPER = 3
-"""Times as many blocks a stage: 56 layers in place of 20."""
+"""Three times the blocks per stage: 56 layers in place of 20."""
 
 
 def analyse(
@@ -34,12 +37,12 @@ def analyse(
     folder: Path,
     console: rich.console.Console,
 ) -> None:
-    """Analyses the runs that were not yet; a run that diverged is left out.
+    """Analyses the runs that are not analysed yet, except those that diverged.
 
     Args:
       kind: of the analysis.
-      members: finished, where they are trained at all.
-      folder: theirs are below it.
+      members: finished, if they are trained at all.
+      folder: contains their folders.
       console: where to print.
     """
     for member in members:
@@ -52,7 +55,7 @@ def analyse(
             continue
         say(console, f"{kind} of {member.name}")
         found = _ANALYSES[kind](member, workdir)
-        Workdir(file.parent).prepare()
+        Workdir(file.parent).create()
         workdir.write(file, json.dumps(found) + "\n")
 
 
@@ -62,19 +65,20 @@ def _responses(_: Member, workdir: Workdir) -> list[tuple[str, float]]:
 
 
 def _gradients(member: Member, _: Workdir) -> list[tuple[str, float]]:
-    """Name and norm of each kernel's gradient, over the run's first batch, unchanged.
+    """Name and norm of each kernel's gradient, in the net's first state.
 
-    The net is in its first state.
+    The batch is the run's first one, without augmentation.
     """
-    setup = prepare(member.config)
-    state, feed = setup.fresh_state(), setup.feed(setup.dataset.train)
-    batches = feed.training_batches(
-        0, member.config.training.global_batch_size, member.config.seed
-    )
+    config = member.config
+    dataset = open_dataset(config)
+    learner = learner_for(config, dataset)
+    state = learner.fresh_state(dataset.train.statistics())
+    feed = make_feed(dataset.train, learner.mesh, config.data, config.augmentation)
+    batches = feed.training_batches(0, config.training.global_batch_size, config.seed)
     images, labels = gather(feed.resident, next(batches))
     batches.close()
     found = gradient_norms(
-        setup.model,
+        learner.model,
         {"params": state.params, "batch_stats": state.batch_stats},
         normalize(to_unit(images), state.statistics),
         labels,
@@ -83,34 +87,26 @@ def _gradients(member: Member, _: Workdir) -> list[tuple[str, float]]:
 
 
 def _deepened(_: Member, workdir: Workdir) -> dict[str, Any]:
-    """Test errors of a trained net, and of one with identity layers added to it."""
-    run = open_run(workdir.path)
-    setup, variables = run.setup, run.state.evaluation_variables()
-    if not isinstance(setup.model, ResNet):
-        raise UserError(f"{setup.config.model.name} has no stages to deepen")
-    sizes = [DEEPER * size for size in setup.model.stage_sizes]
+    """Test errors of a trained net, and of the same net with identity layers added."""
+    run = load_run(workdir.path)
+    if not isinstance(run.model, ResNet):
+        raise UserError(f"{run.config.model.name} has no stages to deepen")
+    sizes = [DEEPER * size for size in run.model.stage_sizes]
     deeper, deeper_variables = deepen(
-        variables, setup.model, sizes, jax.random.key(setup.config.seed)
+        run.variables, run.model, sizes, jax.random.key(run.config.seed)
     )
-    feed = setup.feed(run.split)
-    errors = [
-        evaluate_split(
-            make_eval_step(model, setup.mesh),
-            weights,
-            run.state.statistics,
-            feed,
-            setup.evaluation_batch_size,
-        )["errors"]
-        for model, weights in (
-            (setup.model, variables),
-            (deeper, deeper_variables),
-        )
-    ]
+    feed = run.feed(run.dataset.test)
+    size = evaluation_batch_size(run.config, run.mesh)
+
+    def errors(model: nn.Module, variables: Any) -> int:
+        evaluator = Evaluator(model, run.mesh)
+        return evaluator.evaluate(variables, run.statistics, feed, size)["errors"]
+
     return {
-        "errors_before": errors[0],
-        "errors_after": errors[1],
+        "errors_before": errors(run.model, run.variables),
+        "errors_after": errors(deeper, deeper_variables),
         "count": feed.num_examples,
-        "blocks_before": sum(setup.model.stage_sizes),
+        "blocks_before": sum(run.model.stage_sizes),
         "blocks_after": sum(sizes),
     }
 

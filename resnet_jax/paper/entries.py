@@ -9,7 +9,7 @@ AnalysisKind = Literal["responses", "gradients", "deepened"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class PaperRun:
     """A net and how it is trained; several experiments may share one.
 
     Attributes:
@@ -50,7 +50,7 @@ class Published:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TableRow:
     """A row of a table, or a line of a figure.
 
     Attributes:
@@ -60,7 +60,7 @@ class Entry:
     """
 
     label: str
-    run: Run | None = None
+    run: PaperRun | None = None
     published: Published | None = None
 
 
@@ -96,13 +96,13 @@ class Experiment:
     source: str
     shows: str
     protocol: str
-    entries: tuple[Entry, ...]
+    entries: tuple[TableRow, ...]
     figure: FigureKind | None = None
     panels: tuple[Panel, ...] = ()
     analysis: AnalysisKind | None = None
     trains: bool = True
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[PaperRun]:
         """Its runs, each once, in order."""
         found = {e.run.name: e.run for e in self.entries if e.run is not None}
         return list(found.values())

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.paper import imagenet, small_images
-from resnet_jax.paper.entries import Experiment, Run
+from resnet_jax.paper.entries import Experiment, PaperRun
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -24,7 +24,7 @@ def find_experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-def choose_runs(experiment: Experiment, only: Sequence[str] = ()) -> list[Run]:
+def choose_runs(experiment: Experiment, only: Sequence[str] = ()) -> list[PaperRun]:
     """The runs of an experiment, or those of them that are named.
 
     Raises:

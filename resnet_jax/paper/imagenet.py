@@ -4,7 +4,7 @@ They run where the data are: `--config.data.path=FOLDER --config.data.test_split
 Published errors are in percent, top-1 unless they say otherwise.
 """
 
-from resnet_jax.paper.entries import Entry, Experiment, Panel, Published, Run
+from resnet_jax.paper.entries import Experiment, Panel, PaperRun, Published, TableRow
 
 _HE2015 = "He et al. 2015"
 _CENTRE = (
@@ -13,8 +13,8 @@ _CENTRE = (
 )
 
 
-def _imagenet(net: str) -> Run:
-    return Run(net, f"imagenet.py:{net},he2015")
+def _imagenet(net: str) -> PaperRun:
+    return PaperRun(net, f"imagenet.py:{net},he2015")
 
 
 PLAIN18, PLAIN34 = _imagenet("plain18"), _imagenet("plain34")
@@ -31,10 +31,10 @@ TABLE2 = Experiment(
     shows="34 layers are worse than 18 without shortcuts, and better with them.",
     protocol=f"Published: 10-crop top-1. {_CENTRE}",
     entries=(
-        Entry("plain-18", PLAIN18, Published(27.94)),
-        Entry("plain-34", PLAIN34, Published(28.54)),
-        Entry("ResNet-18", RESNET18, Published(27.88)),
-        Entry("ResNet-34", RESNET34, Published(25.03)),
+        TableRow("plain-18", PLAIN18, Published(27.94)),
+        TableRow("plain-34", PLAIN34, Published(28.54)),
+        TableRow("ResNet-18", RESNET18, Published(27.88)),
+        TableRow("ResNet-34", RESNET34, Published(25.03)),
     ),
 )
 
@@ -45,10 +45,10 @@ FIGURE4 = Experiment(
     shows="plain-34 is worse than plain-18 throughout; with shortcuts the order turns.",
     protocol="Thin: training error; bold: the validation error of the centre crop.",
     entries=(
-        Entry("plain-18", PLAIN18),
-        Entry("plain-34", PLAIN34),
-        Entry("ResNet-18", RESNET18),
-        Entry("ResNet-34", RESNET34),
+        TableRow("plain-18", PLAIN18),
+        TableRow("plain-34", PLAIN34),
+        TableRow("ResNet-18", RESNET18),
+        TableRow("ResNet-34", RESNET34),
     ),
     figure="curves",
     panels=(
@@ -64,15 +64,15 @@ TABLE3 = Experiment(
     shows="Projections matter little; depth matters.",
     protocol=f"Published: 10-crop top-1. {_CENTRE}",
     entries=(
-        Entry("VGG-16", None, Published(28.07)),
-        Entry("PReLU-net", None, Published(24.27)),
-        Entry("plain-34", PLAIN34, Published(28.54)),
-        Entry("ResNet-34 A", RESNET34, Published(25.03)),
-        Entry("ResNet-34 B", RESNET34_B, Published(24.52)),
-        Entry("ResNet-34 C", RESNET34_C, Published(24.19)),
-        Entry("ResNet-50", RESNET50, Published(22.85)),
-        Entry("ResNet-101", RESNET101, Published(21.75)),
-        Entry("ResNet-152", RESNET152, Published(21.43)),
+        TableRow("VGG-16", None, Published(28.07)),
+        TableRow("PReLU-net", None, Published(24.27)),
+        TableRow("plain-34", PLAIN34, Published(28.54)),
+        TableRow("ResNet-34 A", RESNET34, Published(25.03)),
+        TableRow("ResNet-34 B", RESNET34_B, Published(24.52)),
+        TableRow("ResNet-34 C", RESNET34_C, Published(24.19)),
+        TableRow("ResNet-50", RESNET50, Published(22.85)),
+        TableRow("ResNet-101", RESNET101, Published(21.75)),
+        TableRow("ResNet-152", RESNET152, Published(21.43)),
     ),
 )
 
@@ -84,14 +84,14 @@ TABLE4 = Experiment(
     protocol="Published: top-1, fully convolutional, mean over shorter sides 224, 256, "
     f"384, 480 and 640. {_CENTRE} The test at several scales is not built yet.",
     entries=(
-        Entry("VGG v5", None, Published(24.4)),
-        Entry("PReLU-net", None, Published(21.59)),
-        Entry("BN-inception", None, Published(21.99)),
-        Entry("ResNet-34 B", RESNET34_B, Published(21.84)),
-        Entry("ResNet-34 C", RESNET34_C, Published(21.53)),
-        Entry("ResNet-50", RESNET50, Published(20.74)),
-        Entry("ResNet-101", RESNET101, Published(19.87)),
-        Entry("ResNet-152", RESNET152, Published(19.38)),
+        TableRow("VGG v5", None, Published(24.4)),
+        TableRow("PReLU-net", None, Published(21.59)),
+        TableRow("BN-inception", None, Published(21.99)),
+        TableRow("ResNet-34 B", RESNET34_B, Published(21.84)),
+        TableRow("ResNet-34 C", RESNET34_C, Published(21.53)),
+        TableRow("ResNet-50", RESNET50, Published(20.74)),
+        TableRow("ResNet-101", RESNET101, Published(19.87)),
+        TableRow("ResNet-152", RESNET152, Published(19.38)),
     ),
 )
 
@@ -103,12 +103,12 @@ TABLE5 = Experiment(
     protocol="Published: top-5 on the test server. Ensembles are not built yet: "
     "nothing is measured here.",
     entries=(
-        Entry("VGG (ILSVRC'14)", None, Published(7.32)),
-        Entry("GoogLeNet (ILSVRC'14)", None, Published(6.66)),
-        Entry("VGG v5", None, Published(6.8)),
-        Entry("PReLU-net", None, Published(4.94)),
-        Entry("BN-inception", None, Published(4.82)),
-        Entry("ResNet (ILSVRC'15)", None, Published(3.57, note="six models")),
+        TableRow("VGG (ILSVRC'14)", None, Published(7.32)),
+        TableRow("GoogLeNet (ILSVRC'14)", None, Published(6.66)),
+        TableRow("VGG v5", None, Published(6.8)),
+        TableRow("PReLU-net", None, Published(4.94)),
+        TableRow("BN-inception", None, Published(4.82)),
+        TableRow("ResNet (ILSVRC'15)", None, Published(3.57, note="six models")),
     ),
 )
 

@@ -4,9 +4,9 @@ import textwrap
 
 import rich.console
 
+from resnet_jax.console import say
 from resnet_jax.paper.entries import Experiment
 from resnet_jax.paper.experiments import EXPERIMENTS
-from resnet_jax.training.progress import say
 
 _WIDTH = 88
 

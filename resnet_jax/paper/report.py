@@ -9,6 +9,7 @@ import rich.console
 
 from resnet_jax.analysis import pages
 from resnet_jax.config import flatten
+from resnet_jax.console import describe_seconds, say
 from resnet_jax.errors import UserError
 from resnet_jax.paper.entries import Experiment, Published
 from resnet_jax.paper.experiments import EXPERIMENTS, find_experiment
@@ -20,7 +21,6 @@ from resnet_jax.paper.sections import (
     read_experiment,
 )
 from resnet_jax.paper.settings import Setting
-from resnet_jax.training.progress import describe_seconds, say
 from resnet_jax.workdir import Workdir
 
 HEADER = (

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 import rich.console
 
-from resnet_jax import distributed
+from resnet_jax.console import make_console, say
 from resnet_jax.errors import UserError
 from resnet_jax.paper.analyses import analyse
-from resnet_jax.paper.entries import Experiment, Run
+from resnet_jax.paper.entries import Experiment, PaperRun
 from resnet_jax.paper.experiments import choose_runs, find_experiment
 from resnet_jax.paper.sections import Section
 from resnet_jax.paper.settings import Setting
-from resnet_jax.training.members import Member, train_members
-from resnet_jax.training.progress import say
+from resnet_jax.training.runs import Member, train_members
+from resnet_jax.training.train import train_one
 from resnet_jax.workdir import Workdir
 
 
@@ -47,25 +47,27 @@ def run_experiment(
     """
     if seeds is not None and seeds < 1:
         raise UserError(f"the seeds of a run must be at least 1, not {seeds}")
-    console = console or rich.console.Console(quiet=not distributed.is_primary())
+    console = console or make_console()
     experiment, setting = find_experiment(name), setting or Setting()
     runs = choose_runs(experiment, only)
     if not runs:
         raise UserError(f"{name} has nothing to run: its figures are only quoted")
     members = _members(runs, setting, seeds)
     folder = Workdir(workdir)
-    folder.prepare()
+    folder.create()
     for section in {member.name.split("/")[0] for member in members}:
         Section(folder.path / section).note(setting, experiment.name)
     say(console, f"{experiment.title}: {len(members)} runs")
     if experiment.trains:
-        train_members(members, folder.path, console)
+        train_members(members, folder.path, train_one, console)
     if experiment.analysis is not None:
         analyse(experiment.analysis, members, folder.path, console)
     _point_to_report(experiment, folder, console)
 
 
-def _members(runs: Sequence[Run], setting: Setting, seeds: int | None) -> list[Member]:
+def _members(
+    runs: Sequence[PaperRun], setting: Setting, seeds: int | None
+) -> list[Member]:
     """Every run with its first seed, then those that have a second with that, ..."""
     of_runs = [setting.members(run, seeds or run.seeds) for run in runs]
     most = max(len(members) for members in of_runs)

@@ -9,9 +9,9 @@ from typing import Any
 from resnet_jax import storage
 from resnet_jax.config import fields
 from resnet_jax.errors import UserError
-from resnet_jax.paper.entries import Entry, Experiment, Run
+from resnet_jax.paper.entries import Experiment, PaperRun, TableRow
 from resnet_jax.paper.settings import SCALES, Setting
-from resnet_jax.training.members import Outcome, Spread
+from resnet_jax.training.runs import Outcome, Spread
 from resnet_jax.workdir import Workdir
 
 
@@ -49,8 +49,8 @@ class Section:
         here = _lasting(self.setting) if names else wanted
         if here != wanted:
             differs = [
-                f"{name} {_told(getattr(here, name))} and not "
-                f"{_told(getattr(wanted, name))}"
+                f"{name} {_describe(getattr(here, name))} and not "
+                f"{_describe(getattr(wanted, name))}"
                 for name in ("dataset", "scale", "overrides")
                 if getattr(here, name) != getattr(wanted, name)
             ]
@@ -62,10 +62,10 @@ class Section:
             dataclasses.replace(setting, overrides=dict(setting.overrides))
         )
         content["experiments"] = list(dict.fromkeys([*names, experiment]))
-        Workdir(self.path).prepare()
+        Workdir(self.path).create()
         Workdir(self.path).write(self._file, json.dumps(content, indent=2) + "\n")
 
-    def outcomes(self, run: Run) -> list[Outcome]:
+    def outcomes(self, run: PaperRun) -> list[Outcome]:
         """How the seeds of a run stand, those that were begun."""
         folder = self.path / run.name
         if not folder.is_dir():
@@ -83,7 +83,7 @@ class Section:
             )
         return found
 
-    def analysis(self, kind: str, run: Run, seed: int) -> Any | None:
+    def analysis(self, kind: str, run: PaperRun, seed: int) -> Any | None:
         """What an analysis found, or None; see ``analyses``."""
         text = storage.read_text(analysis_file(self.path, kind, run.name, seed))
         return None if text is None else json.loads(text)
@@ -104,7 +104,7 @@ def _lasting(setting: Setting) -> Setting:
     return dataclasses.replace(setting, overrides=overrides)
 
 
-def _told(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"--config.{k}={v}" for k, v in value.items()) or "no override"
     return "of each recipe" if value is None else str(value)
@@ -124,7 +124,7 @@ class Measured:
       outcomes: of the seeds that were begun.
     """
 
-    entry: Entry
+    entry: TableRow
     outcomes: list[Outcome]
 
     @property

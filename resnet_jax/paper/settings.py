@@ -11,9 +11,9 @@ import resnet_jax
 from resnet_jax.config import Config, load_config
 from resnet_jax.config.schema import ParallelConfig
 from resnet_jax.errors import UserError, nearest
-from resnet_jax.paper.entries import Run
+from resnet_jax.paper.entries import PaperRun
 from resnet_jax.paper.experiments import find_experiment
-from resnet_jax.training.members import Member, members_of
+from resnet_jax.training.runs import Member, members_of
 
 SCALES = {"paper": 1.0, "small": 1 / 100, "tiny": 1 / 1000}
 """Share of the published length of training."""
@@ -54,7 +54,7 @@ class Setting:
     scale: str = "paper"
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def config(self, run: Run) -> Config:
+    def config(self, run: PaperRun) -> Config:
         """The config of a run.
 
         Raises:
@@ -65,7 +65,7 @@ class Setting:
         scaled = self._of_length(load_config(spec, chosen))
         return load_config(spec, {**chosen, **scaled, **self.overrides})
 
-    def members(self, run: Run, seeds: int) -> list[Member]:
+    def members(self, run: PaperRun, seeds: int) -> list[Member]:
         """A run for each seed, in its folder."""
         config = dataclasses.replace(self.config(run), seeds=seeds)
         return members_of(config, f"{self.section(config)}/{run.name}/")

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from resnet_jax.paper.entries import Entry, Experiment, Panel, Published, Run
+from resnet_jax.paper.entries import Experiment, Panel, PaperRun, Published, TableRow
 
 _HE2015 = "He et al. 2015"
 _HE2016 = "He et al. 2016"
@@ -23,32 +23,32 @@ _WARM_UP = {
 """The paper's for depth 110: a small rate until the training error is below 80 %."""
 
 
-def _cifar(net: str, options: Mapping[str, str] = MappingProxyType({})) -> Run:
+def _cifar(net: str, options: Mapping[str, str] = MappingProxyType({})) -> PaperRun:
     """A net and its options with the recipe of section 4.2."""
     name = "-".join([net, *(f"{key}={value}" for key, value in options.items())])
     fields = {f"model.{key}": value for key, value in options.items()}
     if options.get("normalization") == "none":
         # The recipe's groups are of batch normalisation.
         fields["model.batch_norm_groups"] = "1"
-    return Run(name, f"cifar10.py:{net}", fields)
+    return PaperRun(name, f"cifar10.py:{net}", fields)
 
 
-def _deep(net: str, options: Mapping[str, str] = MappingProxyType({})) -> Run:
+def _deep(net: str, options: Mapping[str, str] = MappingProxyType({})) -> PaperRun:
     """The same with the warm-up of depth 110."""
     run = _cifar(net, options)
     return dataclasses.replace(run, overrides={**run.overrides, **_WARM_UP})
 
 
-def _gated(shortcut: str, bias: str) -> Run:
+def _gated(shortcut: str, bias: str) -> PaperRun:
     return _deep("cifar_resnet110", {"shortcut": shortcut, "gate_bias": bias})
 
 
-def _wide(net: str, options: Mapping[str, str] = MappingProxyType({})) -> Run:
+def _wide(net: str, options: Mapping[str, str] = MappingProxyType({})) -> PaperRun:
     """A wide net with its own recipe."""
     return dataclasses.replace(_cifar(net, options), config=f"cifar10_wide.py:{net}")
 
 
-def _five(run: Run) -> Run:
+def _five(run: PaperRun) -> PaperRun:
     """Published from five seeds."""
     return dataclasses.replace(run, seeds=5)
 
@@ -67,7 +67,7 @@ FIGURE1 = Experiment(
     shows="The deeper plain net has the higher training error, and so the higher test "
     "error: degradation, not overfitting.",
     protocol=_ONE_VIEW,
-    entries=tuple(Entry(f"plain-{depth}", PLAIN[depth]) for depth in (20, 56)),
+    entries=tuple(TableRow(f"plain-{depth}", PLAIN[depth]) for depth in (20, 56)),
     figure="train_and_test",
     panels=(Panel("", ("plain-20", "plain-56")),),
 )
@@ -80,27 +80,27 @@ TABLE6 = Experiment(
     "trouble and overfit.",
     protocol=f"{_ONE_VIEW} ResNet-110: best (mean \u00b1 deviation) of 5 runs.",
     entries=(
-        Entry("Maxout", None, Published(9.38)),
-        Entry("NIN", None, Published(8.81)),
-        Entry("DSN", None, Published(8.22)),
-        Entry("FitNet, 19 layers", None, Published(8.39)),
-        Entry(
+        TableRow("Maxout", None, Published(9.38)),
+        TableRow("NIN", None, Published(8.81)),
+        TableRow("DSN", None, Published(8.22)),
+        TableRow("FitNet, 19 layers", None, Published(8.39)),
+        TableRow(
             "Highway, 19 layers",
             _cifar("cifar_highway19"),
             Published(7.54, 7.72, 0.16, note="with a recipe of its own"),
         ),
-        Entry(
+        TableRow(
             "Highway, 32 layers",
             _cifar("cifar_highway32"),
             Published(8.80, note="with a recipe of its own"),
         ),
-        Entry("ResNet-20", RESNET[20], Published(8.75)),
-        Entry("ResNet-32", RESNET[32], Published(7.51)),
-        Entry("ResNet-44", RESNET[44], Published(7.17)),
-        Entry("ResNet-56", RESNET[56], Published(6.97)),
-        Entry("ResNet-110", RESNET[110], Published(6.43, 6.61, 0.16)),
-        Entry("ResNet-1202", RESNET[1202], Published(7.93)),
-        *(Entry(f"plain-{depth}", run) for depth, run in PLAIN.items()),
+        TableRow("ResNet-20", RESNET[20], Published(8.75)),
+        TableRow("ResNet-32", RESNET[32], Published(7.51)),
+        TableRow("ResNet-44", RESNET[44], Published(7.17)),
+        TableRow("ResNet-56", RESNET[56], Published(6.97)),
+        TableRow("ResNet-110", RESNET[110], Published(6.43, 6.61, 0.16)),
+        TableRow("ResNet-1202", RESNET[1202], Published(7.93)),
+        *(TableRow(f"plain-{depth}", run) for depth, run in PLAIN.items()),
     ),
     figure="depth",
     panels=(
@@ -116,8 +116,8 @@ FIGURE6 = Experiment(
     shows="Plain nets degrade with depth; residual nets do not; 110 and 1202 layers.",
     protocol=f"{_ONE_VIEW} The paper leaves out plain-110, above 60 %.",
     entries=(
-        *(Entry(f"plain-{depth}", run) for depth, run in PLAIN.items()),
-        *(Entry(f"ResNet-{depth}", run) for depth, run in RESNET.items()),
+        *(TableRow(f"plain-{depth}", run) for depth, run in PLAIN.items()),
+        *(TableRow(f"ResNet-{depth}", run) for depth, run in RESNET.items()),
     ),
     figure="curves",
     panels=(
@@ -142,14 +142,14 @@ FIGURE7 = Experiment(
     "deeper nets change the signal less in each layer.",
     protocol="Outputs of the 3x3 layers on the test set, after batch normalisation and "
     "before ReLU and addition, at the last checkpoint.",
-    entries=tuple(Entry(label, run) for label, run in _FIGURE7),
+    entries=tuple(TableRow(label, run) for label, run in _FIGURE7),
     figure="responses",
     panels=(Panel("", tuple(label for label, _ in _FIGURE7)),),
     analysis="responses",
 )
 
 
-def _gradient_entries() -> tuple[Entry, ...]:
+def _gradient_entries() -> tuple[TableRow, ...]:
     variants: Sequence[tuple[str, dict[str, str]]] = (
         ("BN, He", {}),
         ("no BN, He", {"normalization": "none"}),
@@ -159,7 +159,7 @@ def _gradient_entries() -> tuple[Entry, ...]:
         ),
     )
     return tuple(
-        Entry(f"{kind}-{depth}, {name}", _cifar(f"cifar_{net}{depth}", options))
+        TableRow(f"{kind}-{depth}, {name}", _cifar(f"cifar_{net}{depth}", options))
         for kind, net in (("plain", "plain"), ("ResNet", "resnet"))
         for depth in (20, 56)
         for name, options in variants
@@ -199,7 +199,7 @@ IDENTITY = Experiment(
     "identities. It is the training that does not find it.",
     protocol="A trained net of 20 layers deepened to 56 without further training; its "
     "test error before and after.",
-    entries=(Entry("plain-20", PLAIN[20]), Entry("ResNet-20", RESNET[20])),
+    entries=(TableRow("plain-20", PLAIN[20]), TableRow("ResNet-20", RESNET[20])),
     analysis="deepened",
 )
 
@@ -211,10 +211,10 @@ BLOCK_CONVS = Experiment(
     "or more it does.",
     protocol="20 layers: 18 convolutions in 18, 9 and 6 blocks.",
     entries=(
-        Entry("plain-20", PLAIN[20]),
-        Entry("1 convolution", _cifar("cifar_resnet38", {"block_convs": "1"})),
-        Entry("2 convolutions", RESNET[20]),
-        Entry("3 convolutions", _cifar("cifar_resnet14", {"block_convs": "3"})),
+        TableRow("plain-20", PLAIN[20]),
+        TableRow("1 convolution", _cifar("cifar_resnet38", {"block_convs": "1"})),
+        TableRow("2 convolutions", RESNET[20]),
+        TableRow("3 convolutions", _cifar("cifar_resnet14", {"block_convs": "3"})),
     ),
 )
 
@@ -225,7 +225,7 @@ SHORTCUTS = Experiment(
     shows="Projections are not needed against degradation.",
     protocol=_ONE_VIEW,
     entries=tuple(
-        Entry(
+        TableRow(
             f"ResNet-{depth} {option}",
             RESNET[depth]
             if option == "A"
@@ -245,8 +245,8 @@ HIGHWAY = Experiment(
     "published errors are of recipes of their own.",
     entries=(
         *(entry for entry in TABLE6.entries if entry.label.startswith("Highway")),
-        Entry("ResNet-20", RESNET[20], Published(8.75)),
-        Entry("ResNet-32", RESNET[32], Published(7.51)),
+        TableRow("ResNet-20", RESNET[20], Published(8.75)),
+        TableRow("ResNet-32", RESNET[32], Published(7.51)),
     ),
 )
 
@@ -258,20 +258,20 @@ PREACTIVATION = Experiment(
     protocol=f"{_ONE_VIEW} Published: median of 5 runs for 110 and 164. Their warm-up "
     "is 400 steps at 0.01; ours ends at 80 % training error, as in the paper before.",
     entries=(
-        Entry("ResNet-110", RESNET[110], Published(6.61)),
-        Entry(
+        TableRow("ResNet-110", RESNET[110], Published(6.61)),
+        TableRow(
             "ResNet-110, pre-activation",
             _five(_deep("cifar_preact_resnet110")),
             Published(6.37),
         ),
-        Entry("ResNet-164", _five(_deep("cifar_resnet164")), Published(5.93)),
-        Entry(
+        TableRow("ResNet-164", _five(_deep("cifar_resnet164")), Published(5.93)),
+        TableRow(
             "ResNet-164, pre-activation",
             _five(_deep("cifar_preact_resnet164")),
             Published(5.46),
         ),
-        Entry("ResNet-1001", _deep("cifar_resnet1001"), Published(7.61)),
-        Entry(
+        TableRow("ResNet-1001", _deep("cifar_resnet1001"), Published(7.61)),
+        TableRow(
             "ResNet-1001, pre-activation",
             _deep("cifar_preact_resnet1001"),
             Published(4.92),
@@ -286,10 +286,10 @@ WIDE = Experiment(
     shows="16 layers that are wide do better than a thousand thin ones.",
     protocol="200 epochs with the wide nets' own recipe.",
     entries=(
-        Entry("WRN-40-4", _wide("cifar_wide_resnet40_4"), Published(4.53)),
-        Entry("WRN-16-8", _wide("cifar_wide_resnet16_8"), Published(4.27)),
-        Entry("WRN-28-10", _wide("cifar_wide_resnet28_10"), Published(4.00)),
-        Entry(
+        TableRow("WRN-40-4", _wide("cifar_wide_resnet40_4"), Published(4.53)),
+        TableRow("WRN-16-8", _wide("cifar_wide_resnet16_8"), Published(4.27)),
+        TableRow("WRN-28-10", _wide("cifar_wide_resnet28_10"), Published(4.00)),
+        TableRow(
             "WRN-28-10, dropout 0.3",
             _wide("cifar_wide_resnet28_10", {"dropout_rate": "0.3"}),
             Published(3.89),
@@ -305,7 +305,7 @@ WIDE_CONVS = Experiment(
     protocol="200 epochs with the wide nets' own recipe. With l convolutions a block "
     "the net has 12 / l blocks a stage, so that depth and parameters are about equal.",
     entries=tuple(
-        Entry(
+        TableRow(
             f"l = {convs}",
             _wide(f"cifar_wide_resnet{depth}_2", {"block_convs": str(convs)}),
             Published(error),
@@ -328,9 +328,9 @@ MNIST_DEPTH = Experiment(
     protocol="Published as curves of the training loss alone. One recipe for all nets "
     "here; theirs were found by a random search for each.",
     entries=tuple(
-        Entry(
+        TableRow(
             f"{kind}-{depth}",
-            Run(f"mnist_{kind}{depth}", f"mnist.py:mnist_{kind}{depth}"),
+            PaperRun(f"mnist_{kind}{depth}", f"mnist.py:mnist_{kind}{depth}"),
         )
         for kind in ("plain", "highway")
         for depth in _MNIST_DEPTHS
@@ -349,40 +349,40 @@ SHORTCUT_VARIANTS = Experiment(
     shows="Whatever stands on the shortcut makes it worse than the identity.",
     protocol=f"{_ONE_VIEW} ResNet-110.",
     entries=(
-        Entry("identity", RESNET[110], Published(6.61)),
-        Entry(
+        TableRow("identity", RESNET[110], Published(6.61)),
+        TableRow(
             "scaled by 0.5",
             _deep("cifar_resnet110", {"shortcut": "scaled"}),
             Published(note="above 20 %"),
         ),
-        Entry(
+        TableRow(
             "both scaled by 0.5",
             _deep("cifar_resnet110", {"shortcut": "scaled_both"}),
             Published(12.35),
         ),
         *(
-            Entry(
+            TableRow(
                 f"exclusive gate, bias {bias}",
                 _gated("exclusive_gate", bias),
             )
             for bias in ("0", "-6", "-7")
         ),
-        Entry(
+        TableRow(
             "gate on the shortcut alone, bias 0",
             _gated("shortcut_gate", "0"),
             Published(12.86),
         ),
-        Entry(
+        TableRow(
             "gate on the shortcut alone, bias -6",
             _gated("shortcut_gate", "-6"),
             Published(6.91),
         ),
-        Entry(
+        TableRow(
             "1x1 convolution",
             _deep("cifar_resnet110", {"shortcut": "C"}),
             Published(12.22),
         ),
-        Entry(
+        TableRow(
             "dropout 0.5",
             _deep("cifar_resnet110", {"shortcut": "dropout"}),
             Published(note="above 20 %"),
@@ -400,9 +400,9 @@ DEGRADATION = Experiment(
     protocol="One recipe for all four nets, without augmentation. The training error "
     "is the mean over the batches since the row before, as they were trained on.",
     entries=tuple(
-        Entry(
+        TableRow(
             f"{kind}-{depth}",
-            Run(
+            PaperRun(
                 f"degradation-cifar_{kind.lower()}{depth}",
                 f"degradation.py:cifar_{kind.lower()}{depth}",
             ),
@@ -427,10 +427,10 @@ OVERLAPPING = Experiment(
     "those of blocks.",
     protocol=_ONE_VIEW,
     entries=(
-        Entry("ResNet-20", RESNET[20], Published(8.75)),
-        Entry("overlapping, 20 layers", _cifar("cifar_overlapping_resnet20")),
-        Entry("ResNet-56", RESNET[56], Published(6.97)),
-        Entry("overlapping, 56 layers", _cifar("cifar_overlapping_resnet56")),
+        TableRow("ResNet-20", RESNET[20], Published(8.75)),
+        TableRow("overlapping, 20 layers", _cifar("cifar_overlapping_resnet20")),
+        TableRow("ResNet-56", RESNET[56], Published(6.97)),
+        TableRow("overlapping, 56 layers", _cifar("cifar_overlapping_resnet56")),
     ),
 )
 

@@ -3,8 +3,8 @@
 import rich.console
 import rich.table
 
+from resnet_jax.console import describe_seconds, say
 from resnet_jax.planning.plan import ChipPlan, Plan
-from resnet_jax.training.progress import describe_seconds, say
 
 _MEMORY = {
     "parameters": "parameters",

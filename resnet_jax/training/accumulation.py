@@ -7,46 +7,45 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 
+from resnet_jax import parallel
 from resnet_jax.models.convolution import loop_algorithm
 
 
-def micro_batches(batch: Any, count: int, unit: int, mesh: Mesh) -> Any:
+def micro_batches(batch: Any, count: int, unit: int, mesh: Mesh | AbstractMesh) -> Any:
     """Cuts a global batch into equal parts; inside jit.
 
-    Consecutive examples form units, and unit u lies in part u mod ``count``: the same
-    examples on any number of devices. Where ``count`` times the number of devices
-    divides the number of units, each device has its share of every part already, and
-    nothing moves; elsewhere the compiler moves what it must.
+    Consecutive examples form units, and unit u belongs to part u mod ``count``: the
+    same examples on any number of devices. If ``count`` times the number of devices
+    divides the number of units, each device already has its share of every part and
+    nothing moves. Otherwise the compiler moves what it must.
 
     Args:
       batch: a tree of arrays (n, ...), cut over the devices along their first axis.
       count: parts; divides the number of units.
-      unit: examples that stay together in their order, such as a group of batch
+      unit: consecutive examples that stay together, such as a group of batch
         normalisation; divides n.
       mesh: the devices.
 
     Returns:
       A tree of arrays (count, n / count, ...), each part cut over the devices.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
 
     def cut(array: jax.Array) -> jax.Array:
         shape = array.shape[1:]
         units = array.reshape(-1, count, unit, *shape)
         parts = units.swapaxes(0, 1).reshape(count, -1, *shape)
-        return lax.with_sharding_constraint(parts, sharding)
+        return lax.with_sharding_constraint(parts, parallel.steps_sharding(mesh))
 
     return jax.tree.map(cut, batch)
 
 
 def add_over_parts(function: Callable[[Any], Any], parts: Any) -> Any:
-    """The sum of ``function`` over parts, of which one at a time is in memory.
+    """The sum of ``function`` over parts, with one part in memory at a time.
 
-    It is a compiled loop: what is compiled does not grow with the number of parts, and
-    no part can begin before the one before it is done. (Unrolled, XLA keeps the maps
-    of all parts in memory on the CPU, barriers or not.)
+    It is a compiled loop: the program does not grow with the number of parts. (In an
+    unrolled loop XLA:CPU keeps the maps of all parts in memory, barriers or not.)
 
     Args:
       function: of one part to a tree of arrays.
@@ -65,11 +64,10 @@ def add_over_parts(function: Callable[[Any], Any], parts: Any) -> Any:
 
 
 def in_loop(model: nn.Module, count: int) -> nn.Module:
-    """The net that computes one of ``count`` parts inside a compiled loop.
+    """The net for one of ``count`` micro-batches, inside a compiled loop.
 
-    It holds its share of the groups of batch normalisation, and its convolutions are
-    computed as suits a loop; see ``loop_algorithm``. Nets without that choice train
-    slowly in parts on the CPU.
+    It has its share of the batch normalisation groups, and convolutions that suit a
+    loop; see ``loop_algorithm``.
     """
     options: dict[str, Any] = {}
     if getattr(model, "batch_norm_groups", 1) > 1:

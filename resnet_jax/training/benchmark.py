@@ -1,6 +1,6 @@
-"""Measures the training step; see ``benchmark_step``."""
+"""Speed of the training step and of the input pipeline on this machine."""
 
-import dataclasses
+import contextlib
 import json
 import resource
 import statistics
@@ -14,23 +14,109 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from resnet_jax import parallel
+from resnet_jax import distributed, parallel
 from resnet_jax.analysis.complexity import count_multiply_adds
-from resnet_jax.config import Config, derive
-from resnet_jax.config.schema import AugmentationConfig, TrainingConfig
+from resnet_jax.config import Config
+from resnet_jax.config.schema import (
+    AugmentationConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
+from resnet_jax.console import make_console, say
 from resnet_jax.data.batch import Batch
+from resnet_jax.data.feeds import make_feed
+from resnet_jax.data.sources import open_collection
+from resnet_jax.data.split import Split
 from resnet_jax.data.transforms import PixelStatistics
+from resnet_jax.environment import environment
 from resnet_jax.errors import UserError
-from resnet_jax.models import catalog_entry, create_model
-from resnet_jax.training.environment import environment
-from resnet_jax.training.optimizer import make_optimizer
-from resnet_jax.training.progress import say
-from resnet_jax.training.schedule import Schedule
-from resnet_jax.training.state import TrainState, init_state, state_shardings
-from resnet_jax.training.step import TrainStep, make_train_step
+from resnet_jax.models import catalog_entry
+from resnet_jax.training.state import Learner, TrainState, make_learner
+from resnet_jax.training.step import make_train_step
 
 CIFAR_AUGMENTATION = AugmentationConfig(pad=4, flip=True)
 IMAGENET_AUGMENTATION = AugmentationConfig(flip=True, color_noise=0.1)
+_SMALL_SIDE = 32
+
+
+def synthetic_learner(
+    model: str,
+    batch_size: int,
+    *,
+    image_size: int | None = None,
+    dtype: str = "float32",
+    augmentation: AugmentationConfig | None = None,
+    micro_batches: int = 1,
+    fully_sharded: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    **model_options: Any,
+) -> Learner:
+    """A learner for a net of the catalog on made-up data.
+
+    Args:
+      model: a name of the catalog.
+      batch_size: global batch.
+      image_size: side of the images; by default the net's own.
+      dtype: of the convolutions.
+      augmentation: by default the paper's for the net, as far as the device does it.
+      micro_batches: the config's ``training.micro_batches``.
+      fully_sharded: the config's ``parallel.fully_sharded``.
+      mesh: the devices; all by default.
+      **model_options: other fields of the config's ``model`` section.
+    """
+    entry = catalog_entry(model)
+    side = image_size or entry.image_size
+    is_small = entry.image_size <= _SMALL_SIDE
+    if augmentation is None:
+        augmentation = CIFAR_AUGMENTATION if is_small else IMAGENET_AUGMENTATION
+    config = Config(
+        model=ModelConfig(name=model, dtype=dtype, **model_options),
+        data=DataConfig(normalization="per_pixel_mean" if is_small else "per_channel"),
+        augmentation=augmentation,
+        training=TrainingConfig(
+            steps=10**6, global_batch_size=batch_size, micro_batches=micro_batches
+        ),
+        parallel=ParallelConfig(fully_sharded=fully_sharded),
+    )
+    return make_learner(
+        config,
+        mesh or parallel.data_mesh(),
+        num_examples=batch_size,
+        num_classes=entry.num_classes,
+        image_shape=(side, side, entry.channels),
+    )
+
+
+def synthetic_inputs(learner: Learner) -> tuple[TrainState, Batch]:
+    """A first state and a random batch, to call ``make_train_step(learner)`` on."""
+    shape = learner.image_shape
+    per_pixel = learner.config.data.normalization == "per_pixel_mean"
+    pixels = np.ones(shape if per_pixel else (1, 1, shape[-1]), np.float32)
+    state = learner.fresh_state(PixelStatistics(mean=0.5 * pixels, std=pixels))
+    size = learner.config.training.global_batch_size
+    num_classes: int = getattr(learner.model, "num_classes", 2)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (size, *shape), dtype=np.uint8),
+        "label": rng.integers(0, num_classes, size).astype(np.int32),
+    }
+    return state, parallel.place(batch, parallel.batch_sharding(learner.mesh))
+
+
+def abstract_batch(learner: Learner) -> Batch:
+    """Shapes, dtypes and shardings of a streamed batch, to compile a step."""
+    size = learner.config.training.global_batch_size
+    cut = parallel.batch_sharding(learner.mesh)
+
+    def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=cut)
+
+    return {
+        "image": abstract((size, *learner.image_shape), jnp.uint8),
+        "label": abstract((size,), jnp.int32),
+    }
 
 
 def benchmark_step(
@@ -48,26 +134,26 @@ def benchmark_step(
     Args:
       model: a name of the catalog.
       batch_size: global batch.
-      image_size: side of the images; the net's own by default.
+      image_size: side of the images; by default the net's own.
       dtype: of the convolutions.
-      steps: timed steps, each waited for.
+      steps: timed steps, each of them waited for.
       json_path: where to write the result, if anywhere.
       console: where to print; standard output by default.
 
     Returns:
       images_per_second and milliseconds (medians), compile_seconds, peak memory and
-      multiply-adds a second: those of the forward pass times three, by custom.
+      multiply-adds per second (three times the forward pass, by convention).
 
     Raises:
-      UserError: an unknown net, or a batch that the devices cannot share.
+      UserError: an unknown net, or a batch that does not divide over the devices.
     """
     if batch_size < 1 or steps < 1 or (image_size is not None and image_size < 1):
         raise UserError("--batch, --steps and --image-size must be at least 1")
-    console = console or rich.console.Console()
-    side = image_size or catalog_entry(model).image_size
-    train_step, state, batch = synthetic_step(model, batch_size, side, dtype)
+    console = console or make_console()
+    learner = synthetic_learner(model, batch_size, image_size=image_size, dtype=dtype)
+    state, batch = synthetic_inputs(learner)
     start = time.perf_counter()
-    compiled = train_step.lower(state, None, batch).compile()
+    compiled = make_train_step(learner).lower(state, None, batch).compile()
     compile_seconds = time.perf_counter() - start
     for _ in range(2):
         state = compiled(state, None, batch)
@@ -78,12 +164,11 @@ def benchmark_step(
         state = jax.block_until_ready(compiled(state, None, batch))
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds)
-    net = create_model(model)
-    forward = count_multiply_adds(net, (side, side, 3))
+    forward = count_multiply_adds(learner.model, learner.image_shape)
     result = {
         "model": model,
         "batch_size": batch_size,
-        "image_size": side,
+        "image_size": learner.image_shape[0],
         "dtype": dtype,
         "images_per_second": batch_size / median,
         "milliseconds": 1000 * median,
@@ -95,72 +180,113 @@ def benchmark_step(
         "multiply_adds_per_second": 3 * forward * batch_size / median,
         "environment": environment(),
     }
-    _print(console, result)
+    title = f"{model}, batch {batch_size}, {result['image_size']} px, {dtype}"
+    _print(
+        console,
+        f"{title}, {result['environment']['devices']}",
+        {
+            "images per second": f"{result['images_per_second']:,.0f}",
+            "milliseconds per step": f"{result['milliseconds']:.2f} (median of "
+            f"{steps}; {result['milliseconds_min']:.2f} to "
+            f"{result['milliseconds_max']:.2f})",
+            "compile time": f"{compile_seconds:.1f} s",
+            f"peak memory ({result['peak_of']})": _mebibytes(result["peak_bytes"]),
+            "multiply-adds per second": (
+                f"{result['multiply_adds_per_second'] / 1e9:,.1f} G (3 x forward)"
+            ),
+        },
+    )
     if json_path is not None:
         write_json(json_path, result)
     return result
 
 
-def synthetic_step(
-    model: str,
-    batch_size: int,
-    image_size: int,
-    dtype: str,
-    augmentation: AugmentationConfig | None = None,
-    micro_batches: int = 1,
-    fully_sharded: bool = False,
-    devices: int | None = None,
-    abstract: bool = False,
-    **model_options: Any,
-) -> tuple[TrainStep, TrainState, Batch]:
-    """A training step with the state and batch to call it on: (state, None, batch).
+def benchmark_input(
+    config: Config,
+    *,
+    batches: int = 50,
+    rounds: int = 5,
+    json_path: str | None = None,
+    console: rich.console.Console | None = None,
+) -> dict[str, Any]:
+    """Times the training batches of a config up to the device, without any step.
 
-    ``augmentation`` is by default the paper's for the net, as far as it is done on the
-    device; ``micro_batches`` and ``fully_sharded`` are the config's fields, and
-    ``model_options`` are ``create_model``'s. ``devices`` is their number, all by
-    default. ``abstract`` gives shapes in place of the state's and the batch's arrays,
-    to compile the step and not to run it.
+    Args:
+      config: of a run; its data, augmentation and batch size are used.
+      batches: per round.
+      rounds: the median is over these; one more comes first and fills the pipeline.
+      json_path: where to write the result, if anywhere.
+      console: where to print; standard output by default.
+
+    Returns:
+      images_per_second and images_per_cpu_second (this process), medians; seconds until
+      the first batch; peak memory.
+
+    Raises:
+      UserError: the data are missing or broken, or a count is below 1.
     """
-    mesh = parallel.data_mesh(devices)
-    parallel.check_divides(batch_size, mesh.size, micro_batches)
-    entry = catalog_entry(model)
-    is_small = entry.image_size <= 32
-    net = create_model(model, dtype=jnp.dtype(dtype), **model_options)
-    config = dataclasses.replace(
-        Config(),
-        augmentation=augmentation
-        or (CIFAR_AUGMENTATION if is_small else IMAGENET_AUGMENTATION),
-        training=TrainingConfig(
-            global_batch_size=batch_size, micro_batches=micro_batches
+    if batches < 1 or rounds < 1:
+        raise UserError("--batches and --rounds must be at least 1")
+    console = console or make_console()
+    mesh, size = parallel.data_mesh(), config.training.global_batch_size
+    parallel.check_divides(size, mesh.size)
+    start = time.perf_counter()
+    source = open_collection(config.data).source(config.data.train_split)
+    split = Split("train", source, config.data)
+    feed = make_feed(split, mesh, config.data, config.augmentation)
+    with contextlib.closing(feed.training_batches(0, size, config.seed)) as stream:
+        jax.block_until_ready(next(stream))
+        first = time.perf_counter() - start
+        speeds, busy = [], []
+        for number in range(rounds + 1):
+            began, cpu = time.perf_counter(), _cpu_seconds()
+            for _ in range(batches):
+                jax.block_until_ready(next(stream))
+            if number:
+                speeds.append(batches * size / (time.perf_counter() - began))
+                busy.append(batches * size / max(_cpu_seconds() - cpu, 1e-9))
+    result = {
+        "data": config.data.name,
+        "examples": len(split),
+        "image_shape": list(split.training_shape),
+        "resident": feed.resident is not None,
+        "batch_size": size,
+        "threads": config.data.threads,
+        "processes": config.data.num_processes,
+        "images_per_second": statistics.median(speeds),
+        "images_per_second_min": min(speeds),
+        "images_per_second_max": max(speeds),
+        # Worker processes are only counted when they end, after the last round.
+        "images_per_cpu_second": (
+            None if config.data.num_processes else statistics.median(busy)
         ),
-    )
-    schedule = Schedule(config.optimizer, config.schedule, derive(config, batch_size))
-    optimizer = make_optimizer(config.optimizer)
-    shape = (image_size, image_size, entry.channels)
-    rng = np.random.default_rng(0)
-    statistics_shape = shape if is_small else (1, 1, entry.channels)
-    pixels = PixelStatistics(
-        np.full(statistics_shape, 0.5, np.float32),
-        np.ones(statistics_shape, np.float32),
-    )
-
-    def init() -> TrainState:
-        return init_state(net, optimizer, schedule, pixels, shape, 0, averaged=False)
-
-    shardings = state_shardings(jax.eval_shape(init), mesh, fully_sharded)
-    train_step = make_train_step(net, optimizer, schedule, config, mesh, shardings)
-    if abstract:
-        given = {
-            "image": jax.ShapeDtypeStruct((batch_size, *shape), jnp.uint8),
-            "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-        }
-        return train_step, jax.eval_shape(init), given
-    state = jax.jit(init, out_shardings=shardings)()
-    batch = {
-        "image": rng.integers(0, 256, (batch_size, *shape), dtype=np.uint8),
-        "label": rng.integers(0, entry.num_classes, batch_size).astype(np.int32),
+        "first_batch_seconds": first,
+        "peak_mib": _process_peak_bytes() / 2**20,
+        "batches_a_round": batches,
+        "rounds": rounds,
+        "environment": environment(),
     }
-    return train_step, state, parallel.place(batch, parallel.batch_sharding(mesh))
+    shape = "x".join(map(str, result["image_shape"]))
+    kind = "resident on the device" if result["resident"] else "streamed"
+    lines = {
+        "images per second": f"{result['images_per_second']:,.0f} (median of {rounds}; "
+        f"{result['images_per_second_min']:,.0f} to "
+        f"{result['images_per_second_max']:,.0f})",
+        "first batch after": f"{first:.2f} s",
+        "peak memory": _mebibytes(_process_peak_bytes()),
+    }
+    if result["images_per_cpu_second"] is not None:
+        lines["images per CPU second"] = f"{result['images_per_cpu_second']:,.0f}"
+    _print(
+        console,
+        f"{result['data']}: {result['examples']:,} examples, {shape}, {kind}; batch "
+        f"{size}, {result['threads']} threads, {result['processes']} processes, "
+        f"{result['environment']['cpu_cores']} cores",
+        lines,
+    )
+    if json_path is not None and distributed.is_primary():
+        write_json(json_path, result)
+    return result
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
@@ -169,48 +295,35 @@ def write_json(path: str, content: dict[str, Any]) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: str, text: str) -> None:
-    """Writes a file.
-
-    Raises:
-      UserError: it cannot be written.
-    """
     try:
-        Path(path).write_text(text)
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def _peak_memory() -> dict[str, Any]:
-    """Peak bytes on the first device or, where it does not tell, of the process."""
+    """Peak bytes on the first device, or of the process if the device gives none."""
     memory = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in memory:
         return {"peak_bytes": memory["peak_bytes_in_use"], "peak_of": "device"}
+    return {"peak_bytes": _process_peak_bytes(), "peak_of": "process"}
+
+
+def _process_peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"peak_bytes": peak * unit, "peak_of": "process"}
+    return peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def _print(console: rich.console.Console, result: dict[str, Any]) -> None:
-    devices = result["environment"]["devices"]
-    say(
-        console,
-        f"{result['model']}, batch {result['batch_size']}, "
-        f"{result['image_size']} px, {result['dtype']}, {devices}",
-    )
-    mebibytes = result["peak_bytes"] / 2**20
-    lines = {
-        "images a second": f"{result['images_per_second']:,.0f}",
-        "milliseconds a step": f"{result['milliseconds']:.2f} (median of "
-        f"{result['steps']}; {result['milliseconds_min']:.2f} to "
-        f"{result['milliseconds_max']:.2f})",
-        "compile time": f"{result['compile_seconds']:.1f} s",
-        f"peak memory ({result['peak_of']})": f"{mebibytes:,.0f} MiB",
-        "multiply-adds a second": f"{result['multiply_adds_per_second'] / 1e9:,.1f} G "
-        "(3 x forward)",
-    }
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _mebibytes(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.0f} MiB"
+
+
+def _print(console: rich.console.Console, title: str, lines: dict[str, str]) -> None:
+    say(console, title)
     for name, value in lines.items():
-        say(console, f"  {name:<24}{value}")
+        say(console, f"  {name:<25}{value}")

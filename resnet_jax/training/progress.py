@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress line, messages, tables."""
+"""The terminal output of a run: its config, a progress line and messages."""
 
 import time
 from collections.abc import Iterator
@@ -9,17 +9,21 @@ import rich.console
 import rich.progress
 import rich.table
 
+from resnet_jax.analysis.complexity import count_parameters
 from resnet_jax.config import Config, Derived, flatten
+from resnet_jax.console import describe_seconds, say
+from resnet_jax.data.dataset import Dataset
+from resnet_jax.training.state import Learner
 
 
 class Throughput:
-    """Images a second and the share of time that the loop waits for its input."""
+    """Images per second, and the share of time that the loop waits for input."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Begins a new interval."""
+        """Starts a new interval."""
         self._start = time.perf_counter()
         self._waited = 0.0
         self._images = 0
@@ -32,13 +36,13 @@ class Throughput:
         self._waited += time.perf_counter() - start
 
     def count(self, images: int) -> None:
-        """Counts images whose step was given to the devices."""
+        """Counts the images of a step that was dispatched."""
         self._images += images
 
     def interval(self) -> dict[str, float]:
-        """The interval's figures; call when its steps have finished.
+        """The interval's figures, or nothing if it has no steps.
 
-        Empty where it has no steps to measure.
+        Call it when the interval's steps have finished.
         """
         seconds = time.perf_counter() - self._start
         if not self._images:
@@ -85,7 +89,7 @@ class Progress:
         return self._began is not None
 
     def start(self, step: int) -> None:
-        """Takes the time from which the time left is estimated."""
+        """Starts the clock that estimates the time left."""
         self._began = (time.perf_counter(), step)
 
     def show(self, row: dict[str, Any]) -> None:
@@ -125,25 +129,34 @@ class Progress:
         return seconds / (step - self._began[1]) * (self._steps - step)
 
 
-def say(console: rich.console.Console, text: str) -> None:
-    """Prints a line as it is: unwrapped, and without markup in paths."""
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-
-def describe_seconds(seconds: float) -> str:
-    """A duration in words: ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+def print_start(
+    console: rich.console.Console, learner: Learner, dataset: Dataset
+) -> None:
+    """Prints what is going to run: the config, derived values and the data."""
+    config, derived, mesh = learner.config, learner.derived, learner.mesh
+    values = derived_values(derived) | {
+        "parameters": f"{count_parameters(learner.abstract_state().params):,}",
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+    }
+    print_config(console, config, values)
+    for note in derived.notes():
+        say(console, note)
+    splits = [
+        split for split in (dataset.train, dataset.holdout, dataset.test) if split
+    ]
+    counts = ", ".join(f"{len(split):,} {split.name}" for split in splits)
+    height, width, channels = dataset.image_shape
+    say(
+        console,
+        f"{config.data.name}: {counts}; {height}x{width}x{channels}, "
+        f"{dataset.num_classes} classes",
+    )
 
 
 def print_config(
     console: rich.console.Console, config: Config, values: dict[str, Any]
 ) -> None:
-    """Prints the resolved config, a line a section, and the derived values."""
+    """Prints the resolved config, one line per section, and the derived values."""
     table = rich.table.Table(box=None, show_header=False, padding=(0, 1))
     sections: dict[str, list[str]] = {}
     for name, value in flatten(config).items():
@@ -156,7 +169,7 @@ def print_config(
 
 
 def derived_values(derived: Derived) -> dict[str, str]:
-    """The derived values for a person: thousands marked, floats short."""
+    """The derived values as text: thousands separated, floats short."""
     values = {
         "training_examples": f"{derived.training_examples:,}",
         "global_batch": f"{derived.global_batch_size:,}",

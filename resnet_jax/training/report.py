@@ -1,17 +1,89 @@
-"""report.html: one page that says what a run did, with its pictures inside."""
+"""What a finished run leaves: result.json, its printed table, and report.html."""
 
 import os
+import statistics
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import rich.console
+import rich.table
 
 from resnet_jax.analysis import pages
+from resnet_jax.analysis.complexity import count_multiply_adds, count_parameters
 from resnet_jax.analysis.plots import Curves, error_curves, training_curves
 from resnet_jax.config import fields, flatten
+from resnet_jax.console import describe_seconds, say
+from resnet_jax.data.dataset import Dataset
+from resnet_jax.environment import command_line, environment
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import describe_error
-from resnet_jax.training.progress import describe_seconds, say
+from resnet_jax.training.state import Learner
 from resnet_jax.workdir import Workdir
+
+
+def make_result(
+    learner: Learner, dataset: Dataset, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The content of result.json, from the rows of metrics.jsonl."""
+    config, last = learner.config, rows[-1]
+    speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    skipped = [row["train_skipped"] for row in rows if "train_skipped" in row]
+    evaluated = {
+        name: value
+        for name, value in last.items()
+        if name.startswith(("test_", "holdout_"))
+    }
+    return {
+        **evaluated,
+        **({"train_skipped": sum(skipped)} if skipped else {}),
+        "train_error": last["train_error"],
+        "checkpoint": "last",
+        "step": last["step"],
+        "epoch": last["epoch"],
+        "seed": config.seed,
+        "model": config.model.name,
+        "parameters": count_parameters(learner.abstract_state().params),
+        "multiply_adds": count_multiply_adds(learner.model, learner.image_shape),
+        "data": config.data.name,
+        "training_examples": len(dataset.train),
+        "global_batch_size": config.training.global_batch_size,
+        "images_per_second": statistics.median(speeds) if speeds else None,
+        "seconds": last["seconds"],
+        "command": command_line(),
+        "environment": environment(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def print_result(
+    console: rich.console.Console, result: dict[str, Any], report: Path
+) -> None:
+    """Prints the result of a finished run, its test error and its report."""
+    table = rich.table.Table(box=None, show_header=False, padding=(0, 1))
+    table.add_row("model", f"{result['model']}, {result['parameters']:,} parameters")
+    table.add_row("data", f"{result['data']}, {result['training_examples']:,} examples")
+    table.add_row("length", f"{result['step']:,} steps, {result['epoch']:.4g} epochs")
+    table.add_row("training error", f"{100 * result['train_error']:.2f} %")
+    if "holdout_error" in result:
+        table.add_row("held-out error", f"{100 * result['holdout_error']:.2f} %")
+    for name, value in _optional_facts(result).items():
+        table.add_row(name, value)
+    table.add_row("time", describe_seconds(result["seconds"]))
+    console.print(table, highlight=False)
+    say(console, describe_error("test", result["test_errors"], result["test_count"]))
+    say(console, f"report: {report}")
+
+
+def _optional_facts(result: dict[str, Any]) -> dict[str, str]:
+    facts = {}
+    if "test_top5_error" in result:
+        facts["test top-5 error"] = f"{100 * result['test_top5_error']:.2f} %"
+    if result["images_per_second"] is not None:
+        facts["speed"] = f"{result['images_per_second']:,.0f} images/s (median)"
+    if result.get("train_skipped"):
+        facts["skipped"] = f"{result['train_skipped']:,} broken images replaced"
+    return facts
 
 
 def report(
@@ -79,13 +151,13 @@ def write_report(
         ),
         pages.paragraph(
             f"The last checkpoint (step {result['step']:,}) on every test example, one "
-            f"run of seed {result['seed']}. The test set chose no checkpoint."
+            f"run with seed {result['seed']}. The test set chose no checkpoint."
         ),
         pages.svg(training_curves(rows, title)),
         pages.heading("The run"),
         pages.facts(_facts(result)),
         pages.heading("Config"),
-        pages.paragraph("Bold: set otherwise than the default."),
+        pages.paragraph("Bold values differ from the default."),
         pages.facts(values, bold={n for n in values if values[n] != defaults[n]}),
         pages.heading("Where it ran"),
         pages.facts(result["environment"]),
@@ -98,7 +170,7 @@ def write_seeds_report(folder: Workdir, result: dict[str, Any]) -> None:
 
     Args:
       folder: their workdir.
-      result: the content of its result.json; see ``seeds.train``.
+      result: the content of its result.json; see ``train.train``.
     """
     runs = result["runs"]
 
@@ -151,7 +223,7 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         "length": f"{result['step']:,} steps of {result['global_batch_size']}, "
         f"{result['epoch']:.4g} epochs",
         "parameters": f"{result['parameters']:,}",
-        "multiply-adds an image": f"{result['multiply_adds']:,}",
+        "multiply-adds per image": f"{result['multiply_adds']:,}",
         "training examples": f"{result['training_examples']:,}",
         "training error": f"{100 * result['train_error']:.2f} %",
         "time": describe_seconds(result["seconds"]),
@@ -162,10 +234,4 @@ def _facts(result: dict[str, Any]) -> dict[str, Any]:
         facts["held-out error"] = describe_error(
             "held-out", result["holdout_errors"], result["holdout_count"]
         )
-    if result.get("train_skipped"):
-        facts["skipped"] = f"{result['train_skipped']:,} broken images replaced"
-    if "test_top5_error" in result:
-        facts["test top-5 error"] = f"{100 * result['test_top5_error']:.2f} %"
-    if result["images_per_second"] is not None:
-        facts["speed"] = f"{result['images_per_second']:,.0f} images/s (median)"
-    return facts
+    return facts | _optional_facts(result)

@@ -1,5 +1,7 @@
-"""The state of a run on the devices: all that a step changes."""
+"""The state of a run on the devices, and the learner that makes and shards it."""
 
+import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -10,26 +12,28 @@ from flax import linen as nn
 from jax.sharding import AbstractMesh, Mesh
 
 from resnet_jax import parallel
+from resnet_jax.config import Config, Derived, build_model, derive
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.evaluation.metrics import Sums
+from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.schedule import Schedule, ScheduleState
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What a checkpoint holds of the devices.
+    """Everything that a training step changes, and what evaluation needs beside it.
 
     Attributes:
       step: completed steps, int32.
       params, batch_stats: the net's variables, float32.
-      opt_state: the optimizer's, float32.
+      opt_state: the optimizer's state, float32.
       ema: moving averages of params and batch_stats, or None.
       schedule: what the learning rate remembers.
-      rng: the key of which each step folds in its number.
-      statistics: of the training pixels; with them the state can be evaluated alone.
+      rng: the run's random key; each step folds in its number.
+      statistics: of the training pixels, constant.
       learning_rate: of the last step, float32.
       sums: training metrics since the last row of metrics.jsonl.
-      first_bad_step: the first step whose loss was not finite, or -1.
+      first_bad_step: the first step with a loss that is not finite, or -1.
     """
 
     step: jax.Array
@@ -45,59 +49,152 @@ class TrainState:
     first_bad_step: jax.Array
 
     def evaluation_variables(self) -> dict[str, Any]:
-        """The variables to evaluate: the averaged ones where there are any."""
+        """The variables to evaluate: the moving averages if there are any."""
         if self.ema is not None:
             return self.ema
         return {"params": self.params, "batch_stats": self.batch_stats}
 
+    def with_evaluation_variables(self, variables: dict[str, Any]) -> "TrainState":
+        """The state with these variables in place of ``evaluation_variables()``."""
+        if self.ema is not None:
+            return dataclasses.replace(self, ema=variables)
+        return dataclasses.replace(self, **variables)
 
-def init_state(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    schedule: Schedule,
-    statistics: PixelStatistics,
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """A net with its optimizer, schedule and devices: all that a step is made of.
+
+    Attributes:
+      config: of the run.
+      derived: lengths in steps.
+      mesh: the devices.
+      model: the net.
+      optimizer: the update, without the learning rate.
+      schedule: the learning rate.
+      image_shape: (h, w, c) of the net's input in training.
+    """
+
+    config: Config
+    derived: Derived
+    mesh: Mesh | AbstractMesh
+    model: nn.Module
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    image_shape: tuple[int, ...]
+
+    def init(self, statistics: PixelStatistics) -> TrainState:
+        """The state before the first step: a pure function of ``config.seed``."""
+        init_key, rng = jax.random.split(jax.random.key(self.config.seed))
+        image = jnp.zeros((1, *self.image_shape))
+        variables = self.model.init(init_key, image, train=False)
+        # Nets without batch normalisation have no batch_stats.
+        variables = {"batch_stats": {}} | variables
+        averaged = self.config.optimizer.ema_decay is not None
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables["batch_stats"],
+            opt_state=self.optimizer.init(variables["params"]),
+            ema=dict(variables) if averaged else None,
+            schedule=self.schedule.init(),
+            rng=rng,
+            statistics=statistics,
+            learning_rate=jnp.zeros(()),
+            sums=Sums.zeros(),
+            first_bad_step=jnp.full((), -1, jnp.int32),
+        )
+
+    def fresh_state(
+        self, statistics: PixelStatistics, variables: dict[str, Any] | None = None
+    ) -> TrainState:
+        """The state before the first step, on the devices.
+
+        Args:
+          statistics: of the training pixels.
+          variables: host arrays to start from; None starts from ``init``.
+        """
+        state = jax.jit(self.init, out_shardings=self.shardings)(statistics)
+        if variables is None:
+            return state
+        variables = jax.device_get({"batch_stats": {}} | variables)
+        shardings = {name: getattr(self.shardings, name) for name in variables}
+        # The step donates the state: its averages need buffers apart from params.
+        averages = None
+        if state.ema is not None:
+            averages = parallel.place_whole(variables, self.shardings.ema)
+        placed = parallel.place_whole(variables, shardings)
+        return state.replace(**placed, ema=averages)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state; computes nothing."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=sharding
+            ),
+            self._shapes,
+            self.shardings,
+        )
+
+    @functools.cached_property
+    def shardings(self) -> TrainState:
+        """The sharding of every array of the state.
+
+        With ``parallel.fully_sharded`` parameters, optimizer state and averages are cut
+        over the devices. Everything else is replicated.
+        """
+        same = jax.tree.map(lambda _: parallel.replicated(self.mesh), self._shapes)
+        if not self.config.parallel.fully_sharded:
+            return same
+        cut = {
+            name: parallel.fully_sharded(getattr(self._shapes, name), self.mesh)
+            for name in ("params", "opt_state", "ema")
+        }
+        return same.replace(**cut)
+
+    @functools.cached_property
+    def _shapes(self) -> TrainState:
+        shape = self.image_shape
+        if self.config.data.normalization != "per_pixel_mean":
+            shape = (1, 1, shape[-1])
+        pixels: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return jax.eval_shape(self.init, PixelStatistics(mean=pixels, std=pixels))
+
+
+def make_learner(
+    config: Config,
+    mesh: Mesh | AbstractMesh,
+    *,
+    num_examples: int,
+    num_classes: int,
     image_shape: tuple[int, ...],
-    seed: int,
-    averaged: bool,
-) -> TrainState:
-    """The state before the first step; pure, and the same for the same seed."""
-    init_key, rng = jax.random.split(jax.random.key(seed))
-    variables = model.init(init_key, jnp.zeros((1, *image_shape)), train=False)
-    params = variables["params"]
-    # Nets without batch normalisation have no such collection.
-    batch_stats = variables.get("batch_stats", {})
-    ema = {"params": params, "batch_stats": batch_stats} if averaged else None
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=optimizer.init(params),
-        ema=ema,
-        schedule=schedule.init(),
-        rng=rng,
-        statistics=statistics,
-        learning_rate=jnp.zeros(()),
-        sums=Sums.zeros(),
-        first_bad_step=jnp.full((), -1, jnp.int32),
-    )
-
-
-def state_shardings(
-    state: TrainState, mesh: Mesh | AbstractMesh, fully_sharded: bool
-) -> TrainState:
-    """The sharding of every leaf of a state.
+) -> Learner:
+    """Builds the net, optimizer and schedule of a config.
 
     Args:
-      state: of arrays or of their shapes.
+      config: of the run.
       mesh: the devices.
-      fully_sharded: parameters, the optimizer's state and the averages are cut over
-        the devices; the rest, and all of it otherwise, is replicated.
+      num_examples: training examples.
+      num_classes: logits of the net.
+      image_shape: (h, w, c) of the net's input in training.
+
+    Raises:
+      UserError: the batch does not divide over the devices, or an option of the net or
+        a frozen part does not exist.
     """
-    same = jax.tree.map(lambda leaf: parallel.replicated(mesh), state)
-    if not fully_sharded:
-        return same
-    cut = {
-        name: parallel.fully_sharded(getattr(state, name), mesh)
-        for name in ("params", "opt_state", "ema")
-    }
-    return same.replace(**cut)
+    parallel.check_divides(
+        config.training.global_batch_size,
+        mesh.size,
+        config.training.micro_batches,
+        config.model.batch_norm_groups,
+    )
+    derived = derive(config, num_examples)
+    return Learner(
+        config=config,
+        derived=derived,
+        mesh=mesh,
+        model=build_model(config.model, num_classes),
+        optimizer=make_optimizer(config.optimizer, config.model.frozen),
+        schedule=Schedule(config.optimizer, config.schedule, derived),
+        image_shape=image_shape,
+    )

@@ -1,4 +1,4 @@
-"""A grid over config fields: every combination a run, or a run for each seed."""
+"""A sweep: one run for every combination of values, or one per seed."""
 
 import itertools
 import json
@@ -10,14 +10,14 @@ from typing import Any
 import rich.console
 import rich.table
 
-from resnet_jax import distributed
 from resnet_jax.analysis import pages
 from resnet_jax.analysis.plots import error_by_setting
 from resnet_jax.config import Config, load_config
+from resnet_jax.console import describe_seconds, make_console, say
+from resnet_jax.environment import command_line, environment
 from resnet_jax.errors import UserError
-from resnet_jax.training.environment import command_line, environment
-from resnet_jax.training.members import Spread, members_of, train_members
-from resnet_jax.training.progress import describe_seconds, say
+from resnet_jax.training.runs import Outcome, Spread, members_of, train_members
+from resnet_jax.training.train import train_one
 from resnet_jax.workdir import Workdir
 
 _ABOUT = (
@@ -37,37 +37,37 @@ def sweep(
     overrides: Mapping[str, str] | None = None,
     console: rich.console.Console | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains every combination of values, and sets the errors side by side.
+    """Trains every combination of values and tabulates the errors.
 
-    The runs lie in ``workdir/FIELD=VALUE,.../seed-N``. The same call goes on where it
-    was stopped; finished runs are not run again, in a larger grid neither. At the end
-    sweep.json and report.html say what came out.
+    The runs are in ``workdir/FIELD=VALUE,.../seed-N``. The same call continues where it
+    stopped, and a larger grid keeps the finished runs. The results are in sweep.json
+    and report.html.
 
     Args:
       spec: a config file, see ``load_config``.
       grid: dotted field names to their values, as text.
       workdir: of all runs.
-      overrides: of other fields; ``seeds`` is one of them.
+      overrides: of other fields, such as ``seeds``.
       console: where to print; standard output by default.
 
     Returns:
       For each combination its fields, errors, deviations and number of seeds.
 
     Raises:
-      UserError: a field or value is wrong, which is told before anything is run, or a
+      UserError: a wrong field or value, which is found before anything runs, or a
         fault in data or folder.
-      Preempted: SIGTERM asked a run to stop, and it has saved.
+      Preempted: SIGTERM stopped a run, and it has saved.
     """
-    console = console or rich.console.Console(quiet=not distributed.is_primary())
+    console = console or make_console()
     configs = _configs(spec, grid, overrides or {})
     folder = Workdir(workdir)
-    folder.prepare()
+    folder.create()
     members = {
         point: members_of(config, f"{_folder(grid, point)}/")
         for point, config in configs.items()
     }
     outcomes = train_members(
-        list(itertools.chain(*members.values())), folder.path, console
+        list(itertools.chain(*members.values())), folder.path, train_one, console
     )
     ended = iter(outcomes)
     rows = [
@@ -88,10 +88,10 @@ def sweep(
 
 
 def parse_grid(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """``FIELD=VALUE,VALUE`` each; commas inside brackets belong to a value.
+    """Parses ``FIELD=VALUE,VALUE``; commas inside brackets belong to a value.
 
     Raises:
-      UserError: an argument is not that.
+      UserError: an argument has another form.
     """
     grid = {}
     for argument in arguments:
@@ -123,12 +123,12 @@ def _configs(
     spec: str, grid: Mapping[str, Sequence[str]], overrides: Mapping[str, str]
 ) -> dict[Point, Config]:
     if not grid:
-        raise UserError("a sweep needs fields and their values: --grid FIELD=A,B")
+        raise UserError("a sweep needs fields with values: --grid FIELD=A,B")
     twice = sorted(set(grid) & set(overrides))
     if twice:
-        raise UserError(f"{twice[0]} is both in the grid and overridden; give one")
+        raise UserError(f"{twice[0]} is both in the grid and overridden; give it once")
     if "seed" in grid or "seeds" in grid:
-        raise UserError("seeds are no values of a grid; give --config.seeds=N")
+        raise UserError("seeds do not belong in the grid; give --config.seeds=N")
     return {
         point: load_config(spec, {**overrides, **dict(zip(grid, point, strict=True))})
         for point in itertools.product(*grid.values())
@@ -141,7 +141,7 @@ def _folder(grid: Mapping[str, Any], point: Point) -> str:
 
 
 def _row(
-    grid: Mapping[str, Any], point: Point, outcomes: Sequence[Any]
+    grid: Mapping[str, Any], point: Point, outcomes: Sequence[Outcome]
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"fields": dict(zip(grid, point, strict=True))}
     results = [outcome.result for outcome in outcomes if outcome.result is not None]

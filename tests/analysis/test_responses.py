@@ -8,9 +8,9 @@ import pytest
 from flax import linen as nn
 
 import resnet_jax
-from resnet_jax.analysis.responses import layer_responses
-from resnet_jax.config import resolve
+from resnet_jax.analysis.responses import layer_responses, responses_of_run
 from resnet_jax.errors import UserError
+from resnet_jax.evaluation.saved_run import load_run
 from resnet_jax.models import (
     BasicBlock,
     BottleneckBlock,
@@ -20,10 +20,8 @@ from resnet_jax.models import (
 )
 from resnet_jax.models.highway import HighwayNet
 from resnet_jax.models.trees import stack_blocks
-from resnet_jax.training.opened import open_run
-from resnet_jax.training.responses import responses_of_run
-from resnet_jax.training.setup import prepare
 from tests.conftest import make_console
+from tests.training.helpers import parts
 
 
 def make_net(stage_sizes=(1, 3), block=BasicBlock, shortcut="A", **options):
@@ -213,14 +211,13 @@ def test_the_responses_of_a_run_are_those_of_its_last_net_on_every_example(
     resnet_jax.train(tiny_config, tmp_path, make_console())
     found = responses_of_run(tmp_path)
 
-    dataset = prepare(resolve(tiny_config)).dataset
+    dataset = parts(tiny_config).dataset
     images = np.float32(dataset.test.arrays(1)[0]) / 255
     images -= (np.float64(dataset.train.arrays(1)[0]) / 255).mean(0)
     assert len(images) == 360  # of which batches of 32 leave a part
-    run = open_run(tmp_path)
+    run = load_run(tmp_path)
     assert run.step == 4
-    variables = jax.device_get(run.state.evaluation_variables())
-    expected = layer_responses(run.setup.model, variables, [images])
+    expected = layer_responses(run.model, jax.device_get(run.variables), [images])
     assert len(found) == 7
     assert [layer for layer, _ in found] == [layer for layer, _ in expected]
     np.testing.assert_allclose(

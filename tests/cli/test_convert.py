@@ -9,17 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax import parallel
+from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.cli import convert
-from resnet_jax.config import resolve
 from resnet_jax.errors import UserError
 from resnet_jax.models import create_model
-from resnet_jax.training.checkpoints import Checkpoints
-from resnet_jax.training.setup import prepare
 from resnet_jax.weights import load_weights, save_weights, shapes
 from resnet_jax.weights.files import read_arrays, write_safetensors
 from resnet_jax.workdir import Workdir
 from tests.conftest import make_tiny_config, write_image_folder
+from tests.training.helpers import parts
 
 NAME = "cifar_resnet8_b"
 
@@ -79,10 +77,10 @@ def workdir(tmp_path_factory):
     config.optimizer.ema_decay = 0.5
     config.training.global_batch_size = 8
     # On two of the eight devices: Orbax is slow with many copies.
-    setup = prepare(resolve(config), parallel.data_mesh(2))
+    setup = parts(config, 2)
     folder = Workdir(root / "run")
-    folder.prepare()
-    folder.write_config(setup.config, setup.derived, "resnet-jax train")
+    folder.create()
+    folder.write_config(setup.config, setup.learner.derived, "resnet-jax train")
     rng = np.random.default_rng(0)
 
     def draw(leaf):
@@ -93,7 +91,7 @@ def workdir(tmp_path_factory):
 
     with Checkpoints(folder.checkpoints, setup.config.checkpoint) as checkpoints:
         for step in (1, 2):
-            state = jax.tree.map(draw, setup.abstract_state())
+            state = jax.tree.map(draw, setup.learner.abstract_state())
             checkpoints.save(state.replace(step=jnp.int32(step)), {}, None)
             checkpoints.wait()
     return folder.path, jax.device_get(state.ema)
@@ -173,7 +171,7 @@ def test_torchvisions_names_say_which_net_it_is(tmp_path, monkeypatch):
 
 def test_a_workdir(workdir, tmp_path, monkeypatch, capsys):
     # Its data may be elsewhere by now.
-    for module in ("data.dataset", "training.setup"):
+    for module in ("data.dataset", "evaluation.saved_run"):
         monkeypatch.delattr(f"resnet_jax.{module}.open_dataset")
     folder, expected = workdir
     target, torch_target = tmp_path / "out.safetensors", tmp_path / "torch.safetensors"
@@ -209,7 +207,7 @@ def test_workdirs_without_a_whole_checkpoint(workdir, tmp_path):
     shutil.rmtree(copy / "checkpoints")
     assert "no checkpoint yet" in refusal(copy, target)
     (copy / "config.json").unlink()
-    assert "is a folder without a run" in refusal(copy, target)
+    assert "holds no run" in refusal(copy, target)
     assert not target.exists()
 
 

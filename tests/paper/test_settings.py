@@ -4,11 +4,11 @@ import pytest
 
 from resnet_jax.config import derive, flatten, load_config
 from resnet_jax.errors import UserError
-from resnet_jax.paper.entries import Run
+from resnet_jax.paper.entries import PaperRun
 from resnet_jax.paper.settings import Setting, config_folder
 
-RESNET110 = Run("cifar_resnet110", "cifar10.py:cifar_resnet110")
-WIDE = Run("wide", "cifar10_wide.py:cifar_wide_resnet16_8")
+RESNET110 = PaperRun("cifar_resnet110", "cifar10.py:cifar_resnet110")
+WIDE = PaperRun("wide", "cifar10_wide.py:cifar_wide_resnet16_8")
 
 
 def changed(run, setting):

@@ -163,7 +163,7 @@ def test_groups_of_statistics_are_shared_out():
     dataset = paper_dataset(resolve(config))
     for devices, groups in ((1, 8), (4, 2), (8, 1), (16, 1)):
         step = trace_step(resolve(config), dataset, devices)
-        assert step.setup.model.batch_norm_groups == groups
+        assert step.setup.learner.model.batch_norm_groups == groups
     notes = planning.plan(config, devices=16).notes
     assert any("over 2 devices" in note for note in notes)
 
@@ -171,10 +171,10 @@ def test_groups_of_statistics_are_shared_out():
 def test_accelerators_run_xlas_convolutions():
     config = resolve(tiny())
     step = trace_step(config, paper_dataset(config))
-    assert step.setup.model.conv_algorithm == "xla"
+    assert step.setup.learner.model.conv_algorithm == "xla"
     explicit = resolve(tiny(model__conv_algorithm="products"))
     step = trace_step(explicit, paper_dataset(explicit))
-    assert step.setup.model.conv_algorithm == "products"
+    assert step.setup.learner.model.conv_algorithm == "products"
 
 
 def test_sharded_arrays_count_with_their_part():

@@ -12,8 +12,9 @@ from resnet_jax.config import resolve
 from resnet_jax.data.transforms import normalize, to_unit
 from resnet_jax.errors import UserError
 from resnet_jax.training.accumulation import add_over_parts, micro_batches
-from resnet_jax.training.benchmark import synthetic_step
-from resnet_jax.training.setup import prepare
+from resnet_jax.training.benchmark import abstract_batch, synthetic_learner
+from resnet_jax.training.step import make_train_step
+from tests.training.helpers import parts
 from tests.training.test_step import assert_alike, run, use_modern_options
 
 COLLECTIVES = ("all-to-all", "all-gather", "collective-permute", "all-reduce")
@@ -82,8 +83,8 @@ def test_with_global_statistics_each_part_has_its_own(tiny_config):
     tiny_config.model.stochastic_depth_rate = 0.5
     tiny_config.optimizer.weight_decay = 0.0
     tiny_config.training.micro_batches = 4
-    setup = prepare(resolve(tiny_config), parallel.data_mesh(8))
-    feed = setup.feed(setup.dataset.train)
+    setup = parts(tiny_config, 8)
+    feed = setup.feed
     state = setup.fresh_state()
     batch = next(iter(feed.training_batches(0, 32, 0)))
     chosen = np.asarray(batch["index"])
@@ -96,7 +97,7 @@ def test_with_global_statistics_each_part_has_its_own(tiny_config):
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)
     def gradient_of(params, images, labels, key):
-        logits, updates = setup.model.apply(
+        logits, updates = setup.learner.model.apply(
             {"params": params, "batch_stats": stats},
             images,
             True,
@@ -115,7 +116,7 @@ def test_with_global_statistics_each_part_has_its_own(tiny_config):
         gradients.append(gradient)
         new_stats.append(updated)
 
-    state = setup.train_step()(state, feed.resident, batch)
+    state = setup.train_step(state, feed.resident, batch)
     rate = float(state.learning_rate)
     expected = jax.tree.map(
         lambda p, *parts: p - rate * np.mean(parts, axis=0), params, *gradients
@@ -128,7 +129,7 @@ def test_with_global_statistics_each_part_has_its_own(tiny_config):
 def test_frozen_parts_keep_their_bits_in_three_parts(tiny_config):
     tiny_config.model.frozen = ("stem", "stage1")
     tiny_config.training.global_batch_size = 24
-    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
+    setup = parts(tiny_config, 1)
     rng = np.random.default_rng(0)
     state = setup.fresh_state()
     frozen = jax.tree.map(
@@ -138,8 +139,8 @@ def test_frozen_parts_keep_their_bits_in_three_parts(tiny_config):
     state = state.replace(batch_stats=state.batch_stats | {"stem": frozen})
     old = jax.tree.map(np.asarray, (state.params["stem"], state.batch_stats["stem"]))
     tiny_config.training.micro_batches = 3
-    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
-    feed, train_step = setup.feed(setup.dataset.train), setup.train_step()
+    setup = parts(tiny_config, 1)
+    feed, train_step = setup.feed, setup.train_step
     for _, batch in zip(range(3), feed.training_batches(0, 24, 0)):
         state = train_step(state, feed.resident, batch)
     new = (state.params["stem"], state.batch_stats["stem"])
@@ -150,10 +151,10 @@ def test_memory_falls_with_the_micro_batches():
     """By the compiler's own account of what a step needs beside its arguments."""
 
     def temporary_bytes(count):
-        step, state, batch = synthetic_step(
-            "cifar_resnet8", 256, 32, "float32", micro_batches=count
-        )
-        memory = step.lower(state, None, batch).compile().memory_analysis()
+        learner = synthetic_learner("cifar_resnet8", 256, micro_batches=count)
+        step, state = make_train_step(learner), learner.abstract_state()
+        lowered = step.lower(state, None, abstract_batch(learner))
+        memory = lowered.compile().memory_analysis()
         return memory.temp_size_in_bytes
 
     assert temporary_bytes(4) < 0.6 * temporary_bytes(1)
@@ -164,7 +165,7 @@ def test_a_batch_that_does_not_divide_into_the_parts_is_refused(tiny_config):
     with pytest.raises(
         UserError, match=r"32 does not divide over training.micro_batches=8 .* is 64"
     ):
-        prepare(resolve(tiny_config), parallel.data_mesh(8))
+        parts(tiny_config, 8)
 
 
 def test_groups_that_a_micro_batch_would_cut_are_refused(tiny_config):

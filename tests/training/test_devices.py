@@ -6,12 +6,12 @@ from jax.sharding import PartitionSpec
 
 import resnet_jax
 from resnet_jax import parallel
+from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.config import resolve
 from resnet_jax.config.schema import CheckpointConfig
-from resnet_jax.training.checkpoints import Checkpoints
-from resnet_jax.training.setup import prepare
 from resnet_jax.workdir import Workdir
-from tests.training.test_checkpoints import same
+from tests.test_checkpoints import same
+from tests.training.helpers import parts
 from tests.training.test_step import assert_alike, run
 
 STEPS = 20
@@ -56,9 +56,9 @@ def test_a_state_cut_over_the_devices_trains_alike(config, kind, micro_batches, 
 
 
 def test_a_cut_state_begins_with_the_same_bits(config):
-    replicated = prepare(resolve(config)).fresh_state()
+    replicated = parts(config).fresh_state()
     config.parallel.fully_sharded = True
-    same(prepare(resolve(config)).fresh_state(), replicated)
+    same(parts(config).fresh_state(), replicated)
 
 
 def test_a_step_takes_and_leaves_less_on_each_device(config):
@@ -66,15 +66,17 @@ def test_a_step_takes_and_leaves_less_on_each_device(config):
 
     def arguments(cut):
         config.parallel.fully_sharded = cut
-        setup = prepare(resolve(config))
-        feed = setup.feed(setup.dataset.train)
+        setup = parts(config)
+        feed = setup.feed
         batch = next(iter(feed.training_batches(0, 32, 0)))
-        lowered = setup.train_step().lower(setup.abstract_state(), feed.resident, batch)
+        lowered = setup.train_step.lower(
+            setup.learner.abstract_state(), feed.resident, batch
+        )
         return lowered.compile().memory_analysis().argument_size_in_bytes
 
     sizes = [
         leaf.size
-        for leaf in jax.tree.leaves(prepare(resolve(config)).abstract_state().params)
+        for leaf in jax.tree.leaves(parts(config).learner.abstract_state().params)
     ]
     large = sum(size for size in sizes if size >= parallel.SMALL_LEAF)
     # Parameters, velocity and averages, of four bytes a number.
@@ -86,7 +88,7 @@ def test_checkpoints_go_from_replicated_to_cut_and_back(config, tmp_path):
     layouts = {}
     for cut in (False, True):
         config.parallel.fully_sharded = cut
-        layouts[cut] = prepare(resolve(config)).abstract_state()
+        layouts[cut] = parts(config).learner.abstract_state()
     moved = state
     for step, cut in enumerate((True, False), start=2):
         with Checkpoints(tmp_path / str(step), CheckpointConfig()) as checkpoints:

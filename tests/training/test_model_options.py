@@ -4,26 +4,28 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_jax import load_weights, parallel, save_weights
+from resnet_jax import load_weights, save_weights
 from resnet_jax.config import model_options, resolve
 from resnet_jax.errors import UserError
+from resnet_jax.evaluation.precise_statistics import check_precise_statistics
 from resnet_jax.models import create_model, stack_blocks, unstack_blocks
-from resnet_jax.training.precise_statistics import check_precise_statistics
-from resnet_jax.training.setup import prepare
+from tests.training.helpers import host, parts
 
 
 def run(config, steps, devices=1):
-    """The states before and after so many steps, on the host."""
-    setup = prepare(resolve(config), parallel.data_mesh(devices))
-    feed = setup.feed(setup.dataset.train)
-    state, train_step = setup.fresh_state(), setup.train_step()
-    before = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-    batches = feed.training_batches(0, config.training.global_batch_size, config.seed)
-    for _, batch in zip(range(steps), batches):
-        state = train_step(state, feed.resident, batch)
+    """Parameters and statistics before and after some steps, on the host."""
+    setup = parts(config, devices)
+    given = setup.config.model.weights and load_weights(
+        setup.config.model.weights,
+        setup.learner.model,
+        new_head=setup.config.model.new_head,
+        rng=jax.random.key(0),
+    )
+    fresh = setup.fresh_state(given)
+    before = host(fresh)
+    state = setup.run(steps, fresh)
     assert int(state.first_bad_step) < 0
-    after = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-    return before, after
+    return before, host(state)
 
 
 def equal(a, b):
@@ -49,13 +51,13 @@ def test_frozen_parts_stay_with_their_statistics_and_the_others_learn(tiny_confi
 def test_a_part_that_the_net_has_not_cannot_be_frozen(tiny_config):
     tiny_config.model.frozen = ("stem", "stage9")
     with pytest.raises(UserError, match=r"no part 'stage9'.*did you mean stage"):
-        prepare(resolve(tiny_config)).abstract_state()
+        parts(tiny_config).learner.abstract_state()
 
 
 def test_a_run_starts_from_given_weights(tiny_config, tmp_path):
     model = create_model("cifar_resnet8")
     rng = np.random.default_rng(0)
-    shapes = prepare(resolve(tiny_config)).abstract_state()
+    shapes = parts(tiny_config).learner.abstract_state()
     given = jax.tree.map(
         lambda leaf: rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32),
         {"params": shapes.params, "batch_stats": shapes.batch_stats},
@@ -76,7 +78,7 @@ def test_a_run_starts_from_given_weights(tiny_config, tmp_path):
 
     tiny_config.model.name = "cifar_resnet14"
     with pytest.raises(UserError, match=r"given\.safetensors does not fit"):
-        prepare(resolve(tiny_config)).fresh_state()
+        run(tiny_config, 0)
 
 
 def test_stochastic_depth_is_the_same_on_eight_devices(tiny_config):
@@ -172,8 +174,13 @@ def test_what_needs_batch_normalisation_is_refused_without(
     tiny_config.model.name = "cifar_plain8"
     tiny_config.model.normalization = "none"
     tiny_config[section][field] = value
+
+    def check():
+        learner = parts(tiny_config).learner
+        check_precise_statistics(learner.config, learner.abstract_state().batch_stats)
+
     with pytest.raises(UserError, match=sentence):
-        check_precise_statistics(prepare(resolve(tiny_config)))
+        check()
 
 
 @pytest.mark.parametrize(

@@ -3,23 +3,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax import parallel
-from resnet_jax.config import resolve
 from resnet_jax.data.batch import gather
 from resnet_jax.data.transforms import augment_and_mix, normalize, to_unit
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.metrics import batch_sums, cross_entropy
-from resnet_jax.training.setup import prepare
+from tests.training.helpers import parts
 
 
 def run(config, num_devices, steps):
-    setup = prepare(resolve(config), parallel.data_mesh(num_devices))
-    feed = setup.feed(setup.dataset.train)
-    state, train_step, losses = setup.fresh_state(), setup.train_step(), []
-    batches = feed.training_batches(0, config.training.global_batch_size, config.seed)
-    for _, batch in zip(range(steps), batches):
+    """The last state and the losses."""
+    setup, losses = parts(config, num_devices), []
+    state = setup.fresh_state()
+    for _, batch in zip(range(steps), setup.batches()):
         before = float(state.sums.loss)
-        state = train_step(state, feed.resident, batch)
+        state = setup.train_step(state, setup.feed.resident, batch)
         losses.append(float(state.sums.loss) - before)
     return state, np.array(losses)
 
@@ -31,7 +28,7 @@ def assert_alike(config, found, expected, tolerance=0.1):
     of the parameters' way from their start, and 3e-4 of a loss. Statistics of each
     device's own examples make it 55 % and 2e-2.
     """
-    start = prepare(resolve(config), parallel.data_mesh(1)).fresh_state()
+    start = parts(config, 1).fresh_state()
     np.testing.assert_allclose(found[1], expected[1], rtol=2e-3)
     for name in ("params", "batch_stats"):
         first, a, b = (
@@ -69,9 +66,9 @@ def test_modern_options_train_alike_on_eight_devices(tiny_config):
 def test_the_loss_and_errors_are_those_of_the_mixed_images(tiny_config):
     """By NumPy from the logits; the first net is known, and so are the drawn images."""
     use_modern_options(tiny_config)
-    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
-    feed = setup.feed(setup.dataset.train)
-    state, train_step = setup.fresh_state(), setup.train_step()
+    setup = parts(tiny_config, 1)
+    feed = setup.feed
+    state, train_step = setup.fresh_state(), setup.train_step
     batch = next(iter(feed.training_batches(0, 32, 0)))
     pixels, labels = gather(feed.resident, batch)
     images, share = augment_and_mix(
@@ -83,7 +80,9 @@ def test_the_loss_and_errors_are_those_of_the_mixed_images(tiny_config):
     assert 0 < share < 1
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits, _ = jax.jit(
-        lambda v, x: setup.model.apply(v, x, train=True, mutable=["batch_stats"])
+        lambda v, x: setup.learner.model.apply(
+            v, x, train=True, mutable=["batch_stats"]
+        )
     )(variables, images)
     logits = np.asarray(logits, np.float64)
     state = train_step(state, feed.resident, batch)
@@ -102,9 +101,9 @@ def test_the_loss_and_errors_are_those_of_the_mixed_images(tiny_config):
 
 def test_averages_are_taken_every_so_many_steps(tiny_config):
     use_modern_options(tiny_config)
-    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
-    feed = setup.feed(setup.dataset.train)
-    state, train_step = setup.fresh_state(), setup.train_step()
+    setup = parts(tiny_config, 1)
+    feed = setup.feed
+    state, train_step = setup.fresh_state(), setup.train_step
     expected = np.asarray(state.params["head"]["kernel"])
     for step, batch in zip(range(1, 6), feed.training_batches(0, 32, 0)):
         state = train_step(state, feed.resident, batch)
@@ -118,7 +117,7 @@ def test_averages_are_taken_every_so_many_steps(tiny_config):
 def test_a_batch_that_does_not_divide_is_refused_with_those_that_do(tiny_config):
     tiny_config.training.global_batch_size = 20
     with pytest.raises(UserError, match=r"20 does not divide over 8 .* are 16 and 24"):
-        prepare(resolve(tiny_config), parallel.data_mesh(8))
+        parts(tiny_config, 8)
 
 
 def test_update_is_sgd_with_momentum_and_decay_of_every_parameter(tiny_config):
@@ -127,22 +126,22 @@ def test_update_is_sgd_with_momentum_and_decay_of_every_parameter(tiny_config):
     tiny_config.optimizer.weight_decay = 0.05
     tiny_config.schedule.kind = "piecewise"
     tiny_config.schedule.boundaries_steps = (2,)
-    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
-    feed = setup.feed(setup.dataset.train)
+    setup = parts(tiny_config, 1)
+    feed = setup.feed
     fresh = setup.fresh_state()
     images = np.asarray(feed.resident["image"])
     params = jax.tree.map(np.asarray, fresh.params)
     stats = jax.tree.map(np.asarray, fresh.batch_stats)
     mean = np.asarray(fresh.statistics.mean)
     velocity = jax.tree.map(np.zeros_like, params)
-    state, train_step = fresh, setup.train_step()
+    state, train_step = fresh, setup.train_step
     for rate, batch in zip((0.1, 0.1, 0.01), feed.training_batches(0, 32, 0)):
         chosen = np.asarray(batch["index"])
         x = images[chosen] / np.float32(255) - mean
         labels = np.asarray(feed.resident["label"])[chosen]
 
         def loss(p, x=x, labels=labels, stats=stats):
-            logits, updates = setup.model.apply(
+            logits, updates = setup.learner.model.apply(
                 {"params": p, "batch_stats": stats}, x, True, mutable=["batch_stats"]
             )
             picked = jax.nn.log_softmax(logits)[jnp.arange(32), labels]
@@ -161,9 +160,9 @@ def test_update_is_sgd_with_momentum_and_decay_of_every_parameter(tiny_config):
 
 def test_moving_averages_follow_the_parameters(tiny_config):
     tiny_config.optimizer.ema_decay = 0.5
-    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
-    feed = setup.feed(setup.dataset.train)
-    state, train_step = setup.fresh_state(), setup.train_step()
+    setup = parts(tiny_config, 1)
+    feed = setup.feed
+    state, train_step = setup.fresh_state(), setup.train_step
     expected = np.asarray(state.params["head"]["kernel"])
     for _, batch in zip(range(3), feed.training_batches(0, 32, 0)):
         state = train_step(state, feed.resident, batch)
@@ -174,11 +173,11 @@ def test_moving_averages_follow_the_parameters(tiny_config):
 
 def test_bfloat16_leaves_state_and_logits_in_float32(tiny_config):
     tiny_config.model.dtype = "bfloat16"
-    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
-    feed = setup.feed(setup.dataset.train)
+    setup = parts(tiny_config, 1)
+    feed = setup.feed
     state = setup.fresh_state()
     batch = next(iter(feed.training_batches(0, 32, 0)))
-    state = setup.train_step()(state, feed.resident, batch)
+    state = setup.train_step(state, feed.resident, batch)
     floats = [
         leaf.dtype
         for leaf in jax.tree.leaves((state.params, state.batch_stats, state.opt_state))
@@ -186,15 +185,17 @@ def test_bfloat16_leaves_state_and_logits_in_float32(tiny_config):
     assert set(floats) == {jnp.dtype(jnp.float32)}
     images = normalize(to_unit(feed.resident["image"][:4]), state.statistics)
     variables = state.evaluation_variables()
-    assert setup.model.apply(variables, images, train=False).dtype == jnp.float32
-    maps = setup.model.apply(variables, images, train=False, method="features")
+    assert (
+        setup.learner.model.apply(variables, images, train=False).dtype == jnp.float32
+    )
+    maps = setup.learner.model.apply(variables, images, train=False, method="features")
     assert {m.array.dtype for m in maps} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_the_first_bad_step_is_remembered(tiny_config):
-    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
-    feed = setup.feed(setup.dataset.train)
-    state, train_step = setup.fresh_state(), setup.train_step()
+    setup = parts(tiny_config, 1)
+    feed = setup.feed
+    state, train_step = setup.fresh_state(), setup.train_step
     for step, batch in zip(range(1, 5), feed.training_batches(0, 32, 0)):
         if step == 3:
             poisoned = jax.tree.map(lambda p: p * jnp.nan, state.params)
@@ -228,9 +229,9 @@ def test_the_warm_up_by_the_error_ends_inside_the_step(tiny_config):
     """The rates that the steps used, against the average of the batches' errors."""
     tiny_config.schedule.warmup_learning_rate = 0.02
     tiny_config.schedule.warmup_until_error = 0.85
-    setup = prepare(resolve(tiny_config), parallel.data_mesh(1))
-    feed = setup.feed(setup.dataset.train)
-    state, train_step = setup.fresh_state(), setup.train_step()
+    setup = parts(tiny_config, 1)
+    feed = setup.feed
+    state, train_step = setup.fresh_state(), setup.train_step
     average, warming, expected, found, errors = 1.0, True, [], [], 0
     for _, batch in zip(range(40), feed.training_batches(0, 32, 0)):
         state = train_step(state, feed.resident, batch)

@@ -12,8 +12,9 @@ import resnet_jax
 from resnet_jax.errors import Preempted
 from resnet_jax.training.stopping import StopSignal
 from tests.conftest import REPOSITORY, make_console, make_tiny_config
-from tests.training.test_checkpoints import same
-from tests.training.test_loop import final_state, rows_of
+from tests.test_checkpoints import same
+from tests.training.helpers import final_state
+from tests.training.test_train import rows_of
 
 EXACT = ("step", "train_loss", "train_error", "test_loss", "test_errors")
 

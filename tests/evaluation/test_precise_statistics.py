@@ -10,31 +10,31 @@ import pytest
 
 import resnet_jax
 from resnet_jax import parallel
-from resnet_jax.config import resolve
 from resnet_jax.errors import UserError
-from resnet_jax.training.checkpoints import Checkpoints
-from resnet_jax.training.precise_statistics import with_precise_statistics
-from resnet_jax.training.setup import prepare
+from resnet_jax.evaluation.precise_statistics import precise_variables
 from tests.conftest import make_console, make_tiny_config
+from tests.training.helpers import final_state, parts
 
 TRAINING_DIGITS = 1437
 
 
-def setup_of(config, num_devices=1):
-    setup = prepare(resolve(config), parallel.data_mesh(num_devices))
-    return setup, setup.feed(setup.dataset.train)
+def with_precise_statistics(setup, state, num_batches):
+    variables = precise_variables(
+        setup.learner.model,
+        setup.config,
+        setup.learner.mesh,
+        state.evaluation_variables(),
+        state.statistics,
+        state.rng,
+        setup.feed,
+        num_batches,
+    )
+    return state.with_evaluation_variables(variables)
 
 
 def train(config, workdir):
     resnet_jax.train(config, workdir, make_console())
-    return last_state(config, workdir)
-
-
-def last_state(config, workdir):
-    setup = prepare(resolve(config))
-    with Checkpoints(workdir / "checkpoints", setup.config.checkpoint) as checkpoints:
-        step = checkpoints.steps()[-1]
-        return checkpoints.restore(step, setup.abstract_state())[0]
+    return final_state(config, workdir)[0]
 
 
 def assert_trees(compare, found, expected):
@@ -54,9 +54,9 @@ def test_the_first_layer_has_the_closed_form_over_the_training_set(
 ):
     tiny_config.augmentation.pad = 0
     tiny_config.training.global_batch_size = batch_size
-    setup, feed = setup_of(tiny_config)
+    setup = parts(tiny_config, 1)
     state = setup.fresh_state()
-    found = with_precise_statistics(setup, state, feed, num_batches)
+    found = with_precise_statistics(setup, state, num_batches)
 
     images = np.float64(setup.dataset.train.arrays(1)[0]) / 255
     assert len(images) == TRAINING_DIGITS
@@ -75,9 +75,9 @@ def test_the_first_layer_has_the_closed_form_over_the_training_set(
 
 def test_all_devices_together_have_the_statistics_of_one(tiny_config):
     tiny_config.model.batch_norm_groups = 4
-    (one, feed), (eight, feeds) = setup_of(tiny_config), setup_of(tiny_config, 8)
-    first = with_precise_statistics(one, one.fresh_state(), feed, 3)
-    second = with_precise_statistics(eight, eight.fresh_state(), feeds, 3)
+    one, eight = parts(tiny_config, 1), parts(tiny_config, 8)
+    first = with_precise_statistics(one, one.fresh_state(), 3)
+    second = with_precise_statistics(eight, eight.fresh_state(), 3)
     assert_trees(close, second.batch_stats, first.batch_stats)
 
 
@@ -110,9 +110,8 @@ def test_nothing_but_the_last_statistics_changes(runs):
 
 def test_ninety_examples_are_three_whole_batches_from_the_first_on(runs):
     config, _, running = runs[0]
-    setup = prepare(resolve(config))
-    feed = setup.feed(setup.dataset.train)
-    expected = with_precise_statistics(setup, running, feed, 3)
+    setup = parts(config)
+    expected = with_precise_statistics(setup, running, 3)
     assert_trees(equal, runs[90][2].batch_stats, expected.batch_stats)
 
 
@@ -148,15 +147,15 @@ def test_streamed_data_give_the_statistics_of_resident_ones(tiny_config, tmp_pat
 
 def test_averaged_weights_have_statistics_of_their_own(tiny_config):
     tiny_config.optimizer.ema_decay = 0.5
-    setup, feed = setup_of(tiny_config)
+    setup = parts(tiny_config, 1)
     fresh = setup.fresh_state()
     averaged = jax.tree.map(lambda leaf: 2 * leaf, fresh.ema["params"])
     state = dataclasses.replace(fresh, ema=fresh.ema | {"params": averaged})
-    found = with_precise_statistics(setup, state, feed, 2)
+    found = with_precise_statistics(setup, state, 2)
     assert_trees(equal, found.batch_stats, fresh.batch_stats)
     assert_trees(equal, found.ema["params"], averaged)
     plain = dataclasses.replace(fresh, ema=None)
-    expected = with_precise_statistics(setup, plain, feed, 2).batch_stats
+    expected = with_precise_statistics(setup, plain, 2).batch_stats
     # Twice the first kernel: twice the mean, four times the variance.
     stem, reference = found.ema["batch_stats"]["stem"], expected["stem"]
     close(stem["norm"]["mean"], 2 * reference["norm"]["mean"])

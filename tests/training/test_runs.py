@@ -9,8 +9,8 @@ from resnet_jax.config import resolve
 from resnet_jax.data.feeds import LastDataset, ResidentFeed
 from resnet_jax.errors import Preempted, UserError
 from resnet_jax.parallel import data_mesh
-from resnet_jax.training import loop
-from resnet_jax.training.members import Spread, members_of, train_members
+from resnet_jax.training import train as train_module
+from resnet_jax.training.runs import Spread, members_of, train_members
 from tests.conftest import make_console, make_tiny_config
 
 
@@ -59,7 +59,7 @@ def test_finished_seeds_are_not_run_again(finished, monkeypatch):
     def never(*_):
         raise AssertionError("it was run again")
 
-    monkeypatch.setattr("resnet_jax.training.members.train_one", never)
+    monkeypatch.setattr("resnet_jax.training.train.train_one", never)
     again = resnet_jax.train(config, workdir, make_console())
     assert again["runs"] == result["runs"]
 
@@ -75,7 +75,7 @@ def test_more_seeds_are_added_to_those_that_are_there(finished, tmp_path):
 
 def test_an_interrupted_run_goes_on(tiny_config, tmp_path, monkeypatch):
     tiny_config.seeds = 2
-    train, stopped = loop.train_one, []
+    train, stopped = train_module.train_one, []
 
     def stop_once(*arguments):
         if len(stopped) == 1:
@@ -84,7 +84,7 @@ def test_an_interrupted_run_goes_on(tiny_config, tmp_path, monkeypatch):
         stopped.append(1)
         return train(*arguments)
 
-    monkeypatch.setattr("resnet_jax.training.members.train_one", stop_once)
+    monkeypatch.setattr("resnet_jax.training.train.train_one", stop_once)
     with pytest.raises(Preempted):
         resnet_jax.train(tiny_config, tmp_path / "runs", make_console())
     assert not (tmp_path / "runs" / "result.json").exists()
@@ -96,14 +96,17 @@ def test_a_seed_that_diverges_is_told_and_not_run_again(tiny_config, tmp_path):
     tiny_config.optimizer.learning_rate = 1e30
     members = members_of(resolve(tiny_config), "wild/")
     console = make_console()
-    outcomes = train_members(members, tmp_path, console)
+    outcomes = train_members(members, tmp_path, train_module.train_one, console)
     assert outcomes[0].result is None
     assert "not finite" in outcomes[0].failure
     again = make_console()
-    assert train_members(members, tmp_path, again)[0].failure == outcomes[0].failure
+    assert (
+        train_members(members, tmp_path, train_module.train_one, again)[0].failure
+        == outcomes[0].failure
+    )
     assert "[1/1] wild/seed-0: diverged" in again.file.getvalue()
     tiny_config.seeds = 2
-    with pytest.raises(UserError, match=r"all 2 runs have diverged"):
+    with pytest.raises(UserError, match=r"all 2 runs diverged"):
         resnet_jax.train(tiny_config, tmp_path / "all", console)
 
 
@@ -113,7 +116,7 @@ def test_one_run_and_several_do_not_share_a_workdir(finished, tiny_config, tmp_p
     single.seeds = 1
     with pytest.raises(UserError, match=r"holds runs of \d seeds.*another --workdir"):
         resnet_jax.train(single, workdir, make_console())
-    with pytest.raises(UserError, match=r"give that of one: .*seed-3"):
+    with pytest.raises(UserError, match=r"give one of them, such as .*seed-3"):
         resnet_jax.evaluate(workdir)
 
 

@@ -1,49 +1,61 @@
-"""The curves that TensorBoard shows: rows of metrics.jsonl once more."""
+"""TensorBoard's file: the rows of metrics.jsonl once more, as curves."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
+from resnet_jax import distributed, storage
+from resnet_jax.workdir import Workdir
+
 _FLUSH_SECONDS = 10
 
 
-class Curves:
-    """TensorBoard's file, written anew from the rows so far; a context manager.
+class TensorBoard:
+    """Writes the curves of a run anew at each start; a context manager.
 
-    A killed run's file lacks what was not flushed and may hold steps that will be run
-    again. It holds nothing that metrics.jsonl does not: where it cannot be written, a
-    warning says so and the run goes on.
+    It holds nothing that metrics.jsonl does not. If it cannot be written, a warning
+    says so and the run goes on.
 
-    tensorboardX's own SummaryWriter writes in a thread, behind a short queue. A full
-    disk ends that thread with a traceback, and the run waits at the queue for ever.
+    This uses tensorboardX's events writer. Its SummaryWriter has a thread with a short
+    queue; on a full disk the thread dies with a traceback and the run waits for ever.
     """
 
     def __init__(
         self,
-        folder: Path | None,
+        workdir: Workdir,
         rows: Sequence[dict[str, Any]],
         warn: Callable[[str], None],
-        flushed: Callable[[], None] = lambda: None,
     ):
-        """Names the folder; None writes nothing. Calls ``flushed`` now and then."""
-        self._folder, self._rows, self._warn = folder, rows, warn
-        self._flushed = flushed
-        self._writer: EventsWriter | None = None
-        self._flushed_at = time.monotonic()
+        """Prepares the file.
 
-    def __enter__(self) -> "Curves":
-        if self._folder is not None:
+        Args:
+          workdir: of the run.
+          rows: written at the start.
+          warn: prints a sentence.
+        """
+        self._workdir, self._rows, self._warn = workdir, rows, warn
+        self._writer: EventsWriter | None = None
+        self._open_mirror = contextlib.ExitStack()
+
+    def __enter__(self) -> "TensorBoard":
+        folder = self._workdir.tensorboard
+        self._mirror = self._open_mirror.enter_context(self._workdir.mirror(folder))
+        if distributed.is_primary():
+            with storage.reached(folder):
+                for file in folder.glob("events.out.tfevents.*"):
+                    file.unlink()
             self._try(self._open)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._writer is not None:
             self._try(self._writer.close)
+        self._open_mirror.__exit__(*error)
 
     def add(self, row: dict[str, Any]) -> None:
         """Adds a row of metrics.jsonl."""
@@ -51,9 +63,9 @@ class Curves:
             self._try(lambda: self._write(row))
 
     def _open(self) -> None:
-        assert self._folder is not None
-        self._folder.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(self._folder / "events"))
+        self._mirror.path.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(self._mirror.path / "events"))
+        self._flushed_at = time.monotonic()
         for row in self._rows:
             self._write(row)
         self._writer.flush()
@@ -72,7 +84,7 @@ class Curves:
         )
         if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
             self._writer.flush()
-            self._flushed()
+            self._mirror.copy()
             self._flushed_at = time.monotonic()
 
     def _try(self, write: Callable[[], Any]) -> None:
@@ -81,8 +93,9 @@ class Curves:
         except OSError as error:
             self._writer = None
             self._warn(
-                f"warning: no more curves for TensorBoard: {self._folder} cannot be "
-                f"written to ({error.strerror}); the next start writes them anew"
+                "warning: no more curves for TensorBoard: "
+                f"{self._workdir.tensorboard} cannot be written ({error.strerror}); "
+                "the next start writes them again"
             )
 
 

@@ -5,20 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax import parallel
-from resnet_jax.config import resolve
+from resnet_jax.checkpoints import Checkpoints, DivergedError
 from resnet_jax.config.schema import CheckpointConfig
 from resnet_jax.errors import UserError
-from resnet_jax.training.checkpoints import Checkpoints, DivergedError
-from resnet_jax.training.setup import prepare
 from tests.conftest import make_tiny_config
+from tests.training.helpers import parts
 
 
 @pytest.fixture(scope="module")
 def setup(tfds_dir):
     config = make_tiny_config(tfds_dir)
     config.optimizer.ema_decay = 0.9
-    return prepare(resolve(config), parallel.data_mesh())
+    return parts(config)
 
 
 def at_step(state, step):
@@ -50,7 +48,7 @@ def same(a, b):
 def test_everything_comes_back_bit_for_bit(tmp_path, setup):
     state = save_steps(tmp_path, setup, [3])
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        restored, content = checkpoints.restore(3, setup.abstract_state())
+        restored, content = checkpoints.restore(3, setup.learner.abstract_state())
     same(restored, at_step(state, 3))
     assert content == {"rows": [{"step": 3}]}
     assert len(restored.params["head"]["kernel"].sharding.device_set) == 8
@@ -62,10 +60,10 @@ def test_what_lamb_remembers_comes_back_beside_a_frozen_part(tmp_path, tfds_dir)
     config.optimizer.kind = "lamb"
     config.optimizer.weight_decay_scope = "kernels"
     config.optimizer.max_grad_norm = 1.0
-    setup = prepare(resolve(config), parallel.data_mesh())
+    setup = parts(config)
     state = save_steps(tmp_path, setup, [3])
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        restored, _ = checkpoints.restore(3, setup.abstract_state())
+        restored, _ = checkpoints.restore(3, setup.learner.abstract_state())
     same(restored, at_step(state, 3))
 
 
@@ -133,7 +131,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     warnings = []
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         restored, content = checkpoints.restore_newest(
-            setup.abstract_state(), warnings.append
+            setup.learner.abstract_state(), warnings.append
         )
         same(restored, at_step(state, 1))
         assert content["rows"] == [{"step": 1}]
@@ -143,7 +141,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
         checkpoints.save(at_step(state, 2), {"rows": []}, None)
         checkpoints.wait()
         assert checkpoints.steps() == [1, 2]
-        same(checkpoints.restore(2, setup.abstract_state())[0], at_step(state, 2))
+        same(
+            checkpoints.restore(2, setup.learner.abstract_state())[0], at_step(state, 2)
+        )
     assert (tmp_path / "damaged-2").is_dir()
 
 
@@ -155,7 +155,7 @@ def test_all_damaged_is_said_and_nothing_deleted(tmp_path, setup):
         Checkpoints(tmp_path, CheckpointConfig()) as checkpoints,
         pytest.raises(UserError, match=r"all checkpoints in .* are damaged"),
     ):
-        checkpoints.restore_newest(setup.abstract_state(), lambda text: None)
+        checkpoints.restore_newest(setup.learner.abstract_state(), lambda text: None)
     assert (tmp_path / "1").is_dir()
     assert (tmp_path / "2").is_dir()
 

@@ -12,16 +12,14 @@ import numpy as np
 import pytest
 
 import resnet_jax
-from resnet_jax import parallel
-from resnet_jax.config import resolve
 from resnet_jax.errors import UserError
-from resnet_jax.training.setup import prepare
-from resnet_jax.training.stepper import Stepper, call_length
+from resnet_jax.training.step import call_length, make_train_steps
 from resnet_jax.workdir import Workdir
 from tests.conftest import make_console, make_tiny_config
-from tests.training.test_checkpoints import same
-from tests.training.test_loop import EXACT, Stopped, final_state, rows_of
+from tests.test_checkpoints import same
+from tests.training.helpers import final_state, parts
 from tests.training.test_stopping import exact, run_stopped
+from tests.training.test_train import EXACT, Stopped, rows_of
 
 MEASURED = {"images_per_second", "input_wait"}
 
@@ -42,7 +40,7 @@ def test_a_stretch_is_cut_into_few_lengths():
 
 
 @pytest.mark.parametrize("most", [1, 3, 8, 128])
-def test_a_stretch_goes_on_behind_any_call_as_it_was_cut(most):
+def test_the_rest_of_a_stretch_is_cut_the_same_after_any_call(most):
     for steps in range(1, 200):
         lengths = cuts(steps, most)
         assert sum(lengths) == steps
@@ -51,15 +49,16 @@ def test_a_stretch_goes_on_behind_any_call_as_it_was_cut(most):
 
 
 def advanced(config, num_devices, steps_per_call, steps):
-    """The state after so many steps, on the host."""
-    config.training.steps_per_call = steps_per_call
-    setup = prepare(resolve(config), parallel.data_mesh(num_devices))
-    feed = setup.feed(setup.dataset.train)
-    stepper = Stepper(setup, feed, 0, contextlib.nullcontext)
-    state, made = setup.fresh_state(), 0
-    while made < steps:
-        state, count, _ = stepper.advance(state, steps - made)
-        made += count
+    """The state after some steps, on the host."""
+    setup = parts(config, num_devices)
+    if steps_per_call == 1:
+        state = setup.run(steps)
+    else:
+        assert steps_per_call == steps
+        batch_size = config.training.global_batch_size
+        indices = setup.feed.training_indices(0, steps, batch_size, config.seed)
+        train_steps = make_train_steps(setup.learner)
+        state = train_steps(setup.fresh_state(), setup.feed.resident, indices)
     return jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
 
 
@@ -134,15 +133,12 @@ def scanned(tfds_dir, tmp_path_factory):
 
 @contextlib.contextmanager
 def recorded_calls(calls):
-    advance = Stepper.advance
-
-    def recording(self, state, at_most):
-        call = advance(self, state, at_most)
-        calls.append(call.steps)
-        return call
+    def recording(steps_left, most):
+        calls.append(call_length(steps_left, most))
+        return calls[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stepper, "advance", recording)
+        patch.setattr("resnet_jax.training.train.call_length", recording)
         yield
 
 
@@ -203,7 +199,7 @@ def test_killed_it_ends_bit_for_bit_the_same(scanned, tmp_path, monkeypatch, con
         with pytest.raises(Stopped):
             resnet_jax.train(config, killed, console)
     resnet_jax.train(config, killed, console)
-    assert "going on from the checkpoint at step 5" in console.file.getvalue()
+    assert "continuing from the checkpoint at step 5" in console.file.getvalue()
     assert exact(rows_of(killed)) == exact(rows_of(undisturbed))
     same(final_state(config, killed)[0], final_state(config, undisturbed)[0])
 
@@ -223,7 +219,7 @@ def test_calls_end_where_a_profile_begins_and_ends(scanned, tmp_path, console):
 def test_streamed_data_are_refused(tiny_config):
     tiny_config.data.resident = False
     tiny_config.training.steps_per_call = 1
-    prepare(resolve(tiny_config))
+    parts(tiny_config)
     tiny_config.training.steps_per_call = 2
     with pytest.raises(UserError, match=r"steps_per_call=2 needs .* data\.resident"):
-        prepare(resolve(tiny_config))
+        parts(tiny_config)

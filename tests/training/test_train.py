@@ -16,10 +16,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 import resnet_jax
-from resnet_jax.config import resolve
 from resnet_jax.errors import UserError
-from resnet_jax.training.checkpoints import Checkpoints
-from resnet_jax.training.setup import prepare
 from resnet_jax.workdir import Workdir
 from tests.conftest import (
     REPOSITORY,
@@ -27,7 +24,8 @@ from tests.conftest import (
     make_tiny_config,
     write_image_folder,
 )
-from tests.training.test_checkpoints import same, truncate
+from tests.test_checkpoints import same, truncate
+from tests.training.helpers import final_state
 
 
 def printed(console):
@@ -36,12 +34,6 @@ def printed(console):
 
 def rows_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
-
-
-def final_state(config, workdir):
-    setup = prepare(resolve(config))
-    with Checkpoints(workdir / "checkpoints", setup.config.checkpoint) as checkpoints:
-        return checkpoints.restore(checkpoints.steps()[-1], setup.abstract_state())
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +186,7 @@ def test_a_run_goes_on_bit_for_bit_from_a_damaged_checkpoint_too(
         file.write('{"step": 10, "lo')  # a kill in the middle of a line
     resnet_jax.train(tiny_config, workdir, console)
     assert "checkpoints/8 is damaged" in printed(console)
-    assert "going on from the checkpoint at step 4" in printed(console)
+    assert "continuing from the checkpoint at step 4" in printed(console)
     same(final_state(tiny_config, workdir)[0], final_state(tiny_config, whole)[0])
     assert [row["step"] for row in rows_of(workdir)] == [2, 4, 6, 8, 10, 12]
     assert tensorboard_steps(workdir, "error/train") == [2, 4, 6, 8, 10, 12]
@@ -334,7 +326,7 @@ def test_a_workdir_that_cannot_be_written_is_named(tiny_config, tmp_path, consol
 def test_a_second_run_in_one_workdir_is_refused(tiny_config, tmp_path, console):
     workdir = tmp_path / "run"
     folder = Workdir(workdir)
-    folder.prepare()
+    folder.create()
     with folder.lock(print), pytest.raises(UserError, match=r"in use by another run"):
         resnet_jax.train(tiny_config, workdir, console)
     assert list(workdir.iterdir()) == []

@@ -1,0 +1,345 @@
+"""Checkpoints, written by Orbax in the background and checked when they are read.
+
+A checkpoint has two items. ``state`` is the ``TrainState``. ``meta`` is JSON: the rest
+of the run (config, position in the data, metrics so far) and a checksum of every array,
+because a flipped bit on a disk would otherwise be restored without a word.
+
+1. ``save`` computes checksums on the devices and refuses a state that is not finite.
+2. Orbax copies the state to the host and writes it while training continues.
+3. ``restore_newest`` reads the newest checkpoint, computes the checksums again, and
+   falls back to the one before it if they differ.
+"""
+
+import contextlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import lax
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from resnet_jax import distributed, parallel
+from resnet_jax.config.schema import CheckpointConfig
+from resnet_jax.errors import UserError
+from resnet_jax.storage import is_remote, storage_of
+
+Warn = Callable[[str], None]
+Content = dict[str, Any]
+_HOLDOUT_ERROR = "holdout_error"
+_SAVE_SECONDS = 10**8
+"""Orbax measures time by the wall clock and gives up on a save if the clock jumps."""
+
+
+class DivergedError(UserError):
+    """The loss or the state is not finite."""
+
+
+class Checkpoints:
+    """The checkpoints of a run; a context manager that waits for the last save."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig):
+        """Opens the folder and creates it if it is missing.
+
+        Args:
+          directory: absolute path, or an epath URL.
+          config: which checkpoints to keep.
+        """
+        kept: list[Any] = [policies.LatestN(config.keep_last)]
+        if config.keep_every_steps:
+            kept.append(policies.EveryNSteps(config.keep_every_steps))
+        if config.best:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=_holdout_error,
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._directory = directory
+        self._keeps_best = config.best
+        self._manager = ocp.CheckpointManager(
+            directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                save_decision_policy=policies.FixedIntervalPolicy(1),
+                # Orbax writes metrics only with best_fn, and with best_fn it warns of
+                # every checkpoint without metrics.
+                best_fn=_holdout_error if config.best else None,
+                best_mode="min",
+                async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, error_type: Any, *_: Any) -> None:
+        # A failed save is raised again here; report only the first error.
+        with contextlib.suppress(Exception) if error_type else self._writing():
+            self._manager.close()
+
+    def save(
+        self,
+        state: Any,
+        content: Content,
+        holdout_error: float | None,
+        replace: bool = False,
+    ) -> None:
+        """Starts a save; returns when the state's buffers can be donated.
+
+        Args:
+          state: the ``TrainState``.
+          content: the rest of the run, as JSON values.
+          holdout_error: of this state, if it was evaluated.
+          replace: overwrite the checkpoint of this step.
+
+        Raises:
+          DivergedError: a parameter or statistic is not finite; nothing is saved.
+        """
+        step = int(state.step)
+        checksums, finite = _checksums(state)
+        for name, is_finite in finite.items():
+            if not is_finite and name.startswith(
+                (".params", ".batch_stats", ".opt_state")
+            ):
+                raise DivergedError(f"{name} is not finite after step {step}")
+        text = json.dumps(content)
+        meta = {
+            "content": text,
+            "content_crc32": zlib.crc32(text.encode()),
+            "checksums": checksums,
+        }
+        metrics = None if holdout_error is None else {_HOLDOUT_ERROR: holdout_error}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+        )
+        with self._writing():
+            if replace:
+                self._manager.delete(step)
+            self._manager.save(step, args=items, metrics=metrics)
+
+    def wait(self) -> None:
+        """Waits until every save is on disk."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, in increasing order."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step with the lowest held-out error, if the config keeps it."""
+        return self._manager.best_step() if self._keeps_best else None
+
+    def shapes(self, step: int) -> Any:
+        """Shapes and dtypes of the saved state, as nested dictionaries.
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        try:
+            with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+                return handler.metadata(self._directory / str(step) / "state").tree
+        except Exception as error:  # A damaged file can raise anything.
+            raise self._damaged(step, _reason(error)) from error
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, Content]:
+        """The state and content of one checkpoint.
+
+        Args:
+          step: one of ``steps()``.
+          abstract_state: shapes, dtypes and shardings of a ``TrainState``, or a
+            dictionary with some of its fields; only those are read.
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        failure = None
+        try:
+            arguments = ocp.args.PyTreeRestore(
+                item=abstract_state,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(
+                    abstract_state
+                ),
+                partial_restore=True,
+            )
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(state=arguments, meta=ocp.args.JsonRestore()),
+            )
+            state, meta = restored["state"], restored["meta"]
+            content = json.loads(meta["content"])
+        except Exception as error:  # A damaged file can raise anything.
+            failure = _reason(error)
+        self._refuse_damaged(step, failure)
+        self._refuse_damaged(step, _difference(state, meta))
+        return state, content
+
+    def restore_newest(
+        self, abstract_state: Any, warn: Warn
+    ) -> tuple[Any, Content] | None:
+        """The newest checkpoint that is whole, or None if there are no checkpoints.
+
+        Damaged ones are named through ``warn`` and moved aside, because their steps
+        will be saved again.
+
+        Raises:
+          UserError: every checkpoint is damaged.
+        """
+        steps, damaged = self.steps(), []
+        for step in reversed(steps):
+            try:
+                restored = self.restore(step, abstract_state)
+            except UserError as error:
+                warn(f"{error}; trying the one before it")
+                damaged.append(step)
+                continue
+            for bad in damaged:
+                self._move_aside(bad, warn)
+            return restored
+        if steps:
+            raise UserError(
+                f"all checkpoints in {self._directory} are damaged; give another "
+                "workdir to start again, or delete this one"
+            )
+        return None
+
+    def _refuse_damaged(self, step: int, failure: str | None) -> None:
+        """Raises UserError on all processes if one of them has a ``failure``."""
+        if distributed.sum_over_processes(failure is not None):
+            raise self._damaged(step, failure or "another process cannot read it")
+
+    def _damaged(self, step: int, failure: str) -> UserError:
+        path = self._directory / str(step)
+        return UserError(f"checkpoint {path} is damaged: {failure}")
+
+    def _move_aside(self, step: int, warn: Warn) -> None:
+        source = self._directory / str(step)
+        target = self._directory / f"damaged-{step}"
+        if distributed.is_primary():
+            storage_of(source).move(source, target)
+        distributed.wait_for_all("moved aside")
+        self._manager.reload()
+        warn(f"moved {source} to {target.name}; delete it when you have looked at it")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns a failed save, such as a full disk, into one sentence."""
+        try:
+            yield
+        except Exception as error:
+            # Stores raise their own errors; on a disk, anything else is a bug here.
+            known = isinstance(error, (OSError, ValueError, RuntimeError))
+            if not known and not is_remote(self._directory):
+                raise
+            if distributed.process_count() > 1 and distributed.is_lost_peer(error):
+                raise
+            reason = _reason(error)
+            hint = "make room"
+            if "timed out" in reason.lower():
+                hint = "check the disk, unless the clock was set forward"
+            raise UserError(
+                f"a checkpoint cannot be written in {self._directory}: {reason}; "
+                f"{hint}, and the same command continues from the checkpoint before"
+            ) from error
+
+
+def _holdout_error(metrics: dict[str, float]) -> float:
+    return metrics[_HOLDOUT_ERROR]
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error, without TensorStore's details."""
+    line = str(error).strip().split("\n")[0].split(" See full")[0]
+    return line[:160] or type(error).__name__
+
+
+def _difference(state: Any, meta: Content) -> str | None:
+    """How a restored state or content differs from its checksums, if it does."""
+    if zlib.crc32(meta["content"].encode()) != meta.get("content_crc32"):
+        return "its content differs from its checksum"
+    if "checksums" in meta:
+        saved, found = meta["checksums"], _checksums(state)[0]
+    else:  # Written by version 0.1.0.
+        stored = meta.get("state_crc32") or {}
+        saved = {_name(path): checksum for path, checksum in stored.items()}
+        found = {name: _crc32(leaf) for name, leaf in _leaves(state).items()}
+    for name, checksum in found.items():
+        if saved.get(name) != checksum:
+            return f"{name} differs from its checksum"
+    return None
+
+
+def _leaves(state: Any) -> dict[str, jax.Array]:
+    """The arrays of a state by name, such as ``.params.head.bias``.
+
+    Random keys are given as their words.
+    """
+
+    def words(leaf: Any) -> Any:
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(leaf) if is_key else leaf
+
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {_name(jax.tree_util.keystr(path)): words(leaf) for path, leaf in leaves}
+
+
+def _name(path: str) -> str:
+    """A leaf's name, the same in dataclasses and dictionaries: .params.head.bias."""
+    return re.sub(r"\['?(.*?)'?\]", r".\1", path)
+
+
+def _checksums(state: Any) -> tuple[dict[str, int], dict[str, bool]]:
+    """The checksum of every array, and whether all its numbers are finite.
+
+    Both are computed where the array is stored: a state that is cut over devices or
+    hosts is neither gathered nor copied.
+    """
+    leaves = _leaves(state).items()
+    found = {name: parallel.settled(_checksum(leaf)) for name, leaf in leaves}
+    found = jax.device_get(found)
+    checksums = {name: int(checksum) for name, (checksum, _) in found.items()}
+    return checksums, {name: bool(finite) for name, (_, finite) in found.items()}
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A 32-bit hash of the bits and their places, and whether all is finite.
+
+    The hash is a sum of mixed words modulo 2^32. It does not depend on the order of
+    summation, so every sharding of an array has the same hash.
+    """
+    finite = jnp.isfinite(array).all()
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    bits = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+    words = lax.bitcast_convert_type(array, bits).astype(jnp.uint32)
+    index, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        place = lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index += place * np.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    mixed = _mix(words ^ _mix(index + np.uint32(0x9E3779B9)))
+    return mixed.sum(dtype=jnp.uint32), finite
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Spreads every bit of a word over all its bits (MurmurHash3's finaliser)."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _crc32(array: jax.Array) -> int:
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return zlib.crc32(np.ascontiguousarray(jax.device_get(array)).tobytes())

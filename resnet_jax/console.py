@@ -1,0 +1,25 @@
+"""What every command prints with."""
+
+import rich.console
+
+from resnet_jax import distributed
+
+
+def make_console() -> rich.console.Console:
+    """Standard output; silent on all processes of a run but the first."""
+    return rich.console.Console(quiet=not distributed.is_primary())
+
+
+def say(console: rich.console.Console, text: str) -> None:
+    """Prints a line as it is: not wrapped, and brackets in paths are no markup."""
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration in words: ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

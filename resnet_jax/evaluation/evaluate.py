@@ -1,0 +1,83 @@
+"""Evaluation of a run's checkpoint."""
+
+import dataclasses
+import os
+from typing import Any
+
+import rich.console
+
+from resnet_jax import parallel
+from resnet_jax.console import make_console, say
+from resnet_jax.errors import UserError
+from resnet_jax.evaluation.evaluator import (
+    Evaluator,
+    describe_error,
+    evaluation_batch_size,
+)
+from resnet_jax.evaluation.precise_statistics import precise_variables
+from resnet_jax.evaluation.saved_run import SavedRun, load_run
+
+
+def evaluate(
+    workdir: str | os.PathLike[str],
+    *,
+    split: str = "test",
+    checkpoint: int | str = "last",
+    batch_size: int | None = None,
+    precise_batches: int | None = None,
+    console: rich.console.Console | None = None,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run on a whole split, every example once.
+
+    Args:
+      workdir: of ``train``.
+      split: "test", "holdout" or "train" (centre crops, running statistics).
+      checkpoint: "last", "best" (lowest held-out error) or a step.
+      batch_size: examples per batch, by default the config's; changes no result.
+      precise_batches: first recompute the batch statistics over this many of the run's
+        first batches; None keeps the checkpoint's.
+      console: where to print; standard output by default.
+
+    Returns:
+      loss, error, errors, count (top5_error with 100 classes or more) and the step of
+      the checkpoint.
+
+    Raises:
+      UserError: there is no such run, checkpoint or split.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, not {batch_size}")
+    if precise_batches is not None and precise_batches < 1:
+        raise UserError(
+            f"the precise batches must be at least 1, not {precise_batches}"
+        )
+    console = console or make_console()
+    run = load_run(workdir, checkpoint)
+    feed = run.feed(run.split(split))
+    if precise_batches is not None:
+        run = _with_precise_statistics(run, precise_batches)
+        say(console, f"batch statistics averaged over {precise_batches} batches")
+    size = evaluation_batch_size(run.config, run.mesh)
+    if batch_size is not None:
+        size = parallel.round_up(batch_size, run.mesh)
+    evaluator = Evaluator(run.model, run.mesh)
+    summary = evaluator.evaluate(run.variables, run.statistics, feed, size)
+    say(console, f"checkpoint at step {run.step}, loss {summary['loss']:.4f}")
+    if "top5_error" in summary:
+        say(console, f"{split} top-5 error {100 * summary['top5_error']:.2f} %")
+    say(console, describe_error(split, summary["errors"], summary["count"]))
+    return summary | {"step": run.step}
+
+
+def _with_precise_statistics(run: SavedRun, num_batches: int) -> SavedRun:
+    variables = precise_variables(
+        run.model,
+        run.config,
+        run.mesh,
+        run.variables,
+        run.statistics,
+        run.rng,
+        run.feed(run.split("train")),
+        num_batches,
+    )
+    return dataclasses.replace(run, variables=variables)

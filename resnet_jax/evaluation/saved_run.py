@@ -1,0 +1,159 @@
+"""A trained net, loaded from the workdir of its run."""
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from resnet_jax import parallel
+from resnet_jax.checkpoints import Checkpoints
+from resnet_jax.config import Config, build_model
+from resnet_jax.data.dataset import Dataset, Split, open_dataset
+from resnet_jax.data.feeds import Feed, make_feed
+from resnet_jax.data.transforms import PixelStatistics
+from resnet_jax.errors import UserError
+from resnet_jax.weights.shapes import classes
+from resnet_jax.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """A checkpoint of a run.
+
+    Attributes:
+      config: of the run.
+      mesh: the devices.
+      model: the net.
+      variables: params and batch_stats for evaluation, on the devices: the moving
+        averages if the run keeps them.
+      statistics: of the training pixels; ``normalize(to_unit(images), statistics)`` is
+        what the net expects.
+      rng: the run's random key.
+      step: of the checkpoint.
+    """
+
+    config: Config
+    mesh: Mesh
+    model: nn.Module
+    variables: dict[str, Any]
+    statistics: PixelStatistics
+    rng: jax.Array
+    step: int
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The data of the run, opened when first used."""
+        return open_dataset(self.config)
+
+    def split(self, name: str) -> Split:
+        """The split "test", "holdout" or "train".
+
+        Raises:
+          UserError: the run has no such split.
+        """
+        if name not in ("train", "holdout", "test"):
+            found = None
+        else:
+            found = getattr(self.dataset, name)
+        if found is None:
+            raise UserError(
+                f"there is no split {name!r}; choose test or train, or holdout if "
+                "data.holdout_examples or data.holdout_split is set"
+            )
+        return found
+
+    def feed(self, split: Split) -> Feed:
+        """Batches of a split, on the devices."""
+        return make_feed(split, self.mesh, self.config.data, self.config.augmentation)
+
+
+def load_run(
+    workdir: str | os.PathLike[str], checkpoint: int | str = "last"
+) -> SavedRun:
+    """Loads the net of a run from a checkpoint. The data need not be there.
+
+    Args:
+      workdir: of ``train``.
+      checkpoint: "last", "best" (lowest held-out error) or a step.
+
+    Raises:
+      UserError: there is no such run or checkpoint, or it is damaged.
+    """
+    folder = Workdir(workdir)
+    config = folder.read_config()
+    if config is None:
+        raise UserError(
+            f"workdir {folder.path} holds no run (no config.json); train one with "
+            "resnet-jax train"
+        )
+    if config.seeds > 1:
+        raise UserError(
+            f"workdir {folder.path} holds runs of {config.seeds} seeds; give one of "
+            f"them, such as {folder.path / f'seed-{config.seed}'}"
+        )
+    if not folder.checkpoints.is_dir():
+        raise UserError(f"workdir {folder.path} holds no checkpoint yet")
+    mesh = parallel.data_mesh()
+    with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
+        step = _find_step(checkpoints, checkpoint, folder)
+        model, wanted = _abstract_variables(config, checkpoints.shapes(step), mesh)
+        try:
+            state, _ = checkpoints.restore(step, wanted)
+        except UserError as error:
+            others = [str(other) for other in checkpoints.steps() if other != step]
+            raise UserError(
+                f"{error}; other checkpoints: {', '.join(others) or 'none'}"
+            ) from error
+    variables = state.get("ema") or {
+        name: state[name] for name in ("params", "batch_stats")
+    }
+    statistics = PixelStatistics(**state["statistics"])
+    return SavedRun(config, mesh, model, variables, statistics, state["rng"], step)
+
+
+def _find_step(checkpoints: Checkpoints, wanted: int | str, folder: Workdir) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"workdir {folder.path} holds no checkpoint yet")
+    if wanted == "last":
+        return steps[-1]
+    if wanted == "best":
+        best = checkpoints.best_step()
+        if best is None:
+            raise UserError(
+                f"the run in {folder.path} has no best checkpoint: it needs "
+                "data.holdout_examples or data.holdout_split, and checkpoint.best"
+            )
+        return best
+    if wanted not in steps:
+        raise UserError(
+            f"there is no checkpoint at step {wanted}; there are "
+            f"{', '.join(map(str, steps))}"
+        )
+    return int(wanted)
+
+
+def _abstract_variables(
+    config: Config, saved: Any, mesh: Mesh
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The net of a checkpoint, and the fields of its state that evaluation needs.
+
+    The number of classes and the shape of the images come from the saved arrays.
+    """
+    same = parallel.replicated(mesh)
+
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=same)
+
+    variables = {"params": saved["params"], "batch_stats": saved["batch_stats"] or {}}
+    fields = {"ema": saved["ema"]} if saved.get("ema") else variables
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    wanted = jax.tree.map(abstract, {**fields, "statistics": saved["statistics"]})
+    arrays = traverse_util.flatten_dict({"params": saved["params"]}, sep="/")
+    model = build_model(config.model, classes(arrays))
+    return model, {**wanted, "rng": abstract(key)}

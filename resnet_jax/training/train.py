@@ -1,0 +1,536 @@
+"""Training: one run, from its config to its result.
+
+Read top to bottom: ``train_one`` starts or restarts a run in five numbered steps,
+``_Run.to_the_end`` is the training loop, and ``_Run.after_step`` does what is due
+between steps. The step itself is in step.py, the state it changes in state.py, and what
+is saved in ../checkpoints.py.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from typing import Any, NoReturn
+
+import jax
+import rich.console
+
+from resnet_jax import distributed, parallel
+from resnet_jax.checkpoints import Checkpoints, DivergedError
+from resnet_jax.config import Config, resolve
+from resnet_jax.console import make_console, say
+from resnet_jax.data.dataset import Dataset, open_dataset
+from resnet_jax.data.feeds import (
+    LastDataset,
+    ResidentFeed,
+    is_resident,
+    make_feed,
+)
+from resnet_jax.environment import command_line
+from resnet_jax.errors import Preempted, UserError
+from resnet_jax.evaluation.evaluator import (
+    Evaluator,
+    Interrupted,
+    evaluation_batch_size,
+)
+from resnet_jax.evaluation.metrics import Sums
+from resnet_jax.evaluation.precise_statistics import (
+    check_precise_statistics,
+    precise_variables,
+)
+from resnet_jax.training.compilation_cache import compiled_programs_in
+from resnet_jax.training.profile import Profile
+from resnet_jax.training.progress import Progress, Throughput, print_start
+from resnet_jax.training.report import make_result, print_result, write_report
+from resnet_jax.training.runs import train_seeds
+from resnet_jax.training.state import Learner, TrainState, make_learner
+from resnet_jax.training.step import (
+    call_length,
+    make_train_step,
+    make_train_steps,
+)
+from resnet_jax.training.stopping import StopSignal
+from resnet_jax.training.tensorboard import TensorBoard
+from resnet_jax.weights import load_weights
+from resnet_jax.workdir import Workdir
+
+STEPS_PER_CALL = 128
+"""On accelerators with the data on the devices, unless the config says otherwise."""
+
+
+def train(
+    config: Any,
+    workdir: str | os.PathLike[str],
+    console: rich.console.Console | None = None,
+) -> dict[str, Any]:
+    """Trains a net as a config says; continues where an earlier call stopped.
+
+    The workdir holds config.json, metrics.jsonl, tensorboard/, checkpoints/,
+    result.json and report.html. A run that is killed at any moment and started again
+    ends bit for bit where an undisturbed one ends, on the same number and kind of
+    devices. With several processes, all of them call this in ``distributed.started``.
+
+    If ``config.seeds`` is above 1, there is one run for each seed, in the folders
+    ``seed-0``, ``seed-1``, ... of the workdir; see ``runs.train_seeds``.
+
+    Args:
+      config: made by a config file's ``get_config``, or a ``Config``.
+      workdir: a folder, created if it is missing, or gs://BUCKET/FOLDER.
+      console: where to print; standard output by default.
+
+    Returns:
+      The content of result.json. For one run: ``test_error`` as a share,
+      ``test_errors`` of ``test_count``, and how they came about. For several seeds:
+      ``test_error`` is the mean, ``test_error_deviation`` the standard deviation, and
+      ``runs`` has each run.
+
+    Raises:
+      UserError: a fault in config, data or workdir, or a loss that is not finite.
+      Preempted: SIGTERM stopped the run, and it has saved.
+    """
+    config = resolve(config)
+    console = console or make_console()
+    if config.seeds > 1:
+        return train_seeds(config, workdir, train_one, console)
+    return train_one(config, workdir, console)
+
+
+def train_one(
+    config: Config,
+    workdir: str | os.PathLike[str],
+    console: rich.console.Console,
+    datasets: LastDataset | None = None,
+) -> dict[str, Any]:
+    """Trains or continues one run; see ``train``.
+
+    Args:
+      config: with ``seeds`` 1.
+      workdir: of the run.
+      console: where to print.
+      datasets: opens the data, for several runs in a row.
+    """
+    # 1. Refuse a workdir with another run; a finished run only prints its result.
+    folder = Workdir(workdir)
+    folder.refuse_other_run(config)
+    result = _finished(folder)
+    if result is not None:
+        say(console, f"{folder.path} holds a finished run; nothing to do")
+        print_result(console, result, folder.report)
+        return result
+    folder.create()
+    cache = config.compilation_cache
+    programs = None if cache is None else folder.compiled_programs(cache)
+    with (
+        folder.lock(lambda text: say(console, text)),
+        StopSignal(lambda text: say(console, text)) as stop,
+        compiled_programs_in(programs),
+    ):
+        # 2. Open the data; build net, optimizer and schedule; write config.json.
+        dataset = datasets.open(config) if datasets else open_dataset(config)
+        learner = learner_for(config, dataset)
+        check_precise_statistics(config, learner.abstract_state().batch_stats)
+        folder.check_shared()
+        folder.write_config(config, learner.derived, command_line())
+        print_start(console, learner, dataset)
+        with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
+            # 3. Restore the newest whole checkpoint, or make the first state.
+            state, start = _first_state(learner, dataset, checkpoints, folder, console)
+            # 4. Run the steps that are left.
+            rows = start.rows
+            if int(state.step) < learner.derived.steps or start.row_is_due:
+                run = _Run(learner, dataset, checkpoints, folder, console, stop, start)
+                try:
+                    rows = run.to_the_end(state)
+                except Preempted as stopped:
+                    say(console, str(stopped))
+                    raise
+            checkpoints.wait()
+        # 5. Report. Every figure follows from the rows in the last checkpoint.
+        result = make_result(learner, dataset, rows)
+        write_report(folder, result, rows)
+        folder.write_result(result)
+    print_result(console, result, folder.report)
+    return result
+
+
+def learner_for(
+    config: Config, dataset: Dataset, mesh: jax.sharding.Mesh | None = None
+) -> Learner:
+    """The learner for a config and its data, on all devices by default."""
+    mesh = mesh or parallel.data_mesh()
+    parallel.check_processes(mesh)
+    steps_per_call(config, dataset, mesh)
+    return make_learner(
+        config,
+        mesh,
+        num_examples=len(dataset.train),
+        num_classes=dataset.num_classes,
+        image_shape=dataset.image_shape,
+    )
+
+
+def steps_per_call(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> int:
+    """The most steps that one call of a compiled program runs.
+
+    Raises:
+      UserError: the config asks for several, but the data are streamed.
+    """
+    asked = config.training.steps_per_call
+    resident = is_resident(dataset.train, config.data, config.augmentation)
+    if not resident and asked is not None and asked > 1:
+        raise UserError(
+            f"training.steps_per_call={asked} needs the training data on the devices, "
+            "and they are streamed: set it to 1, or data.resident to true"
+        )
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return asked or (STEPS_PER_CALL if resident and not on_cpu else 1)
+
+
+def _finished(folder: Workdir) -> dict[str, Any] | None:
+    result = folder.read_result() if distributed.is_primary() else None
+    if distributed.broadcast(result is not None):
+        return result or folder.read_result() or {}
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """Where a run starts or continues; a checkpoint holds it beside the state.
+
+    Attributes:
+      position: the global example index: how many examples were drawn before.
+      rows: of metrics.jsonl so far.
+      row_is_due: the run was stopped in the evaluation after the state's step.
+      skipped: broken images replaced since the last row.
+    """
+
+    position: int = 0
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    row_is_due: bool = False
+    skipped: int = 0
+
+
+def _first_state(
+    learner: Learner,
+    dataset: Dataset,
+    checkpoints: Checkpoints,
+    folder: Workdir,
+    console: rich.console.Console,
+) -> tuple[TrainState, _Start]:
+    """The state to start from. metrics.jsonl then holds exactly its rows.
+
+    Rows written after the checkpoint belong to steps that will run again.
+    """
+    restored = checkpoints.restore_newest(
+        learner.abstract_state(), warn=lambda text: say(console, f"warning: {text}")
+    )
+    if restored is not None:
+        state, content = restored
+        names = [field.name for field in dataclasses.fields(_Start)]
+        start = _Start(**{name: content[name] for name in names if name in content})
+        folder.write_rows(start.rows)
+        say(console, f"continuing from the checkpoint at step {int(state.step)}")
+        return state, start
+    folder.write_rows([])
+    config = learner.config
+    variables = None
+    if config.model.weights is not None:
+        variables = load_weights(
+            config.model.weights,
+            learner.model,
+            new_head=config.model.new_head,
+            rng=jax.random.key(config.seed),
+        )
+    return learner.fresh_state(dataset.train.statistics(), variables), _Start()
+
+
+class _Run:
+    """The steps of a run, and what is due between them."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        dataset: Dataset,
+        checkpoints: Checkpoints,
+        folder: Workdir,
+        console: rich.console.Console,
+        stop: StopSignal,
+        start: _Start,
+    ):
+        config = learner.config
+        self.learner, self.checkpoints, self.folder = learner, checkpoints, folder
+        self.config, self.derived, self.stop = config, learner.derived, stop
+        self.rows, self.start = list(start.rows), start
+        self.train_feed, *eval_feeds = [
+            make_feed(split, learner.mesh, config.data, config.augmentation)
+            for split in (dataset.train, dataset.holdout, dataset.test)
+            if split is not None
+        ]
+        names = ["test"] if dataset.holdout is None else ["holdout", "test"]
+        self.eval_feeds = dict(zip(names, eval_feeds, strict=True))
+        self.evaluator = Evaluator(learner.model, learner.mesh)
+        self.steps_per_call = steps_per_call(config, dataset, learner.mesh)
+        self.progress = Progress(console, self.derived.steps)
+        self.throughput = Throughput()
+        self.profile = Profile(
+            lambda: folder.mirror(folder.profile), config.profile.range
+        )
+        self.named_broken: set[str] = set()
+        self.skipped_before = -start.skipped
+        self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
+        self.began = time.perf_counter()
+
+    def to_the_end(self, state: TrainState) -> list[dict[str, Any]]:
+        """Runs the steps that are left; returns all rows of metrics.jsonl.
+
+        Raises:
+          Preempted: SIGTERM stopped the run, and it has saved.
+        """
+        batch_size, seed = self.derived.global_batch_size, self.config.seed
+        step, last = int(state.step), self.derived.steps
+        batches = self.train_feed.training_batches(
+            self.start.position, batch_size, seed
+        )
+        one_step = make_train_step(self.learner)
+        many_steps = make_train_steps(self.learner)
+        compiled: set[int] = set()
+        self.stop.agree_over(self.learner.mesh)
+        with (
+            contextlib.closing(batches),
+            contextlib.closing(self.profile),
+            self.progress,
+            TensorBoard(self.folder, self.rows, self.progress.message) as tensorboard,
+        ):
+            if self.start.row_is_due:
+                state = self.after_step(state, step, tensorboard, saved=True)
+            while step < last:
+                self.profile.before(step + 1)
+                length = call_length(self.next_due(step) - step, self.steps_per_call)
+                # Feed: the next batch, or the indices of the next batches.
+                with self.throughput.waiting():
+                    if self.steps_per_call == 1:
+                        train, batch = one_step, next(batches)
+                    else:
+                        assert isinstance(self.train_feed, ResidentFeed)
+                        train, batch = (
+                            many_steps,
+                            self.train_feed.training_indices(
+                                step * batch_size, length, batch_size, seed
+                            ),
+                        )
+                # Step: one call, which the devices run while the host goes on.
+                with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                    state = train(state, self.train_feed.resident, batch)
+                    parallel.settled(state)
+                step += length
+                if length in compiled:
+                    self.throughput.count(length * batch_size)
+                else:
+                    compiled.add(length)
+                    self._after_compiling(state, step)
+                if self.profile.after(step, state):
+                    self.progress.message(f"profile of steps: {self.folder.profile}")
+                state = self.after_step(state, step, tensorboard)
+        return self.rows
+
+    def next_due(self, step: int) -> int:
+        """The next step after which the host must act."""
+        periods = (
+            self.config.training.log_every_steps,
+            self.derived.evaluate_every,
+            self.derived.checkpoint_every,
+        )
+        due = [(step // period + 1) * period for period in periods]
+        due += [end for end in self.profile.ends if end > step]
+        return min(self.derived.steps, *due)
+
+    def after_step(
+        self,
+        state: TrainState,
+        step: int,
+        tensorboard: TensorBoard,
+        saved: bool = False,
+    ) -> TrainState:
+        """Does what is due after a step: a row of metrics, evaluation, a checkpoint.
+
+        Args:
+          state: after the step.
+          step: its number.
+          tensorboard: gets every row too.
+          saved: a checkpoint of this step exists.
+        """
+        last = step == self.derived.steps
+        saves = last or step % self.derived.checkpoint_every == 0
+        # A checkpoint can be the best one only if it was evaluated.
+        evaluates = last or step % self.derived.evaluate_every == 0
+        evaluates = evaluates or (saves and self.config.checkpoint.best)
+        if evaluates or step % self.config.training.log_every_steps == 0:
+            try:
+                state = self._write_row(state, step, evaluates, tensorboard)
+            except Interrupted:
+                self._preempted(state, step, saved, row_is_due=True)
+        if saves:
+            # A checkpoint of an interrupted evaluation lacks the evaluation's row.
+            self._save(state, step, replace=saved)
+            saved = True
+        if not last and self.stop.asked():
+            self._preempted(state, step, saved)
+        if evaluates or saves:
+            self.throughput.restart()
+        return state
+
+    def _write_row(
+        self, state: TrainState, step: int, evaluates: bool, tensorboard: TensorBoard
+    ) -> TrainState:
+        """Writes a row of metrics.jsonl; returns the state with its sums at zero."""
+        self._refuse_bad_loss(state)
+        sums = state.sums.summary()
+        row = {
+            "step": step,
+            "epoch": step / self.derived.steps_per_epoch,
+            "learning_rate": float(state.learning_rate),
+            "train_loss": sums["loss"],
+            "train_error": sums["error"],
+            **self.throughput.interval(),
+        }
+        if self._skips:
+            row["train_skipped"] = self._skipped()
+        if evaluates:
+            if step == self.derived.steps:
+                state = self._with_final_statistics(state)
+            row |= self._evaluate(state)
+        state = dataclasses.replace(state, sums=self._replicated(Sums.zeros()))
+        if "holdout_error" in row:
+            schedule = self.learner.schedule.after_evaluation(
+                state.schedule, row["holdout_error"]
+            )
+            state = dataclasses.replace(state, schedule=self._replicated(schedule))
+        self.skipped_before += row.get("train_skipped", 0)
+        row["seconds"] = self.seconds_before + time.perf_counter() - self.began
+        self._name_broken_images()
+        self.rows.append(row)
+        self.folder.append_row(row)
+        tensorboard.add(row)
+        self.progress.show(row)
+        self.throughput.restart()
+        return state
+
+    def _evaluate(self, state: TrainState) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
+        size = evaluation_batch_size(self.config, self.learner.mesh)
+        for name, feed in self.eval_feeds.items():
+            summary = self.evaluator.evaluate(
+                state.evaluation_variables(),
+                state.statistics,
+                feed,
+                size,
+                interrupted=self.stop.asked,
+            )
+            metrics |= {f"{name}_{key}": value for key, value in summary.items()}
+        return metrics
+
+    def _with_final_statistics(self, state: TrainState) -> TrainState:
+        """Recomputes the batch statistics for the last weights, if the config asks."""
+        examples = self.config.evaluation.precise_statistics_examples
+        if not examples:
+            return state
+        batches = math.ceil(examples / self.derived.global_batch_size)
+        self.progress.message(f"recomputing batch statistics over {batches} batches")
+        variables = precise_variables(
+            self.learner.model,
+            self.config,
+            self.learner.mesh,
+            state.evaluation_variables(),
+            state.statistics,
+            state.rng,
+            self.train_feed,
+            batches,
+        )
+        return state.with_evaluation_variables(variables)
+
+    def _save(
+        self,
+        state: TrainState,
+        step: int,
+        row_is_due: bool = False,
+        replace: bool = False,
+    ) -> None:
+        self._refuse_bad_loss(state)
+        start = _Start(
+            position=step * self.derived.global_batch_size,
+            rows=self.rows,
+            row_is_due=row_is_due,
+            skipped=self._skipped() if self._skips else 0,
+        )
+        content = {
+            **dataclasses.asdict(start),
+            "config": dataclasses.asdict(self.config),
+        }
+        row = self.rows[-1] if self.rows and self.rows[-1]["step"] == step else {}
+        try:
+            self.checkpoints.save(
+                state, content, row.get("holdout_error"), replace=replace
+            )
+        except DivergedError as error:
+            raise self._diverged(str(error)) from error
+
+    def _preempted(
+        self, state: TrainState, step: int, saved: bool, row_is_due: bool = False
+    ) -> NoReturn:
+        if not saved:
+            self._save(state, step, row_is_due=row_is_due)
+        self.checkpoints.wait()
+        raise Preempted(
+            f"stopped by SIGTERM and saved at step {step}; the same command continues"
+        )
+
+    def _refuse_bad_loss(self, state: TrainState) -> None:
+        bad_step = int(state.first_bad_step)
+        if bad_step >= 0:
+            raise self._diverged(f"the loss is not finite at step {bad_step}")
+
+    def _diverged(self, what: str) -> DivergedError:
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        kept = (
+            f"the last good checkpoint is step {steps[-1]}"
+            if steps
+            else "there is no checkpoint yet"
+        )
+        return DivergedError(
+            f"{what}; {kept} in {self.folder.checkpoints}. Lower "
+            "optimizer.learning_rate or add a warm-up, in another workdir"
+        )
+
+    def _after_compiling(self, state: TrainState, step: int) -> None:
+        """Keeps a program's first call, which compiles, out of all measured speeds."""
+        state.step.block_until_ready()
+        self.stop.steps_were_made()
+        if not self.progress.started:
+            seconds = time.perf_counter() - self.began
+            self.progress.message(f"data and compiled step ready in {seconds:.1f} s")
+            self.progress.start(step)
+        self.throughput.restart()
+
+    def _replicated(self, tree: Any) -> Any:
+        """Host values on all devices, as the step and the checkpoints expect them."""
+        same = parallel.replicated(self.learner.mesh)
+        return parallel.place(jax.device_get(tree), same)
+
+    @property
+    def _skips(self) -> bool:
+        return self.config.data.on_error == "skip"
+
+    def _skipped(self) -> int:
+        """Broken images replaced since the last row, on all hosts."""
+        total = distributed.sum_over_processes(len(self.train_feed.skipped))
+        return total - self.skipped_before
+
+    def _name_broken_images(self) -> None:
+        """Names each skipped image once per run."""
+        for feed in (self.train_feed, *self.eval_feeds.values()):
+            for sentence in dict.fromkeys(feed.skipped):
+                if sentence not in self.named_broken:
+                    self.named_broken.add(sentence)
+                    self.progress.message(f"warning: skipped: {sentence}")
