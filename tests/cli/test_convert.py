@@ -171,7 +171,7 @@ def test_torchvisions_names_say_which_net_it_is(tmp_path, monkeypatch):
 
 def test_a_workdir(workdir, tmp_path, monkeypatch, capsys):
     # Its data may be elsewhere by now.
-    for module in ("data.dataset", "evaluation.saved_run"):
+    for module in ("evaluation.saved_run", "data.dataset"):
         monkeypatch.delattr(f"resnet_jax.{module}.open_dataset")
     folder, expected = workdir
     target, torch_target = tmp_path / "out.safetensors", tmp_path / "torch.safetensors"
