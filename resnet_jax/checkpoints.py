@@ -120,7 +120,7 @@ class Checkpoints:
         }
         metrics = None if holdout_error is None else {_HOLDOUT_ERROR: holdout_error}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)
         )
         with self._writing():
             if replace:

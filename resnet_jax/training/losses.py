@@ -1,7 +1,7 @@
 """The losses that training minimises; evaluation reports ``metrics.cross_entropy``.
 
-Targets are labels (n,) or, where images are mixed, soft labels (n, k) of rows that sum
-to 1. Each function gives the loss of every example, (n,) float32.
+Targets are labels (n,) or, for mixed images, soft labels (n, k) whose rows sum to 1.
+Each function returns the loss of every example, (n,) float32.
 """
 
 import jax
@@ -15,7 +15,7 @@ from resnet_jax.evaluation.metrics import cross_entropy
 def training_loss(
     config: LossConfig, logits: jax.Array, targets: jax.Array
 ) -> jax.Array:
-    """The loss (n,) that a config names, of logits (n, k)."""
+    """The loss (n,) of logits (n, k) that a config names."""
     if config.kind == "sigmoid":
         return sigmoid_cross_entropy(
             logits, targets, config.label_smoothing, config.target_threshold
@@ -26,10 +26,10 @@ def training_loss(
 def softmax_cross_entropy(
     logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0
 ) -> jax.Array:
-    """Minus the sum over classes of target times logarithm of the softmax.
+    """Minus the sum over classes of target times log softmax.
 
-    ``label_smoothing`` spreads so much of a target's probability evenly over all
-    classes, its own included (Szegedy et al. 2015, section 7).
+    ``label_smoothing`` spreads this share of a target's probability evenly over all
+    classes, including its own (Szegedy et al. 2015, section 7).
     """
     if targets.ndim == 1 and not label_smoothing:
         return cross_entropy(logits, targets)
@@ -44,13 +44,12 @@ def sigmoid_cross_entropy(
     label_smoothing: float = 0.0,
     threshold: float | None = None,
 ) -> jax.Array:
-    """The mean over classes of the binary cross-entropies of their sigmoids.
+    """The mean over classes of the binary cross-entropy of each sigmoid.
 
-    Each class is a question of its own, as in "ResNet strikes back" (Wightman et al.
-    2021): of an image mixed of two classes both are to be found. With a
-    ``threshold`` a class whose weight is above it has target 1 and every other 0;
-    ``label_smoothing`` is applied to what comes out. timm's ``BinaryCrossEntropy`` has
-    the same mean over classes.
+    Each class is a separate question, as in "ResNet strikes back" (Wightman et al.
+    2021): a mixed image contains two classes. With a ``threshold``, a class with a
+    larger weight has target 1 and every other class 0; ``label_smoothing`` comes after
+    that. timm's ``BinaryCrossEntropy`` takes the same mean over classes.
     """
     logits = logits.astype(jnp.float32)
     soft = soft_labels(targets, logits.shape[-1])
@@ -61,21 +60,20 @@ def sigmoid_cross_entropy(
 
 
 def soft_labels(targets: jax.Array, num_classes: int) -> jax.Array:
-    """Targets (n,) as one-hot rows (n, num_classes); soft ones stay as they are."""
+    """Targets (n,) as one-hot rows (n, num_classes); soft labels stay as they are."""
     return jax.nn.one_hot(targets, num_classes) if targets.ndim == 1 else targets
 
 
 def smooth(targets: jax.Array, amount: float) -> jax.Array:
-    """(1 - amount) of the targets (n, k), and amount / k to every class."""
+    """Targets (n, k) times (1 - amount), plus amount / k for every class."""
     if not amount:
         return targets
     return (1 - amount) * targets + amount / targets.shape[-1]
 
 
 def main_labels(targets: jax.Array) -> jax.Array:
-    """Labels (n,): of soft targets the class of largest weight.
+    """Labels (n,); for soft targets the class with the largest weight.
 
-    The training error counts these: of an image mixed of two, the label of the larger
-    part.
+    The training error counts these: for a mixed image, the label of the larger part.
     """
     return targets if targets.ndim == 1 else jnp.argmax(targets, axis=-1)

@@ -1,4 +1,4 @@
-"""The rules of the update, up to the learning rate, by which the step multiplies."""
+"""Optimizers without the learning rate, by which the step multiplies the update."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,9 +17,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The update that the step multiplies by the learning rate and subtracts.
 
-    ``max_grad_norm`` scales down longer gradients first, by the norm over all
-    parameters that are trained. The parameters of ``frozen`` parts (see
-    ``trainable_mask``) stay as they are.
+    ``max_grad_norm`` first scales down gradients that are longer, by their norm over
+    all trained parameters. Parameters of ``frozen`` parts (see ``trainable_mask``) do
+    not change.
     """
     steps = {"sgd": _sgd, "lars": _lars, "lamb": _lamb}[config.kind](config)
     if config.max_grad_norm is not None:
@@ -34,7 +34,7 @@ def make_optimizer(
 
 
 def _sgd(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
-    """The paper's: v = m v + g + wd w, w -= rate v, as in Torch."""
+    """SGD as in the paper and torch: v = m v + g + wd w, w -= rate v."""
     return (
         optax.add_decayed_weights(config.weight_decay, _mask(config)),
         optax.trace(decay=config.momentum, nesterov=config.nesterov),
@@ -44,11 +44,10 @@ def _sgd(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
 def _lars(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
     """LARS (You, Gitman & Ginsburg 2017), as in NVIDIA's Apex and in timm.
 
-    v = m v + eta |w| / (|g| + wd |w|) (g + wd w), w -= rate v. The paper's algorithm 1
-    has the rate inside the momentum, as optax.lars and MLPerf's later reference have:
-    the two are the same at a constant rate. Here a falling rate acts on the velocity
-    too, as in ``_sgd``. Parameters that do not decay are not adapted either: theirs is
-    SGD's update.
+    v = m v + eta |w| / (|g| + wd |w|) (g + wd w), w -= rate v. The paper's algorithm 1,
+    optax.lars and MLPerf's later reference put the rate inside the momentum, which is
+    the same at a constant rate. Here a falling rate also acts on the velocity, as in
+    ``_sgd``. Parameters without weight decay are not adapted: they get SGD's update.
     """
     mask = _mask(config)
     adapted = _adapt_rates(config.weight_decay, config.trust_coefficient)
@@ -63,10 +62,10 @@ def _adapt_rates(
 ) -> optax.GradientTransformation:
     """Adds weight decay and multiplies by each parameter's local learning rate.
 
-    The rate is that of algorithm 1 of the paper; optax.scale_by_trust_ratio divides by
-    |g + wd w|, the norm of the sum. It is 1 where a norm is zero, as in TensorFlow's
-    LARSOptimizer: else what starts at zero would stay there. Each block of a scanned
-    stage has its own.
+    The rate follows algorithm 1 of the paper; optax.scale_by_trust_ratio divides by the
+    norm of the sum, |g + wd w|. If a norm is zero the rate is 1, as in TensorFlow's
+    LARSOptimizer; otherwise a parameter that starts at zero would stay there. In a
+    scanned stage each block has its own rate.
     """
 
     def adapt(gradient: jax.Array, parameter: jax.Array) -> jax.Array:
@@ -88,9 +87,9 @@ def _adapt_rates(
 def _lamb(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
     """LAMB (You et al. 2019, algorithm 2), as in timm and NVIDIA's NVLAMB.
 
-    u = m / (sqrt(v) + epsilon) + wd w, of Adam's two moments with their biases
-    corrected; w -= rate |w| / |u| u. Parameters that do not decay are not adapted
-    either: theirs is Adam's update. Where a norm is zero, the ratio is 1.
+    u = m / (sqrt(v) + epsilon) + wd w, with Adam's bias-corrected moments;
+    w -= rate |w| / |u| u. If a norm is zero the ratio is 1. Parameters without weight
+    decay are not adapted: they get Adam's update.
     """
     mask = _mask(config)
     adapted = optax.scale_by_trust_ratio()
@@ -109,10 +108,10 @@ def _mask(config: OptimizerConfig) -> Any:
 
 
 def decay_mask(params: Any, scope: str) -> Any:
-    """A tree of booleans like ``params``: whether weight decay holds for each.
+    """A tree of booleans like ``params``: whether each parameter decays.
 
     Args:
-      params: the net's; a module that has a ``scale`` is a normalisation.
+      params: the net's; a module with a ``scale`` is a normalisation.
       scope: ``all``, ``all_but_norm`` or ``kernels``.
     """
 
@@ -124,7 +123,7 @@ def decay_mask(params: Any, scope: str) -> Any:
             "all_but_norm": not is_norm,
             "kernels": name == "kernel",
         }[scope]
-        # Frozen parts come as empty nodes, and stay so.
+        # Frozen parts are empty nodes, and stay empty.
         return jax.tree.map(lambda leaf: decays, tree)
 
     return inside(params, "", False)

@@ -1,8 +1,8 @@
-"""The learning rate: a pure function of the step and of what training has shown.
+"""The learning rate: a pure function of the step and of the errors so far.
 
-The paper's recipes need both: drops at given steps (CIFAR), a drop where the held-out
+The paper's recipes need both: drops at given steps (CIFAR), a drop when the held-out
 error plateaus (ImageNet), a small rate until the training error is below 80 % (depth
-110). What they remember is ``ScheduleState``, a part of the checkpointed state.
+110). ``ScheduleState`` is what they remember; checkpoints hold it.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from resnet_jax.config.schema import OptimizerConfig, ScheduleConfig
 
 @flax.struct.dataclass
 class ScheduleState:
-    """What the learning rate depends on beside the step.
+    """What the learning rate depends on besides the step.
 
     Attributes:
-      warming: bool, whether the warm-up by the training error goes on.
+      warming: bool, whether the warm-up by training error is still running.
       error_average: moving average of the batches' training error.
-      scale: what plateaus have multiplied the rate by.
-      best_error: lowest held-out error that counted as better.
-      bad_evaluations: evaluations since then.
+      scale: product of the factors of all plateaus so far.
+      best_error: lowest held-out error that counted as an improvement.
+      bad_evaluations: evaluations since then, without improvement.
     """
 
     warming: jax.Array
@@ -54,7 +54,7 @@ class Schedule:
         )
 
     def rate(self, state: ScheduleState, step: jax.Array) -> jax.Array:
-        """The learning rate of the step after ``step`` completed ones."""
+        """The learning rate of the step that follows ``step`` completed steps."""
         rate = self._by_step(step) * state.scale
         warmup = self.derived.warmup_steps
         if warmup:
@@ -86,17 +86,17 @@ class Schedule:
         return jnp.asarray(peak)
 
     def after_batch(self, state: ScheduleState, error: jax.Array) -> ScheduleState:
-        """Takes note of a batch's training error, a share in [0, 1]."""
+        """The state after a batch with this training error, a share in [0, 1]."""
         if self.config.warmup_until_error is None:
             return state
         decay = self.config.warmup_error_decay
         average = decay * state.error_average + (1 - decay) * error
-        # Once it has ended, the warm-up never comes back.
+        # Once over, the warm-up never returns.
         warming = state.warming & (average >= self.config.warmup_until_error)
         return dataclasses.replace(state, error_average=average, warming=warming)
 
     def after_evaluation(self, state: ScheduleState, error: jax.Array) -> ScheduleState:
-        """Takes note of a held-out error; lowers the rate where it plateaus."""
+        """The state after a held-out error; lowers the rate on a plateau."""
         if self.config.kind != "plateau":
             return state
         better = error < state.best_error - self.config.plateau_min_improvement

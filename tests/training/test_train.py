@@ -140,7 +140,7 @@ def test_evaluate_faults_are_named(finished, tmp_path, console):
         resnet_jax.evaluate(workdir, batch_size=0, console=console)
     with pytest.raises(UserError, match=r"no checkpoint at step 5; there are 8, 12"):
         resnet_jax.evaluate(workdir, checkpoint=5, console=console)
-    with pytest.raises(UserError, match=r"holdout where"):
+    with pytest.raises(UserError, match=r"holdout if"):
         resnet_jax.evaluate(workdir, split="holdout", console=console)
     with pytest.raises(UserError, match=r"no best checkpoint"):
         resnet_jax.evaluate(workdir, checkpoint="best", console=console)
