@@ -100,7 +100,7 @@ def prepared(images: str) -> Iterator[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "prepared"
-        resnet_jax.prepare(
+        resnet_jax.prepare_dataset(
             str(Path(images).parent),
             str(target),
             splits=(Path(images).name,),

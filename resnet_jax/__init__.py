@@ -11,9 +11,9 @@ from resnet_jax.models import create_model, list_models
 
 if TYPE_CHECKING:
     from resnet_jax.config import default_config, load_config
-    from resnet_jax.data.prepare import prepare
     from resnet_jax.evaluation.evaluate import evaluate
     from resnet_jax.evaluation.saved_run import load_run
+    from resnet_jax.prepare import prepare_dataset
     from resnet_jax.training.report import report
     from resnet_jax.training.train import train
     from resnet_jax.weights import load_weights, save_weights
@@ -27,7 +27,7 @@ __all__ = [
     "load_config",
     "load_run",
     "load_weights",
-    "prepare",
+    "prepare_dataset",
     "report",
     "save_weights",
     "train",
@@ -36,7 +36,7 @@ __all__ = [
 _LAZY = {
     "default_config": "resnet_jax.config",
     "load_config": "resnet_jax.config",
-    "prepare": "resnet_jax.data.prepare",
+    "prepare_dataset": "resnet_jax.prepare",
     "train": "resnet_jax.training.train",
     "evaluate": "resnet_jax.evaluation.evaluate",
     "load_run": "resnet_jax.evaluation.saved_run",

@@ -1,7 +1,14 @@
-"""``resnet-jax convert``."""
+"""``resnet-jax convert``: weights of a file or a run, to a file in either layout."""
 
 import argparse
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resnet_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from resnet_jax.weights.load_save import NamedModel, WeightsLayout
 
 _DESCRIPTION = """Write weights in another layout, torch's or Flax's.
 
@@ -9,9 +16,8 @@ _DESCRIPTION = """Write weights in another layout, torch's or Flax's.
   resnet-jax convert runs/digits digits.safetensors
   resnet-jax convert digits.safetensors digits_torch.safetensors
 
-The flax layout names the arrays as the net does; the torch layout is what
-torchvision's and timm's nets load. The number of classes and of the images' channels
-are those of the file.
+The flax layout names arrays as the model does; torchvision and timm load the torch
+layout. IN sets the number of classes and image channels.
 """
 
 
@@ -26,27 +32,25 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "source",
         metavar="IN",
-        help="a file of safetensors or torch.save, hf-hub:OWNER/NAME, "
-        "torchvision:MODEL, or a run's workdir (its last checkpoint)",
+        help="a safetensors or torch.save file, hf-hub:OWNER/NAME, "
+        "torchvision:MODEL, or a run's workdir (for its last checkpoint)",
     )
     parser.add_argument("target", metavar="OUT", help="the .safetensors file to write")
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="a name of resnet_jax.list_models(); needed where IN does not say it",
+        help="a name of resnet_jax.list_models(); needed if IN does not contain it",
     )
     parser.add_argument(
         "--layout",
         choices=("flax", "torch"),
-        help="of OUT (default: the other one than IN's; flax for a workdir)",
+        help="layout of OUT (default: the opposite of IN; flax for a workdir)",
     )
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.weights import convert_weights
-
     convert_weights(
         options.source,
         options.target,
@@ -54,3 +58,77 @@ def _run(options: argparse.Namespace) -> None:
         layout=options.layout,
         force=options.force,
     )
+
+
+def convert_weights(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    layout: "WeightsLayout | None" = None,
+    force: bool = False,
+) -> None:
+    """Writes the weights of a file or a run to a file in either layout.
+
+    Prints one line.
+
+    Args:
+      source: a file, a name that ``resnet_jax.weights.hub.locate`` knows, or a run's
+        workdir, for the variables with which its last checkpoint is evaluated.
+      target: the safetensors file to write.
+      model: the model's name in the catalog; None means the name in the source, which
+        our files, torchvision's names and workdirs have.
+      layout: "flax" or "torch"; None means the opposite of the source's, and flax for
+        a workdir.
+      force: replace ``target`` if it exists.
+
+    Raises:
+      UserError: ``target`` exists, the model is unknown, or a fault of
+        ``load_weights`` or ``save_weights``.
+    """
+    from resnet_jax.storage import is_remote
+    from resnet_jax.weights import save_weights, shapes
+    from resnet_jax.weights.load_save import SUFFIX, load_named_model
+
+    target = Path(target).expanduser()
+    if target.suffix != SUFFIX:
+        raise UserError(
+            f"{target} cannot be written: weights are written as safetensors; give a "
+            f"path that ends in {SUFFIX}"
+        )
+    if target.exists() and not force:
+        raise UserError(f"{target} exists; give another path, or --force")
+    if is_remote(source) or Path(source).expanduser().is_dir():
+        named = _from_run(source, model)
+        layout = layout or "flax"
+    else:
+        named, found = load_named_model(source, model)
+        layout = layout or ("flax" if found == "torch" else "torch")
+    written = save_weights(
+        target,
+        named.variables,
+        named.model,
+        layout=layout,
+        name=named.name,
+        options=named.options,
+    )
+    print(
+        f"wrote {target}: {len(written)} arrays, "
+        f"{shapes.count_parameters(written):,} parameters, {layout} layout"
+    )
+
+
+def _from_run(folder: str | os.PathLike[str], model: str | None) -> "NamedModel":
+    """The model of a run's last checkpoint; the data need not exist."""
+    from resnet_jax.config import model_options
+    from resnet_jax.evaluation.saved_run import load_run
+    from resnet_jax.weights.load_save import KEPT_OPTIONS, NamedModel
+
+    run = load_run(folder)
+    config = run.config.model
+    if model is not None:
+        raise UserError(f"workdir {folder} holds a {config.name}; leave --model out")
+    options = model_options(config)
+    kept = {name: options[name] for name in options if name in KEPT_OPTIONS}
+    variables = {key: tree for key, tree in run.variables.items() if tree}
+    return NamedModel(config.name, kept, run.model, variables)

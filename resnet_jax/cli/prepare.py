@@ -92,7 +92,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.data.prepare import prepare, verify
+    from resnet_jax.prepare import prepare_dataset, verify
 
     # argparse does not find OUTPUT where options stand between it and SOURCE.
     paths = [*options.paths, *options.rest]
@@ -108,7 +108,7 @@ def _run(options: argparse.Namespace) -> None:
         verify(paths[0], threads=options.threads)
         return
     splits = options.splits and [name.strip() for name in options.splits.split(",")]
-    prepare(
+    prepare_dataset(
         paths[0],
         paths[1],
         splits=splits,

@@ -1,9 +1,9 @@
-"""Chunks: what one thread reads, decodes and crops in one call.
+"""Chunks: the part of a batch that one thread reads, decodes and crops in one call.
 
-A batch is made of a few chunks of consecutive places, so that the cost of handing work
-to threads or processes is paid once for dozens of images, and no thread holds more
-than a few megabytes. Every chunk is a function of its number alone. This module is
-what worker processes import: it touches no device.
+A batch consists of a few chunks of consecutive examples. A chunk has dozens of images,
+which makes the cost of handing work to threads or processes small, and at most 16 MiB.
+Every chunk is a function of its number alone. Worker processes import this module, so
+it uses no device.
 """
 
 import dataclasses
@@ -18,25 +18,25 @@ from resnet_jax.data.split import Split
 from resnet_jax.errors import UserError
 
 Chunk = dict[str, Any]
-"""``image`` uint8 (m, h, w, c), ``label`` int32 (m,) and, in evaluation, ``mask``
-float32 (m,); ``skipped``: a line a broken image; or else ``error``: a sentence."""
+"""``image`` uint8 (m, h, w, c), ``label`` int32 (m,), in evaluation ``mask`` float32
+(m,), and ``skipped``, one line for each broken image; or only ``error``, a sentence."""
 
 _MAX_IMAGES = 64
 _MAX_BYTES = 16 * 2**20
 
 _REPLACEMENTS = 100
-"""Tried for a broken image: beyond that the data set is broken."""
+"""Attempts to replace a broken image before the data set counts as broken."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How global batches are cut into the hosts' parts and those into chunks.
+    """Division of a global batch into the hosts' parts, and of those into chunks.
 
     Attributes:
-      batch_size: examples of a global batch.
-      host, num_hosts: this process's number and how many share each batch; host k
-        makes the k-th part of the rows.
-      chunk_size: the most examples of a chunk.
+      batch_size: examples in a global batch.
+      host: index of this process; host k makes the k-th part of the rows.
+      num_hosts: number of processes.
+      chunk_size: largest number of examples in a chunk.
     """
 
     batch_size: int
@@ -48,33 +48,33 @@ class Layout:
     def of(
         cls, batch_size: int, image_nbytes: int, host: int = 0, num_hosts: int = 1
     ) -> "Layout":
-        """The layout for images of a size.
+        """The layout for images of ``image_nbytes`` bytes.
 
         Raises:
-          UserError: the hosts cannot share a batch.
+          UserError: the hosts do not divide the batch.
         """
         if batch_size % num_hosts:
             raise UserError(
-                f"a batch of {batch_size} does not divide over {num_hosts} hosts"
+                f"a batch of {batch_size} is not divisible by {num_hosts} hosts"
             )
         local = batch_size // num_hosts
         fitting = max(1, min(_MAX_IMAGES, _MAX_BYTES // image_nbytes, local))
-        # Chunks of one size keep threads equally long at work.
+        # Chunks of equal size keep threads busy equally long.
         number = -(-local // fitting)
         return cls(batch_size, host, num_hosts, -(-local // number))
 
     def whole(self) -> "Layout":
-        """The same with one chunk a batch, for what costs little to make."""
+        """The same with one chunk a batch, for chunks that are cheap to make."""
         size = self.batch_size // self.num_hosts
         return dataclasses.replace(self, chunk_size=size)
 
     @property
     def chunks_per_batch(self) -> int:
-        """Chunks of this host in each batch."""
+        """Number of this host's chunks in a batch."""
         return -(-(self.batch_size // self.num_hosts) // self.chunk_size)
 
     def places(self, number: int) -> range:
-        """Places of chunk ``number`` among all examples from the first batch on."""
+        """Positions of the examples of chunk ``number``, counted from batch 0."""
         batch, part = divmod(number, self.chunks_per_batch)
         local = self.batch_size // self.num_hosts
         first = batch * self.batch_size + self.host * local
@@ -84,7 +84,7 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingChunks:
-    """Chunk ``number`` of the training batches from a global example index on."""
+    """Makes chunk ``number`` of the training batches that start at ``position``."""
 
     split: Split
     augmentation: AugmentationConfig
@@ -94,7 +94,7 @@ class TrainingChunks:
     skips: bool
 
     def __call__(self, number: int) -> Chunk:
-        """Reads, decodes and crops; a broken image is told, not raised."""
+        """Reads, decodes and crops; a broken image is returned as an error string."""
         places = self.layout.places(number)
         first = self.position + places.start
         indices = self.order.examples(first, len(places))
@@ -116,7 +116,7 @@ class TrainingChunks:
     def _write(
         self, index: int, position: int, out: np.ndarray, skipped: list[str]
     ) -> int:
-        """Writes the example at a position, or another if it is broken; its label."""
+        """Writes an example, or a replacement if it is broken; returns the label."""
         for attempt in range(1 + _REPLACEMENTS):
             rng = self.order.generator(position, attempt)
             if attempt:
@@ -127,19 +127,19 @@ class TrainingChunks:
                 if not self.skips:
                     raise
                 skipped.append(str(error))
-        raise UserError(f"{skipped[-1]} (so are {_REPLACEMENTS} others in its place)")
+        raise UserError(f"{skipped[-1]} (and so are {_REPLACEMENTS} replacements)")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationChunks:
-    """Chunk ``number`` of a split's batches in order; the last one is padded."""
+    """Makes chunk ``number`` of a split's batches, in order; pads the last one."""
 
     split: Split
     layout: Layout
     skips: bool
 
     def __call__(self, number: int) -> Chunk:
-        """Reads and decodes; padding and broken images have mask 0."""
+        """Reads and decodes; the mask is 0 for padding and broken images."""
         places = self.layout.places(number)
         chunk = _empty(len(places), self.split.image_shape)
         chunk["mask"] = np.zeros(len(places), np.float32)
@@ -159,7 +159,7 @@ class EvaluationChunks:
 
 
 def join(chunks: Sequence[Chunk]) -> Chunk:
-    """The chunks of a batch as one; the first one's error if there is any."""
+    """Joins the chunks of a batch; returns the first error if there is one."""
     for chunk in chunks:
         if "error" in chunk:
             return chunk
@@ -179,7 +179,7 @@ def _chunk(images: np.ndarray, labels: np.ndarray) -> Chunk:
 
 
 def _empty(count: int, shape: tuple[int, ...]) -> Chunk:
-    # Rows that stay empty, padding for example, are black and of class 0.
+    # Unused rows, such as padding, are black images of class 0.
     return {
         "image": np.zeros((count, *shape), np.uint8),
         "label": np.zeros(count, np.int32),

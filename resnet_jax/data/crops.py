@@ -1,7 +1,7 @@
 """Random crops of the training images on the host: uint8 in, uint8 out.
 
-A crop is a window of whole source pixels, resized to the net's input in one step: what
-lies outside of the window is never resized.
+A crop is a window of whole source pixels, resized to the model's input in one step.
+Pixels outside the window are never resized.
 """
 
 import math
@@ -12,14 +12,14 @@ import cv2
 import numpy as np
 from PIL import Image
 
-# Threads are the feed's: OpenCV's own would compete with them.
+# OpenCV's threads would compete with the feed's.
 cv2.setNumThreads(0)
 
-# OpenCV's linear interpolation looks at two pixels a side, and so aliases where it
-# shrinks. Up to the first factor, that is closer to an antialiased result than
-# averaging would be. Up to the second, interpolating to twice the size and averaging
-# 2 x 2 is both closer and faster than averaging over areas. Beyond it Pillow's own
-# triangle filter is used; few windows are that large.
+# OpenCV's linear interpolation reads 2 x 2 pixels, so it aliases when it shrinks. Up to
+# the first factor it is still closer to an antialiased result than averaging would be.
+# Up to the second, interpolating to twice the size and averaging 2 x 2 is both closer
+# and faster than averaging over areas. Beyond it, Pillow's triangle filter is used; few
+# windows are that large.
 _ALIASES_FROM = 1.33
 _FILTERED_FROM = 2.4
 
@@ -35,7 +35,7 @@ class Window(NamedTuple):
     width: int
 
     def of(self, image: np.ndarray) -> np.ndarray:
-        """The pixels of an image (h, w, c) in it, without a copy."""
+        """The window's pixels of an image (h, w, c), without a copy."""
         return image[
             self.top : self.top + self.height, self.left : self.left + self.width
         ]
@@ -50,16 +50,16 @@ def scale_window(
 ) -> Window:
     """The window of the paper's scale augmentation (section 3.4).
 
-    The shorter side is drawn uniformly from the integers ``sides[0] .. sides[1]``, then
-    a ``size`` x ``size`` crop from all its places. In the source that is a square,
-    rounded to whole pixels.
+    The shorter side is uniform over the integers ``sides[0] .. sides[1]``, and the
+    place of the ``size`` x ``size`` crop is uniform. In the source, the crop is a
+    square rounded to whole pixels.
 
     Args:
       height: of the image, in pixels.
       width: of the image, in pixels.
       size: side of the crop.
-      sides: the smallest and the largest shorter side; not below ``size``.
-      rng: draws it.
+      sides: smallest and largest shorter side, at least ``size``.
+      rng: source of random numbers.
     """
     side = int(rng.integers(sides[0], sides[1], endpoint=True))
     extent = max(1, round(size * min(height, width) / side))
@@ -75,16 +75,16 @@ def inception_window(
 ) -> Window:
     """The window of Inception's crop (Szegedy et al. 2015), drawn as torchvision does.
 
-    Its share of the area is uniform and the logarithm of its aspect is. A window that
-    does not fit is drawn again, ten times; then the largest one in the middle whose
-    aspect is allowed is taken.
+    Its area and the logarithm of its aspect are uniform. A window that does not fit is
+    drawn again, up to ten times; the fallback is the largest central window with an
+    allowed aspect.
 
     Args:
       height: of the image, in pixels.
       width: of the image, in pixels.
-      area: the smallest and the largest share of the image's area.
-      aspect: the smallest and the largest ratio of width to height.
-      rng: draws it.
+      area: smallest and largest share of the image's area.
+      aspect: smallest and largest ratio of width to height.
+      rng: source of random numbers.
     """
     logarithms = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(_ATTEMPTS):
@@ -114,18 +114,18 @@ def _placed(
 
 
 def resize(image: np.ndarray, out: np.ndarray) -> None:
-    """Resizes an image into ``out``, antialiased where it shrinks.
+    """Resizes an image into ``out``, with antialiasing when it shrinks.
 
     On photographs the result differs from Pillow's antialiased bilinear resizing by
-    0.6 of 255 on average, in a third of its time.
+    0.6 of 255 on average, and takes a third of the time.
 
     Args:
-      image: uint8 (h, w, c); a window of another one, for example.
-      out: uint8 (height, width, c), contiguous; written to.
+      image: uint8 (h, w, c), with any strides.
+      out: uint8 (height, width, c), contiguous; receives the result.
     """
     source = image
     target = out
-    if image.shape[2] == 1:  # OpenCV has no channel axis in grey images
+    if image.shape[2] == 1:  # OpenCV's grey images have no channel axis
         source, target = source[..., 0], out[..., 0]
     size = (out.shape[1], out.shape[0])
     factor = max(image.shape[0] / size[1], image.shape[1] / size[0])

@@ -1,4 +1,4 @@
-"""A data set, opened: its parts, its classes and its pixel statistics."""
+"""Open the data set of a config: its splits and classes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from resnet_jax.data.split import Split
 from resnet_jax.errors import UserError
 
 _HOLDOUT_KEY = [1, 0]
-"""Key of the held-out part: the same examples for every seed of a run."""
+"""Key of the held-out split: the same examples for every seed of a run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The parts of a data set.
+    """The splits of a data set.
 
     Attributes:
-      train: what is trained on, the held-out part taken off.
-      holdout: the part for choosing, or None.
-      test: the part for the reported error alone.
+      train: the training examples, without the held-out ones.
+      holdout: the held-out examples, for choosing; or None.
+      test: the test examples, for the reported error only.
       class_names: in the order of the labels.
     """
 
@@ -32,19 +32,17 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """Number of classes."""
         return len(self.class_names)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """(h, w, c) of the net's input in training."""
+        """(h, w, c) of the model's input in training."""
         return self.train.training_shape
 
 
 def open_dataset(config: Config, collection: Collection | None = None) -> Dataset:
-    """Opens the data that a config names.
-
-    ``collection`` stands in for them where it is given.
+    """Opens the data set of a config, or ``collection`` in its place.
 
     Raises:
       UserError: data are missing or contradict the config.
@@ -81,7 +79,7 @@ def open_dataset(config: Config, collection: Collection | None = None) -> Datase
 
 
 def _refuse_colors(config: Config) -> None:
-    """Raises UserError where a config wants colours of grey images."""
+    """Raises UserError if a config needs colours, for grey images."""
     wanted = {
         "augmentation.color_noise": config.augmentation.color_noise,
         "augmentation.color_jitter": config.augmentation.color_jitter,

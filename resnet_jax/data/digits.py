@@ -1,8 +1,8 @@
 """scikit-learn's handwritten digits as a tfds data set: small, real, offline.
 
 1,797 grey images of 8x8 pixels from 13 writers (Alpaydin & Kaynak 1998). The split is
-fixed and stratified by class: 1,437 to train on and 360 to test on. The writers of
-both parts are the same.
+fixed and stratified by class: 1,437 for training and 360 for testing. Both come from
+the same writers.
 """
 
 import io
@@ -13,15 +13,12 @@ import tensorflow_datasets as tfds
 
 from resnet_jax.errors import UserError
 
-_BRIGHTEST = 16  # the images count set pixels in cells of 4x4
+_BRIGHTEST = 16  # a pixel counts the set bits in a 4x4 cell
 _TEST_SHARE = 5  # one in five is a test image
 
 
 def is_test_image(labels: np.ndarray) -> np.ndarray:
-    """Which images are the test set: one in five of every class.
-
-    The images are ordered by class, and at random within it; every fifth is taken.
-    """
+    """Marks the test images: every fifth of a random order within each class."""
     words = np.random.Philox(key=[0, 0]).random_raw(len(labels))
     order = np.lexsort((words, labels))
     chosen = np.zeros(len(labels), bool)
@@ -30,7 +27,7 @@ def is_test_image(labels: np.ndarray) -> np.ndarray:
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """The digits as PNG files in ArrayRecord, prepared without TensorFlow."""
+    """The digits as PNG in ArrayRecord, prepared without TensorFlow."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "1,437 training and 360 test images."}  # noqa: RUF012
@@ -57,7 +54,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             from sklearn.datasets import load_digits
         except ImportError:
             raise UserError(
-                "the digits come with scikit-learn: pip install 'resnet_jax[demo]'"
+                "the digits need scikit-learn: pip install 'resnet_jax[demo]'"
             ) from None
         digits = load_digits()
         images = np.rint(digits.images * (255 / _BRIGHTEST)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Decoding on the host: stored bytes in, uint8 pixels out; to Pillow and back."""
+"""Decode stored bytes to uint8 pixels on the host; convert to Pillow and back."""
 
 import io
 from collections.abc import Callable
@@ -16,22 +16,21 @@ from resnet_jax.errors import UserError
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
-_TRAILER = 4096  # some cameras write a little after a JPEG's end
+_TRAILER = 4096  # some cameras write a few bytes after a JPEG's end
 
 _LOST_DATA = ("premature end", "bad Huffman code", "found marker", "Unsupported marker")
-"""What libjpeg warns of where pixels are lost; its other warnings are harmless."""
+"""libjpeg's warnings of lost pixels; its other warnings are harmless."""
 
 
 def decode(example: Example, channels: int) -> np.ndarray:
     """The image of an example as uint8 (h, w, channels); grey or RGB.
 
-    The format is read from the bytes, whatever the file is called. The pixels are
-    taken as stored: a rotation in EXIF is not applied, as in the field's other
-    readers, since labels and boxes were made without it. Transparency is dropped,
-    and 16 bits are reduced to their upper eight.
+    The bytes decide the format, not the file's name. Pixels stay as stored: an EXIF
+    rotation is not applied, as in other readers, since labels and boxes were made
+    without it. Transparency is dropped, and 16 bits are reduced to the upper eight.
 
     Raises:
-      UserError: it is broken, named by its file.
+      UserError: the image is broken; names its file.
     """
     image = example.image
     if isinstance(image, np.ndarray):
@@ -51,19 +50,19 @@ def decode(example: Example, channels: int) -> np.ndarray:
 def decode_window(
     example: Example, channels: int, choose: Callable[[int, int], Window]
 ) -> np.ndarray:
-    """A part of the image of an example: as ``decode`` and then cut, but faster.
+    """A window of an example's image: the pixels of ``decode``, but faster.
 
     Args:
       example: as stored.
       channels: 1 for grey, 3 for RGB.
-      choose: the window, of the image's height and width in pixels.
+      choose: returns the window for the image's height and width in pixels.
 
     Returns:
       Uint8 (height, width, channels) of the window.
 
     Raises:
-      UserError: the image is broken, named by its file. Damage that lies outside of
-        the window may go unnoticed.
+      UserError: the image is broken; names its file. Damage outside the window may go
+        unnoticed.
     """
     data = example.image
     decoder = partial_jpeg.decoder()
@@ -73,7 +72,7 @@ def decode_window(
         if size is not None:
             window = choose(*size)
             pixels = decoder.window(data, *window, channels)
-            if pixels is None:  # Decoding it whole tells what is wrong.
+            if pixels is None:  # decoding the whole image finds the fault
                 pixels = window.of(decode(example, channels))
             return pixels
     image = decode(example, channels)
@@ -84,14 +83,14 @@ def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray:
     _refuse_cut(data, name)
     reason = ""
     try:
-        # CMYK is Pillow's: its conversion is the field's.
+        # Pillow converts CMYK as other readers do.
         if simplejpeg.decode_jpeg_header(data)[2] != "CMYK":
             return simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB")
     except ValueError as error:
         reason = str(error)
     if any(sign in reason for sign in _LOST_DATA):
         raise _broken(name, reason)
-    # What libjpeg's fast interface does not know, or only warns of.
+    # Formats unknown to libjpeg's fast interface, and harmless warnings.
     try:
         with Image.open(io.BytesIO(data)) as opened:
             pixels = np.asarray(opened.convert("L" if channels == 1 else "RGB"))
@@ -102,7 +101,7 @@ def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray:
 
 def _refuse_cut(data: bytes, name: str) -> None:
     if _JPEG_END not in data[-_TRAILER:]:
-        # The missing part would be filled with grey, and nothing said.
+        # libjpeg would silently fill the missing part with grey.
         raise UserError(f"image {name} is cut short; replace or remove it")
 
 
@@ -111,21 +110,21 @@ def _broken(name: str, reason: str) -> UserError:
 
 
 def to_pillow(image: np.ndarray) -> Image.Image:
-    """A uint8 image (h, w, 1 or 3) as Pillow's of mode L or RGB.
+    """A uint8 image (h, w, 1 or 3) as a Pillow image of mode L or RGB.
 
     Raises:
-      UserError: it has another dtype or number of channels.
+      UserError: the array has another dtype or number of channels.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
         raise UserError(
-            f"an image of {image.dtype} {image.shape} was given where Pillow needs "
-            "uint8 of one or three channels (h, w, 1 or 3)"
+            f"an image of {image.dtype} {image.shape} was given; expected uint8 "
+            "(h, w, 1 or 3)"
         )
     grey = image.shape[2] == 1
     return Image.fromarray(image[..., 0] if grey else image)
 
 
 def to_array(image: Image.Image) -> np.ndarray:
-    """Pillow's image of mode L or RGB as contiguous uint8 (h, w, 1 or 3)."""
+    """A Pillow image of mode L or RGB as contiguous uint8 (h, w, 1 or 3)."""
     pixels = np.array(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels

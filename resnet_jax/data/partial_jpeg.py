@@ -1,10 +1,9 @@
-"""Decoding a window of a JPEG file: what lies outside costs less, or nothing.
+"""Decode a window of a JPEG file, at little or no cost for the pixels outside it.
 
-libjpeg-turbo does it since its version 3, and no Python package passes it on. So its
-shared library is called directly, where there is one: the one inside the wheel
-``turbojpeg``, or the system's. The pixels are those of decoding the whole image, bit
-for bit; without the library the whole image is decoded, and a crop takes a fifth to a
-quarter longer.
+libjpeg-turbo 3 can do this, but no Python package exposes it. So this module calls the
+shared library in the wheel ``turbojpeg``, or the system's. The pixels equal those of
+the whole decoded image, bit for bit. Without the library the whole image is decoded,
+and a crop takes a fifth to a quarter longer.
 """
 
 import ctypes
@@ -15,19 +14,18 @@ import threading
 
 import numpy as np
 
-# Numbers of turbojpeg.h, version 3.
+# Constants of turbojpeg.h, version 3.
 _DECOMPRESS = 1
 _SUBSAMPLING, _WIDTH, _HEIGHT, _PRECISION, _COLORSPACE = 4, 5, 6, 7, 8
 _PIXELS_RGB, _PIXELS_GREY = 0, 6
 _YCBCR, _GREY = 1, 2
 
 _BLOCK_WIDTHS = {0: 8, 1: 16, 2: 16, 3: 8, 4: 8}
-"""Width of the blocks at which a window may begin, by the subsampling of colours:
-4:4:4, 4:2:2, 4:2:0, grey, 4:4:0."""
+"""A window starts at a multiple of this width, by the subsampling of colours: 4:4:4,
+4:2:2, 4:2:0, grey, 4:4:0."""
 
 _MARGIN = 2
-"""Pixels around a window on which the colours in it depend, where theirs are stored at
-half the resolution."""
+"""Pixels around a window that affect its colours if those have half the resolution."""
 
 
 class _Region(ctypes.Structure):
@@ -45,7 +43,7 @@ class Decoder:
         self._library.tj3Destroy(self._handle)
 
     def size(self, data: bytes) -> tuple[int, int] | None:
-        """Height and width; None for what this decoder leaves to others."""
+        """Height and width; None for files that this decoder does not handle."""
         call = self._library.tj3DecompressHeader
         if call(self._handle, data, ctypes.c_size_t(len(data))):
             return None
@@ -63,10 +61,10 @@ class Decoder:
         width: int,
         channels: int,
     ) -> np.ndarray | None:
-        """A window of the file that ``size`` was asked of last.
+        """A window of the file that was last passed to ``size``.
 
         Returns:
-          Uint8 (height, width, channels), or None where libjpeg had anything to say.
+          Uint8 (height, width, channels); None after an error or warning of libjpeg.
         """
         block = _BLOCK_WIDTHS[self._get(_SUBSAMPLING)]
         first = max(0, left - _MARGIN) // block * block
@@ -82,7 +80,7 @@ class Decoder:
             data,
             ctypes.c_size_t(len(data)),
             ctypes.c_void_p(pixels.ctypes.data),
-            0,  # rows follow each other
+            0,  # rows without gaps
             _PIXELS_GREY if channels == 1 else _PIXELS_RGB,
         )
         if failed:
@@ -95,7 +93,7 @@ class Decoder:
 
 
 def decoder() -> Decoder | None:
-    """This thread's decoder; None where there is no library."""
+    """This thread's decoder; None without the library."""
     if not hasattr(_threads, "decoder"):
         library = _library()
         _threads.decoder = None if library is None else Decoder(library)
@@ -114,14 +112,14 @@ def _library() -> ctypes.CDLL | None:
             library = ctypes.CDLL(path)
             library.tj3Init.restype = ctypes.c_void_p
             library.tj3SetCroppingRegion.argtypes = [ctypes.c_void_p, _Region]
-        except (OSError, AttributeError):  # not to be loaded, or older than version 3
+        except (OSError, AttributeError):  # cannot be loaded, or older than version 3
             continue
         return library
     return None
 
 
 def _in_wheel() -> str | None:
-    """The library that comes with the package ``turbojpeg``."""
+    """The library in the package ``turbojpeg``."""
     try:
         files = importlib.metadata.files("turbojpeg") or []
     except importlib.metadata.PackageNotFoundError:

@@ -1,16 +1,16 @@
 """Random operations on the host's crops: RandAugment and TrivialAugment Wide.
 
-A policy draws steps, each an operation with its argument; Pillow carries them out, as
-it does in the published recipes:
+A policy draws steps, each an operation with its argument. Pillow performs them, as in
+the published recipes:
 
 - ``randaugment`` (Cubuk et al. 2019, arXiv:1909.13719) as timm's
-  ``rand-m7-mstd0.5-inc1`` and its kin, the policy of "ResNet strikes back" (Wightman
+  ``rand-m7-mstd0.5-inc1`` and similar, the policy of "ResNet strikes back" (Wightman
   et al. 2021, arXiv:2110.00476): operations whose effect grows with their magnitude.
 - ``trivialaugment`` (Müller & Hutter 2021, arXiv:2103.10158) as torchvision's
-  ``TrivialAugmentWide``: one operation an image at a magnitude drawn anew.
+  ``TrivialAugmentWide``: one operation an image, at a random magnitude.
 
-Drawing and carrying out are apart: ``draw_steps`` uses the given generator and nothing
-else, ``apply_steps`` is a function of its arguments alone.
+``draw_steps`` draws from the given generator and nothing else; ``apply_steps`` is a
+deterministic function of its arguments.
 """
 
 import dataclasses
@@ -26,12 +26,11 @@ from resnet_jax.data.images import to_array, to_pillow
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How an operation that moves pixels makes new ones.
+    """How an operation that moves pixels computes new ones.
 
     Attributes:
       resampling: Pillow's filter between pixels.
-      fill: colour (red, green, blue) of what lies outside of the image; a grey image
-        is filled with its luma.
+      fill: colour (red, green, blue) outside the image; its luma for grey images.
     """
 
     resampling: Image.Resampling
@@ -44,8 +43,8 @@ class Step:
 
     Attributes:
       operation: a name in ``COLOR_OPERATIONS`` or ``MOVES``.
-      argument: its argument, in the unit that the operation has there.
-      sampling: of the operations that move pixels; others pass it over.
+      argument: in the operation's unit.
+      sampling: for operations that move pixels; others ignore it.
     """
 
     operation: str
@@ -56,15 +55,15 @@ class Step:
 def apply_policy(
     image: np.ndarray, rng: np.random.Generator, config: AugmentationConfig
 ) -> np.ndarray:
-    """The image after the operations that ``config.policy`` draws.
+    """The image after random operations of ``config.policy``.
 
     Args:
-      image: uint8 (h, w, 3), or (h, w, 1) for a grey one. It is not changed.
+      image: uint8 (h, w, 3) or, for grey, (h, w, 1); not changed.
       rng: the only source of random numbers.
       config: its fields ``policy`` and ``policy_*``.
 
     Returns:
-      Contiguous uint8 of the same shape; the given array itself where nothing was
+      Contiguous uint8 of the same shape; the given array itself if no operation was
       drawn.
 
     Raises:
@@ -74,7 +73,7 @@ def apply_policy(
 
 
 def draw_steps(rng: np.random.Generator, config: AugmentationConfig) -> list[Step]:
-    """The steps of one image, in the order in which they are applied."""
+    """The steps for one image, in the order of application."""
     if config.policy is None:
         return []
     return _DRAWS[config.policy](rng, config)
@@ -94,11 +93,11 @@ def apply_steps(image: np.ndarray, steps: Sequence[Step]) -> np.ndarray:
     return to_array(changed)
 
 
-# What changes colours: name -> function of image and argument.
+# Operations that change colours: name -> function of image and argument.
 
 
 def _solarize_add(image: Image.Image, amount: float) -> Image.Image:
-    """Makes pixels of the darker half brighter by ``amount`` of 255."""
+    """Brightens values below 128 by ``amount`` of 255."""
     table = [min(255, i + int(amount)) if i < 128 else i for i in range(256)]
     return image.point(table * len(image.getbands()))
 
@@ -106,25 +105,25 @@ def _solarize_add(image: Image.Image, amount: float) -> Image.Image:
 def _posterize(image: Image.Image, bits: float) -> Image.Image:
     """Keeps the leading ``bits`` of 8.
 
-    None leaves a black image, as in the recipes. ImageOps.posterize did so up to
-    Pillow 12, and refuses it since.
+    0 bits give a black image, as in the recipes; ImageOps.posterize refuses 0 since
+    Pillow 12.
     """
     mask = 256 - 2 ** (8 - int(bits))
     return image.point([i & mask for i in range(256)] * len(image.getbands()))
 
 
 COLOR_OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    # These have no argument.
+    # No argument.
     "Identity": lambda image, _: image,
     "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
     "Equalize": lambda image, _: ImageOps.equalize(image),
     "Invert": lambda image, _: ImageOps.invert(image),
-    # The number of bits that stay.
+    # Number of bits to keep.
     "Posterize": _posterize,
-    # The threshold from which pixels are inverted.
+    # Threshold from which values are inverted.
     "Solarize": lambda image, threshold: ImageOps.solarize(image, ceil(threshold)),
     "SolarizeAdd": _solarize_add,
-    # A factor: 0 is black, flat grey, grey or blurred; 1 is the image; more is more.
+    # Factor: 1 gives the image, and 0 a black, flat grey, grey or blurred one.
     "Brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
     "Contrast": lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
     "Color": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
@@ -132,7 +131,7 @@ COLOR_OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 }
 
 
-# What moves pixels: name -> function of image, argument and sampling.
+# Operations that move pixels: name -> function of image, argument and sampling.
 
 
 def _affine(
@@ -162,7 +161,7 @@ def _fill(image: Image.Image, sampling: Sampling) -> int | tuple[int, int, int]:
 
 
 MOVES: dict[str, Callable[[Image.Image, float, Sampling], Image.Image]] = {
-    # Pixels to the left for each row further down, or upwards for each column.
+    # Pixels to the left a row, or upwards a column.
     "ShearX": lambda image, slope, sampling: _affine(
         image, (1, slope, 0, 0, 1, 0), sampling
     ),
@@ -176,25 +175,25 @@ MOVES: dict[str, Callable[[Image.Image, float, Sampling], Image.Image]] = {
     "TranslateY": lambda image, pixels, sampling: _affine(
         image, (1, 0, 0, 0, 1, -pixels), sampling
     ),
-    # Shares of the width to the left or of the height upwards.
+    # Shares of the width to the left, or of the height upwards.
     "TranslateXRelative": lambda image, share, sampling: _affine(
         image, (1, 0, share * image.width, 0, 1, 0), sampling
     ),
     "TranslateYRelative": lambda image, share, sampling: _affine(
         image, (1, 0, 0, 0, 1, share * image.height), sampling
     ),
-    # Degrees against the clock, about the middle.
+    # Degrees counterclockwise about the centre.
     "Rotate": _rotate,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """From a policy's magnitude to an operation's argument.
+    """Maps a policy's magnitude to an operation's argument.
 
     Attributes:
-      argument: of the magnitude.
-      signed: the magnitude is negated for half of the images before.
+      argument: function of the magnitude.
+      signed: whether to negate the magnitude first for half of the images.
     """
 
     argument: Callable[[float], float] = lambda magnitude: 0.0
@@ -207,13 +206,13 @@ STRONGEST = 10.0
 """RandAugment's magnitudes are in [0, STRONGEST]."""
 
 _PROBABILITY = 0.5
-"""That a drawn operation is applied; timm's default."""
+"""Probability that a drawn operation is applied; timm's default."""
 
 _IMAGENET_MEAN = (124, 116, 104)
-"""What timm fills with: 255 times the mean colour that it normalises with."""
+"""timm's fill colour: 255 times the mean of its normalisation."""
 
 _FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
-"""One of these is drawn for each operation: timm's "random" interpolation."""
+"""timm's "random" interpolation draws one of these for each operation."""
 
 _ENHANCE = Scale(lambda magnitude: max(0.1, 1 + magnitude / STRONGEST * 0.9), True)
 _SHEAR = Scale(lambda magnitude: magnitude / STRONGEST * 0.3, True)
@@ -236,15 +235,15 @@ RANDAUGMENT = {
     "TranslateXRelative": _TRANSLATE,
     "TranslateYRelative": _TRANSLATE,
 }
-"""timm's "increasing" operations and their arguments of magnitudes in [-10, 10]."""
+"""timm's "increasing" operations, for magnitudes in [-10, 10]."""
 
 
 def _draw_randaugment(
     rng: np.random.Generator, config: AugmentationConfig
 ) -> list[Step]:
-    """``policy_operations`` with replacement, each applied or not.
+    """Draws ``policy_operations`` with replacement, each applied with probability 0.5.
 
-    The magnitude is normal around ``policy_magnitude`` and cut to [0, STRONGEST].
+    The magnitude is normal around ``policy_magnitude``, clipped to [0, STRONGEST].
     """
     names = list(RANDAUGMENT)
     steps = []
@@ -265,8 +264,8 @@ LAST_BIN = 30
 """TrivialAugment's magnitudes are the 31 integers 0 .. LAST_BIN."""
 
 _TRIVIALAUGMENT_SAMPLING = Sampling(Image.Resampling.BILINEAR, (0, 0, 0))
-"""What torchvision's training script passes: the interpolation of its crops. The
-paper's, and that of ``TrivialAugmentWide()``, takes the nearest pixel."""
+"""As in torchvision's training script. The paper and the default of
+``TrivialAugmentWide()`` take the nearest pixel."""
 
 _ENHANCE_WIDE = Scale(lambda magnitude: 1 + 0.99 * magnitude / LAST_BIN, True)
 _SHEAR_WIDE = Scale(lambda magnitude: 0.99 * magnitude / LAST_BIN, True)
@@ -288,17 +287,17 @@ TRIVIALAUGMENT = {
     "AutoContrast": Scale(),
     "Equalize": Scale(),
 }
-"""The wide space and its arguments of magnitudes in -30 .. 30.
+"""The wide space, for magnitudes in -30 .. 30.
 
-torchvision computes the same in float32, with the rounding of the processor's vectors:
-its arguments may differ in the seventh digit, and a translation by 16 pixels be 15."""
+torchvision computes it in float32: its arguments may differ in the seventh digit, and a
+translation by 16 pixels may become 15."""
 
 
 def _draw_trivialaugment(
     rng: np.random.Generator, config: AugmentationConfig
 ) -> list[Step]:
-    """One operation, always applied, at a magnitude uniform over the bins."""
-    del config  # nothing is left to choose: hence the name
+    """Draws one operation at a uniform magnitude; it is always applied."""
+    del config  # the policy has no options
     names = list(TRIVIALAUGMENT)
     name = names[rng.integers(len(names))]
     magnitude = float(rng.integers(LAST_BIN, endpoint=True))

@@ -1,9 +1,9 @@
-"""What evaluation sees of an image: its centre, ten crops, or the whole of it.
+"""The views of an image that evaluation uses: the centre, ten crops, or all of it.
 
-On the host, uint8 in and out. Resizing is Pillow's, antialiased, and sizes and places
-are rounded as torchvision rounds them: the bytes are those of its ``Resize``,
-``CenterCrop`` and ``TenCrop`` on Pillow's images, so that published top-1 errors can
-be had again to the last example.
+Functions run on the host, uint8 in and out. Pillow resizes with antialiasing, and sizes
+and places are rounded as in torchvision: the bytes equal those of its ``Resize``,
+``CenterCrop`` and ``TenCrop`` on Pillow images, so published top-1 errors can be
+reproduced to the last example.
 """
 
 import numpy as np
@@ -24,21 +24,21 @@ _FILTERS = {
 def full_image(
     image: np.ndarray, shorter_side: int, interpolation: str = "bilinear"
 ) -> np.ndarray:
-    """The whole image at a shorter side: what a fully-convolutional test takes.
+    """The whole image resized to a shorter side, for a fully-convolutional test.
 
-    As torchvision's ``Resize(shorter_side)``: the aspect is kept, and the fraction of
-    the longer side cut off. ``FULL_IMAGE_SCALES`` are the paper's.
+    Equals torchvision's ``Resize(shorter_side)``: the aspect is kept, and the longer
+    side rounded down. The paper uses ``FULL_IMAGE_SCALES``.
 
     Args:
       image: uint8 (h, w, c), grey (c = 1) or colour (c = 3).
-      shorter_side: pixels of the shorter side afterwards.
+      shorter_side: of the result, in pixels.
       interpolation: "bilinear" or "bicubic", antialiased.
 
     Returns:
       Contiguous uint8 (h', w', c) with min(h', w') = ``shorter_side``.
 
     Raises:
-      UserError: no such image or interpolation is known.
+      UserError: the image or interpolation is not supported.
     """
     if interpolation not in _FILTERS:
         raise UserError(
@@ -53,21 +53,21 @@ def full_image(
 def center_crop(
     image: np.ndarray, shorter_side: int, size: int, interpolation: str = "bilinear"
 ) -> np.ndarray:
-    """The middle of the resized image, the "1-crop" test.
+    """The centre of the resized image, for the "1-crop" test.
 
-    As torchvision's ``Resize(shorter_side)`` and ``CenterCrop(size)``.
+    Equals torchvision's ``Resize(shorter_side)`` and ``CenterCrop(size)``.
 
     Args:
       image: uint8 (h, w, c), grey (c = 1) or colour (c = 3).
       shorter_side: pixels of the shorter side before the crop.
-      size: pixels a side of the crop.
+      size: side of the crop in pixels.
       interpolation: "bilinear" or "bicubic", antialiased.
 
     Returns:
       Contiguous uint8 (size, size, c).
 
     Raises:
-      UserError: no such image or interpolation is known, or the crop is larger than
+      UserError: the image or interpolation is not supported, or the crop is larger than
         the resized image.
     """
     resized = _resized_for_crops(image, shorter_side, size, interpolation)
@@ -77,26 +77,26 @@ def center_crop(
 def ten_crop(
     image: np.ndarray, shorter_side: int, size: int, interpolation: str = "bilinear"
 ) -> np.ndarray:
-    """Corners and middle of the resized image and of its mirror image (AlexNet's).
+    """Corners and centre of the resized image and of its mirror image (AlexNet).
 
-    As torchvision's ``Resize(shorter_side)`` and ``TenCrop(size)``, in its order: top
-    left, top right, bottom left, bottom right, middle; then the same places of the
+    Equals torchvision's ``Resize(shorter_side)`` and ``TenCrop(size)``, in its order:
+    top left, top right, bottom left, bottom right, centre; then the same places of the
     image mirrored left to right. So crop 5 mirrors crop 1, crop 6 crop 0, crop 7 crop
-    3, crop 8 crop 2; and crop 9 mirrors crop 4 up to a column, where a side over is
-    odd.
+    3 and crop 8 crop 2. Crop 9 mirrors crop 4, shifted by a column if the difference
+    in width is odd.
 
     Args:
       image: uint8 (h, w, c), grey (c = 1) or colour (c = 3).
       shorter_side: pixels of the shorter side before the crops.
-      size: pixels a side of each crop.
+      size: side of each crop in pixels.
       interpolation: "bilinear" or "bicubic", antialiased.
 
     Returns:
       Contiguous uint8 (10, size, size, c).
 
     Raises:
-      UserError: no such image or interpolation is known, or a crop is larger than the
-        resized image.
+      UserError: the image or interpolation is not supported, or a crop is larger than
+        the resized image.
     """
     resized = _resized_for_crops(image, shorter_side, size, interpolation)
     return np.stack([*_five(resized, size), *_five(resized[:, ::-1], size)])
@@ -121,7 +121,7 @@ def _resized(width: int, height: int, shorter_side: int) -> tuple[int, int]:
 
 
 def _middle(image: np.ndarray, size: int) -> np.ndarray:
-    # Halves go to the even place, as in torchvision.
+    # Halves are rounded to even, as in torchvision.
     top = round((image.shape[0] - size) / 2)
     left = round((image.shape[1] - size) / 2)
     return image[top : top + size, left : left + size]

@@ -1,4 +1,4 @@
-"""A part of a data set as uint8 images of one shape."""
+"""A split of a data set: decoding, cropping and pixel statistics on the host."""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,23 +12,23 @@ from resnet_jax.data.sources.base import take
 from resnet_jax.data.transforms import MAX_PIXEL, PixelStatistics
 from resnet_jax.errors import UserError
 
-# Mean and standard deviation of ImageNet's channels in [0, 1], as the field's models
-# have them since fb.resnet.torch.
+# Mean and standard deviation of ImageNet's channels in [0, 1]; the values of
+# fb.resnet.torch, which most models use.
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 class Split:
-    """A part of a data set as uint8 images of one shape.
+    """A split of a data set as uint8 images of one shape.
 
     Attributes:
       name: "train", "holdout" or "test".
-      image_shape: (h, w, c) as evaluation sees the images.
-      training_shape: (h, w, c) as training does.
+      image_shape: (h, w, c) of images in evaluation.
+      training_shape: (h, w, c) of images in training.
     """
 
     def __init__(self, name: str, source: Source, data: DataConfig):
-        """Looks at the first image where the config leaves the size open."""
+        """Reads the first image if the config does not set the size."""
         self.name = name
         self._source, self._data = source, data
         self._kept: tuple[np.ndarray, np.ndarray] | None = None
@@ -47,14 +47,14 @@ class Split:
 
     @property
     def nbytes(self) -> int:
-        """Size of all its images as uint8."""
+        """Bytes of all images as uint8."""
         return len(self) * int(np.prod(self.image_shape))
 
     def example(self, index: int) -> tuple[np.ndarray, int]:
-        """Example ``index`` as evaluation sees it: resized and cut in the middle.
+        """Image and label of an example for evaluation: resized and centre-cropped.
 
         Raises:
-          UserError: the image is broken, or of another size where none is set.
+          UserError: the image is broken, or sizes differ and data.image_size is None.
         """
         if self._kept is not None:
             return self._kept[0][index], int(self._kept[1][index])
@@ -81,13 +81,13 @@ class Split:
         augmentation: AugmentationConfig,
         out: np.ndarray,
     ) -> int:
-        """Example ``index`` as training sees it before the device's own changes.
+        """Writes an example for training, before augmentation on the device.
 
         Args:
           index: below ``len(self)``.
-          rng: of its random crop, flip and policy, where those are the host's.
-          augmentation: says whether they are.
-          out: uint8 ``training_shape``, contiguous; written to.
+          rng: for the random crop, flip and policy, if these run on the host.
+          augmentation: which operations run on the host, and how.
+          out: uint8 ``training_shape``, contiguous; receives the image.
 
         Returns:
           The label.
@@ -114,21 +114,21 @@ class Split:
 
     @property
     def in_memory(self) -> bool:
-        """Whether ``take`` gives examples."""
+        """Whether ``take`` returns examples."""
         return self.take(np.zeros(0, np.int64)) is not None
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Examples as ``example`` gives them, from arrays in memory; else None."""
+        """Examples as ``example`` returns them, from arrays in memory; else None."""
         return None if self._data.image_size else take(self._source, indices)
 
     def arrays(self, num_threads: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """All images (n, h, w, c) uint8 and labels (n,) int32, with what is broken.
+        """All images uint8 (n, h, w, c), labels int32 (n,) and the errors.
 
-        Where ``data.on_error`` is "skip", a broken image has label -1, and the list
-        holds the sentences that name them.
+        With ``data.on_error="skip"``, a broken image has label -1, and the list holds a
+        sentence for each.
 
         Raises:
-          UserError: an image is broken and none is to be skipped.
+          UserError: an image is broken and ``data.on_error`` is "stop".
         """
         if self._kept is not None:
             return *self._kept, []
@@ -150,9 +150,9 @@ class Split:
         return pixels, labels, [fault for fault in faults if fault]
 
     def keep(self, num_threads: int) -> None:
-        """Decodes all images now and keeps them, for several runs on the same data.
+        """Decodes all images and keeps them, for several runs on the same data.
 
-        Not where some are broken: each run has to tell of them.
+        Keeps nothing if images are broken, because each run must report them.
         """
         pixels, labels, faults = self.arrays(num_threads)
         if not faults:
@@ -160,13 +160,13 @@ class Split:
             self._kept = pixels, labels
 
     def statistics_shape(self) -> tuple[int, ...]:
-        """Shape of the mean and the deviation of ``statistics``."""
+        """Shape of the mean and deviation in ``statistics``."""
         if self._data.normalization == "per_pixel_mean":
             return self.image_shape
         return (1, 1, self.image_shape[-1])
 
     def statistics(self) -> PixelStatistics:
-        """Mean (and deviation) of the pixels, as ``data.normalization`` says."""
+        """Mean and deviation of the pixels for ``data.normalization``."""
         shape = self.statistics_shape()
         kind = self._data.normalization
         if kind == "none":
@@ -180,12 +180,12 @@ class Split:
             return PixelStatistics((total / count).astype(np.float32), _ones(shape))
         mean = (total / count).mean((0, 1), keepdims=True)
         variance = (squares / count).mean((0, 1), keepdims=True) - mean**2
-        # A channel without any variance is left as it is.
+        # A constant channel is not scaled.
         std = np.sqrt(np.where(variance > 0, variance, 1.0))
         return PixelStatistics(mean.astype(np.float32), std.astype(np.float32))
 
     def _moments(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """Sums of the pixels in [0, 1] and of their squares, and over how many."""
+        """Sums of pixels in [0, 1] and of their squares, and the number of images."""
         count = min(self._data.statistics_examples or len(self), len(self))
         chosen = order.epoch_order(len(self), seed=0, epoch=0)[:count]
         total = np.zeros(self.image_shape, np.float64)
@@ -204,7 +204,7 @@ class Split:
         return total, squares, whole
 
     def _whole_image(self, index: int) -> np.ndarray | None:
-        """An image; None if it is broken and to be skipped."""
+        """An image; None if it is broken and ``data.on_error`` is "skip"."""
         try:
             return self.example(index)[0]
         except UserError:

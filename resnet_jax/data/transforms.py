@@ -1,9 +1,8 @@
 """Normalisation and augmentation on the device, inside the jitted step.
 
-Pure functions of batches (n, h, w, c). Each image draws from a key of its own place
-in the global batch, so that results do not depend on the number of devices. Where a
-function has a twin without a key, the twin does the work for given numbers and the
-function draws them.
+Pure functions of batches (n, h, w, c). Random numbers are drawn for the global batch,
+so results do not depend on the number of devices. Some functions come in pairs: one
+draws random numbers from a key, and the other computes the result for given numbers.
 """
 
 import functools
@@ -18,19 +17,18 @@ from resnet_jax.config.schema import AugmentationConfig
 
 MAX_PIXEL = 255.0
 
-# Folded into the key of the older operations: a new one leaves their numbers as they
-# are.
+# Folded into the key, so that a new operation does not change the numbers of others.
 _JITTER, _ERASING, _MIXING = 1, 2, 3
 
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
-"""Of red, green and blue in a pixel's grey value (ITU-R BT.601)."""
+"""Weights of red, green and blue in a grey value (ITU-R BT.601)."""
 
 ERASED_AREA = (0.02, 0.33)
-"""Smallest and largest share of an image that erasing takes (Zhong et al. 2017, as in
+"""Smallest and largest erased share of an image (Zhong et al. 2017, as in
 torchvision)."""
 
 ERASED_ASPECT = (0.3, 3.3)
-"""Smallest and largest height over width of what is erased (likewise)."""
+"""Smallest and largest height over width of the erased rectangle (likewise)."""
 
 ERASING_ATTEMPTS = 10
 """Rectangles drawn for an image until one fits (likewise)."""
@@ -50,10 +48,10 @@ _COLOR_EIGENVECTORS = np.array(
 
 @flax.struct.dataclass
 class PixelStatistics:
-    """What normalisation subtracts and divides by, for pixels in [0, 1].
+    """Mean and deviation for normalisation, for pixels in [0, 1].
 
     Attributes:
-      mean: (h, w, c) for a per-pixel mean, (1, 1, c) otherwise; float32.
+      mean: float32 (h, w, c) for a per-pixel mean, else (1, 1, c).
       std: of the same shape.
     """
 
@@ -62,7 +60,7 @@ class PixelStatistics:
 
 
 def normalize(images: jax.Array, statistics: PixelStatistics) -> jax.Array:
-    """Pixels in [0, 1], float32, with the mean subtracted, over the deviation."""
+    """Subtracts the mean from float32 pixels in [0, 1] and divides by the deviation."""
     return (images - statistics.mean) / statistics.std
 
 
@@ -77,10 +75,10 @@ def augment(
     statistics: PixelStatistics,
     config: AugmentationConfig,
 ) -> jax.Array:
-    """Uint8 images to normalised, randomly changed float32 images.
+    """Augments and normalises uint8 images; returns float32.
 
-    What changes colours comes before the normalisation; flip, crop and erasing after
-    it: the zeros of padding and of what is erased are mean pixels, as in the papers.
+    Colours change before the normalisation. Flip, crop and erasing come after it, so
+    that padded and erased zeros are mean pixels, as in the papers.
     """
     color_key, flip_key, crop_key = jax.random.split(key, 3)
     images = to_unit(images)
@@ -106,11 +104,11 @@ def augment_and_mix(
     statistics: PixelStatistics,
     config: AugmentationConfig,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The images of ``augment``, mixed by ``mix`` where the config says so.
+    """The images of ``augment``, mixed by ``mix`` if the config sets an alpha.
 
     Returns:
-      The images, and the share (float32, in [0, 1]) that an image keeps of itself: the
-      weight of its own label in ``mixed_targets``. None where nothing is mixed.
+      The images, and the share (float32, in [0, 1]) that each keeps of itself, which is
+      the weight of its own label in ``mixed_targets``; None if nothing is mixed.
     """
     images = augment(key, images, statistics, config)
     if not (config.mixup_alpha or config.cutmix_alpha):
@@ -120,13 +118,13 @@ def augment_and_mix(
 
 
 def flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Mirrors each image left to right with probability one half."""
+    """Mirrors each image left to right with probability 1/2."""
     mirrored = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
 
 def pad_and_crop(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
-    """Pads ``pad`` zeros a side and cuts a window of the old size at a random place."""
+    """Pads each side with ``pad`` zeros and crops the original size at random."""
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * pad + 1)
     crop = functools.partial(_window, shape=images.shape[1:])
@@ -138,9 +136,10 @@ def _window(image: jax.Array, corner: jax.Array, shape: tuple[int, ...]) -> jax.
 
 
 def add_color_noise(key: jax.Array, images: jax.Array, deviation: float) -> jax.Array:
-    """Moves each image's colour along the principal axes of ImageNet's (AlexNet).
+    """Shifts each image's colour along the principal axes of ImageNet (AlexNet).
 
-    A normal number of standard deviation ``deviation`` an axis, times its eigenvalue.
+    The shift along an axis is its eigenvalue times a normal number of standard
+    deviation ``deviation``.
     """
     amounts = deviation * jax.random.normal(key, (images.shape[0], 3))
     shift = (amounts * _COLOR_EIGENVALUES) @ _COLOR_EIGENVECTORS.T
@@ -152,12 +151,12 @@ def color_jitter(
 ) -> jax.Array:
     """Changes brightness, contrast and saturation of each image (Howard 2013).
 
-    As in fb.resnet.torch: of each a factor from U(1 - strength, 1 + strength), and no
-    clipping of what leaves [0, 1]. So they commute: the random order that others do
-    them in makes no difference.
+    As in fb.resnet.torch: each factor is drawn from U(1 - strength, 1 + strength), and
+    values outside [0, 1] are not clipped. So the changes commute, and the random order
+    of other implementations makes no difference.
 
     Args:
-      key: of the draw.
+      key: random key.
       images: (n, h, w, 3) in [0, 1].
       strengths: largest relative change of brightness, contrast and saturation.
     """
@@ -169,10 +168,10 @@ def color_jitter(
 
 
 def jitter_colors(images: jax.Array, factors: jax.Array) -> jax.Array:
-    """Blends each image with black, its mean grey and its grey self.
+    """Blends each image with black, with its mean grey and with its grey version.
 
-    A factor f makes f x + (1 - f) y of the image x, where y is black for brightness,
-    the mean of the image's grey values for contrast, the grey image for saturation.
+    A factor f turns the image x into f x + (1 - f) y, where y is black for brightness,
+    the mean grey value for contrast, and the grey image for saturation.
 
     Args:
       images: (n, h, w, 3), float32.
@@ -195,11 +194,11 @@ def _grey(images: jax.Array) -> jax.Array:
 def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
     """Sets a random rectangle of an image to zero (Zhong et al. 2017).
 
-    It is done to each image with ``probability``. The rectangle has a share of the
-    area from U(``ERASED_AREA``) and an aspect whose logarithm is uniform over
-    ``ERASED_ASPECT``; it is drawn until it is smaller than the image on both sides, at
-    most ``ERASING_ATTEMPTS`` times, and lies at a uniform place. On normalised images
-    the zeros are mean pixels.
+    Each image is changed with ``probability``. The rectangle's share of the area is
+    uniform over ``ERASED_AREA``, and the logarithm of its aspect is uniform over
+    ``ERASED_ASPECT``. It is drawn up to ``ERASING_ATTEMPTS`` times until it is smaller
+    than the image on both sides. Its place is uniform. In normalised images, zeros are
+    mean pixels.
     """
     chosen_key, box_key = jax.random.split(key)
     count, height, width = images.shape[:3]
@@ -212,7 +211,7 @@ def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
 def erasing_boxes(key: jax.Array, count: int, height: int, width: int) -> jax.Array:
     """Rectangles to erase, (count, 4) int32: top, left, bottom, right (exclusive).
 
-    Where none of the attempts gave one that fits, it is empty.
+    A rectangle is empty if no attempt gave one that fits.
     """
     area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
     shape = (count, ERASING_ATTEMPTS)
@@ -235,7 +234,7 @@ def erasing_boxes(key: jax.Array, count: int, height: int, width: int) -> jax.Ar
 
 
 def inside_boxes(boxes: jax.Array, height: int, width: int) -> jax.Array:
-    """Which pixels lie in rectangles (..., 4), as booleans (..., height, width)."""
+    """Whether pixels are in rectangles (..., 4), as booleans (..., height, width)."""
     top, left, bottom, right = jnp.moveaxis(boxes[..., None, None], -3, 0)
     row, column = jnp.arange(height)[:, None], jnp.arange(width)
     return (row >= top) & (row < bottom) & (column >= left) & (column < right)
@@ -244,12 +243,12 @@ def inside_boxes(boxes: jax.Array, height: int, width: int) -> jax.Array:
 def mix(
     key: jax.Array, images: jax.Array, mixup_alpha: float, cutmix_alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image with its partner, by mixup, by cutmix, or by one of both.
+    """Mixes each image with its partner by mixup or cutmix.
 
-    An alpha of 0 leaves its kind out; where both are set, each batch takes one of them
-    with probability 1/2. A batch has one lambda, drawn from Beta(alpha, alpha), and
-    one rectangle. The partner of image i is image n - 1 - i: copies that augmentation
-    repeats lie side by side, and nearly none of them meets another.
+    An alpha of 0 disables its kind. If both are set, each batch uses one of them with
+    probability 1/2. A batch has one lambda, drawn from Beta(alpha, alpha), and one
+    rectangle. The partner of image i is image n - 1 - i: repeated copies of an example
+    are neighbours, so almost none of them are partners.
 
     Returns:
       The images, and the share that each keeps of itself.
@@ -260,7 +259,7 @@ def mix(
     height, width = images.shape[1:3]
     pastes = jax.random.bernoulli(choice_key) if mixup_alpha else jnp.array(True)
     pastes = pastes & (cutmix_alpha > 0)
-    # The alpha of the kind that is not taken is never looked at: any will do.
+    # A disabled kind's alpha is never used; 1 keeps the expression defined.
     alpha = jnp.where(pastes, cutmix_alpha or 1.0, mixup_alpha or 1.0)
     share = jax.random.beta(share_key, alpha, alpha)
     center = jax.random.randint(
@@ -273,7 +272,7 @@ def mix(
 
 
 def mixup(images: jax.Array, share: jax.Array) -> jax.Array:
-    """``share`` of each image, and the rest of its partner."""
+    """``share`` times each image plus (1 - share) times its partner."""
     return share * images + (1 - share) * images[::-1]
 
 
@@ -282,8 +281,8 @@ def cutmix_box(
 ) -> jax.Array:
     """The rectangle that cutmix pastes, (4,) int32: top, left, bottom, right.
 
-    Its sides are sqrt(1 - share) of the image's, rounded down, about the pixel
-    ``center`` (row, column); what lies outside of the image is cut off.
+    Its sides are sqrt(1 - share) times the image's, rounded down, around the pixel
+    ``center`` (row, column); parts outside the image are cut off.
     """
     size = jnp.array([height, width])
     sides = jnp.floor(size * jnp.sqrt(1 - share)).astype(jnp.int32)
@@ -295,7 +294,7 @@ def cutmix(images: jax.Array, box: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Pastes a rectangle (top, left, bottom, right) of each image's partner into it.
 
     Returns:
-      The images, and the share that is left of each: by the rectangle's true area.
+      The images, and the share that each keeps, from the rectangle's true area.
     """
     height, width = images.shape[1:3]
     pasted = inside_boxes(box, height, width)[None, :, :, None]

@@ -1,8 +1,7 @@
-"""Where weights are: a file's path, or a name that is downloaded once.
+"""Find weights: the path of a file, or a name that is downloaded once.
 
-Two families of names are known. ``hf-hub:OWNER/NAME[@REVISION]`` is a repository of the
-Hugging Face Hub, and ``torchvision:MODEL[.WEIGHTS]`` one of the files that torchvision
-publishes.
+``hf-hub:OWNER/NAME[@REVISION]`` names a repository of the Hugging Face Hub, and
+``torchvision:MODEL[.WEIGHTS]`` one of the files that torchvision publishes.
 """
 
 import contextlib
@@ -15,15 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from resnet_jax.errors import UserError, nearest
-from resnet_jax.weights.files import replacing
+from resnet_jax.storage import replacing
 
 HUB_PREFIX = "hf-hub:"
 TORCHVISION_PREFIX = "torchvision:"
 
 TORCHVISION_ADDRESS = "https://download.pytorch.org/models/"
-# File names by model and weights, as in torchvision 0.28. The digits at the end of each
-# begin the file's SHA-256. VGG-16's IMAGENET1K_FEATURES are not here: they are no
-# classifier's.
+# File names by model and weights, as in torchvision 0.28. Each name ends in the first
+# digits of the file's SHA-256. VGG-16's IMAGENET1K_FEATURES is left out because it has
+# no classifier.
 TORCHVISION_FILES = {
     "resnet18": {"IMAGENET1K_V1": "resnet18-f37072fd.pth"},
     "resnet34": {"IMAGENET1K_V1": "resnet34-b627a593.pth"},
@@ -75,17 +74,18 @@ _FORMS = (
 
 
 def locate(path_or_name: str | os.PathLike[str]) -> Path:
-    """The file of weights that a path or a name stands for; prints nothing.
+    """Returns the file of weights for a path or a name; downloads it if needed.
+
+    Downloads go to Hugging Face's cache, or to resnet_jax in XDG_CACHE_HOME. Nothing is
+    printed.
 
     Args:
-      path_or_name: a file's path; ``hf-hub:OWNER/NAME[@REVISION]``, which stands for
-        model.safetensors of that repository, or else pytorch_model.bin; or
-        ``torchvision:MODEL[.WEIGHTS]``, as ``torchvision:resnet50.IMAGENET1K_V2``, the
-        first version where none is given. What a name stands for is downloaded, unless
-        it is in the cache: Hugging Face's own, or resnet_jax in XDG_CACHE_HOME.
+      path_or_name: a file's path; ``hf-hub:OWNER/NAME[@REVISION]`` for that
+        repository's model.safetensors or else pytorch_model.bin; or
+        ``torchvision:MODEL[.WEIGHTS]``, IMAGENET1K_V1 by default.
 
     Raises:
-      UserError: there is no such file or name, or it cannot be downloaded.
+      UserError: there is no such file or name, or the download fails.
     """
     name = os.fspath(path_or_name)
     path = Path(os.path.expanduser(name))
@@ -106,11 +106,11 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
 
 
 def _from_torchvision(name: str) -> Path:
-    """One of torchvision's files, in the cache and with its checksum compared."""
+    """One of torchvision's files in the cache, with its checksum verified."""
     model, _, weights = name.removeprefix(TORCHVISION_PREFIX).partition(".")
     if model not in TORCHVISION_FILES:
         raise UserError(
-            f"{name}: torchvision has no weights here for {model!r}; "
+            f"{name}: no torchvision weights are known for {model!r}; "
             f"{nearest(model, TORCHVISION_FILES)}"
         )
     versions = TORCHVISION_FILES[model]
@@ -127,7 +127,7 @@ def _from_torchvision(name: str) -> Path:
 
 
 def _cache_folder() -> Path:
-    """The folder of downloaded files, created where it is missing."""
+    """The folder of downloaded files; created if it is missing."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(base) / "resnet_jax"
     try:
@@ -141,11 +141,8 @@ def _cache_folder() -> Path:
 
 
 def _expected_checksum(file_name: str) -> str:
-    """The first digits of the SHA-256, which end the file's name."""
-    match = re.search(r"-([0-9a-f]{8,})\.", file_name)
-    if match is None:
-        raise ValueError(f"{file_name} does not tell its checksum")
-    return match[1]
+    """The first digits of the SHA-256, as in resnet18-f37072fd.pth."""
+    return file_name.rpartition("-")[2].partition(".")[0]
 
 
 def _has_checksum(file: Path) -> bool:
@@ -158,7 +155,7 @@ def _has_checksum(file: Path) -> bool:
 
 
 def _download(name: str, address: str, target: Path) -> None:
-    """Fetches a file; ``target`` is touched only once all of it is there and right."""
+    """Downloads a file; ``target`` changes only once the checksum matches."""
     digest = hashlib.sha256()
     request = urllib.request.Request(address, headers={"User-Agent": "resnet_jax"})
     try:
@@ -173,7 +170,7 @@ def _download(name: str, address: str, target: Path) -> None:
             expected = _expected_checksum(target.name)
             if not digest.hexdigest().startswith(expected):
                 raise UserError(
-                    f"{name} came incomplete or changed from {address}: its SHA-256 "
+                    f"{name} arrived incomplete or changed from {address}: its SHA-256 "
                     f"begins {digest.hexdigest()[: len(expected)]}, not {expected}; "
                     "try again, or give the path of a file"
                 )
@@ -189,8 +186,8 @@ def _from_hub(name: str) -> Path:
     repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", repository):
         raise UserError(
-            f"{name} is not the name of a repository; give "
-            f"{HUB_PREFIX}OWNER/NAME or {HUB_PREFIX}OWNER/NAME@REVISION"
+            f"{name} is not a repository's name; give {HUB_PREFIX}OWNER/NAME or "
+            f"{HUB_PREFIX}OWNER/NAME@REVISION"
         )
     try:
         import huggingface_hub as hub
@@ -213,7 +210,7 @@ def _from_hub(name: str) -> Path:
                         local_files_only=unreachable,
                     )
                 )
-        # The order matters: some of these are kinds of others.
+        # The order matters: some of these are subclasses of others.
         except errors.LocalEntryNotFoundError:
             unreachable = True
         except errors.EntryNotFoundError:
@@ -231,13 +228,13 @@ def _from_hub(name: str) -> Path:
         except errors.RevisionNotFoundError as error:
             raise UserError(
                 f"{repository} has no revision {revision!r}; give a branch, a tag or a "
-                "commit that it has"
+                "commit that exists"
             ) from error
-        # Whatever its transport, of which it has changed the library, may raise.
+        # Its HTTP library, which has changed before, may raise anything.
         except Exception as error:
             raise UserError(
-                f"{name} cannot be downloaded ({_one_line(error)}); give the path of a "
-                "file if that lasts"
+                f"{name} cannot be downloaded ({_one_line(error)}); try again, or give "
+                "the path of a file"
             ) from error
     if unreachable:
         raise UserError(
@@ -245,14 +242,14 @@ def _from_hub(name: str) -> Path:
             "check the network, or give the path of a file"
         )
     raise UserError(
-        f"{repository} has neither {' nor '.join(_HUB_FILES)}; give a repository of "
+        f"{repository} has neither {' nor '.join(_HUB_FILES)}; give a repository with "
         "weights, or the path of a file"
     )
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps huggingface_hub from drawing bars and warning, then it is as it was."""
+    """Silences the progress bars and warnings of huggingface_hub for a while."""
     from huggingface_hub import utils
 
     verbosity = utils.logging.get_verbosity()

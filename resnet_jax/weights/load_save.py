@@ -1,15 +1,15 @@
-"""Weights of a net from a file and into one, in Flax's layout or torch's.
+"""Load and save a model's variables, in Flax's layout or torch's.
 
-The flax layout names the arrays as the net does, "params/stem/conv/kernel"; the torch
-layout is that of torchvision and timm (``torch_layout``). Neither depends on whether
-the net's blocks run as a loop.
+The flax layout names arrays as the model does: "params/stem/conv/kernel". The torch
+layout is the one of torchvision and timm (``torch_layout``). Files do not depend on
+whether the model runs its blocks as a loop.
 """
 
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,13 @@ import numpy as np
 from flax import linen as nn
 
 from resnet_jax.errors import UserError
+from resnet_jax.models import create_model
 from resnet_jax.models.catalog import CATALOG, catalog_entry
 from resnet_jax.models.vgg import VGG
 from resnet_jax.weights import shapes
 from resnet_jax.weights.files import read_arrays, write_safetensors
-from resnet_jax.weights.hub import locate
+from resnet_jax.weights.hub import TORCHVISION_PREFIX, locate
+from resnet_jax.weights.torch_files import printable
 from resnet_jax.weights.torch_layout import (
     COUNTER,
     StoredArray,
@@ -30,19 +32,36 @@ from resnet_jax.weights.torch_layout import (
     torch_module,
 )
 
-Layout = Literal["flax", "torch"]
-LAYOUTS: tuple[Layout, ...] = ("flax", "torch")
+WeightsLayout = Literal["flax", "torch"]
+LAYOUTS: tuple[WeightsLayout, ...] = ("flax", "torch")
 
 SUFFIX = ".safetensors"
-FORMAT = "resnet_jax"
-"""The value of "format" in the metadata of files in the flax layout."""
-FORMAT_VERSION = "1"
+_FORMAT = "resnet_jax"  # "format" in the metadata of files in the flax layout
+_FORMAT_VERSION = "1"
+_TORCH_FORMAT = "pt"  # the same in files that torch loads
 
-# Of a block, in either layout; its stage is the group.
+# A block's first convolution in either layout. The group is its stage.
 _FIRST_CONV = re.compile(r"(?:params/stage|layer)(\d+)(?:/block|\.)\d+[./]conv1\b")
 
-# What other programs write into the files that they load with torch.
-_TORCH_FORMAT = "pt"
+# Options of create_model that change what a model computes with given weights, and the
+# types of their values. Files keep them.
+KEPT_OPTIONS: dict[str, tuple[type, ...]] = {
+    "shortcut": (str,),
+    "stride_version": (str,),
+    "block_convs": (int,),
+    "squeeze_excite": (bool,),
+    "normalization": (str,),
+    "batch_norm_epsilon": (float, int),
+}
+
+
+class NamedModel(NamedTuple):
+    """A model with variables: ``create_model(name, **options)`` makes the model."""
+
+    name: str
+    options: dict[str, Any]
+    model: nn.Module
+    variables: Mapping[str, Any]
 
 
 def load_weights(
@@ -53,35 +72,33 @@ def load_weights(
     rng: jax.Array | None = None,
     example: Any = None,
 ) -> dict[str, Any]:
-    """The variables of a net, read from a file of either layout.
+    """Loads a model's variables from a file of either layout.
 
-    Every array of the net must be in the file, in its shape, and nothing else may be:
-    but for torch's counters ``num_batches_tracked``, which are ignored, and the
-    classifier, where ``new_head`` or a model without one leaves it out. The images'
-    channels are those of the file's first kernel.
+    The file must hold every array of the model in its shape, and nothing else, with
+    two exceptions: torch's counters ``num_batches_tracked`` are ignored, and so is the
+    classifier if ``new_head`` is set or the model has none. The first kernel of the
+    file sets the number of image channels.
 
-    Running variances are taken as they are: torch averages the unbiased variance of
-    the batches, and so does our BatchNorm.
+    Running variances need no conversion: torch averages the unbiased variance of the
+    batches, and so does our BatchNorm.
 
     Args:
-      path_or_name: of a file of safetensors or torch.save, or a name that ``locate``
-        knows, as "hf-hub:timm/resnet18.a1_in1k" or "torchvision:resnet50".
-      model: whose variables they are: a net of this library, or in the flax layout any
-        module.
-      new_head: leave the file's classifier where it is and draw a fresh one, to
-        fine-tune on other classes.
-      rng: key of the fresh classifier, which is what ``model.init(rng, ...)`` gives;
-        by default ``jax.random.key(0)``.
-      example: for a module that is not of this library, an input of it or its
-        ``jax.ShapeDtypeStruct``.
+      path_or_name: a safetensors or torch.save file, or a name such as
+        "hf-hub:timm/resnet18.a1_in1k" or "torchvision:resnet50" (see ``locate``).
+      model: a model of this library, or, for the flax layout, any module.
+      new_head: ignore the file's classifier and initialise a fresh one, to fine-tune
+        on other classes.
+      rng: key of the fresh classifier, which equals that of ``model.init(rng, ...)``;
+        None means ``jax.random.key(0)``.
+      example: an input, or its ``jax.ShapeDtypeStruct``, for modules from elsewhere.
 
     Returns:
-      The tree of ``model.init``: float32 arrays for every dtype of the file, which is
-      exact from float16 and bfloat16, and bit for bit from float32.
+      The tree of ``model.init``, in float32 whatever the file's dtype: exact from
+      float16 and bfloat16, bit for bit from float32.
 
     Raises:
-      UserError: there is no such file, it is damaged or asks for more than arrays, its
-        arrays are not those of the net, or one of them is not finite.
+      UserError: the file is missing, damaged, asks for more than arrays, does not
+        match the model, or holds a number that is not finite.
     """
     arrays, metadata = read_arrays(locate(path_or_name))
     return variables_of(
@@ -100,32 +117,32 @@ def save_weights(
     variables: Mapping[str, Any],
     model: nn.Module,
     *,
-    layout: Layout = "flax",
+    layout: WeightsLayout = "flax",
     name: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Writes the variables of a net as a safetensors file, whole or not at all.
+    """Saves a model's variables as a safetensors file, complete or not at all.
 
-    The torch layout is what ``load_state_dict(strict=True)`` of torchvision's or
-    timm's net takes from ``safetensors.torch.load_file``; the counters
-    ``num_batches_tracked`` are 0 in it. Both layouts come back bit for bit.
+    torchvision and timm take the torch layout through ``safetensors.torch.load_file``
+    and ``load_state_dict(strict=True)``; its counters ``num_batches_tracked`` are 0.
+    Both layouts load again bit for bit.
 
     Args:
-      path: of the file, which ends in .safetensors; replaced if it is there.
+      path: ends in .safetensors; an existing file is replaced.
       variables: of ``model``, on any devices.
-      model: a net of this library, or in the flax layout any module; the variables of
-        another module are written as they are.
+      model: a model of this library, or, for the flax layout, any module; variables
+        of other modules are written without a check of their shapes.
       layout: "flax" or "torch".
-      name: of the model in the catalog, to be kept in the file, so that
-        ``resnet-jax convert`` knows it.
-      options: of ``create_model`` to be kept beside the name, of values that JSON has.
+      name: the model's name in the catalog; kept in the file for
+        ``resnet-jax convert``.
+      options: of ``create_model``, kept beside the name; JSON values.
 
     Returns:
-      The arrays as they were written, by their names.
+      The arrays as written, by name.
 
     Raises:
-      UserError: the file cannot be written, the variables are not those of the model
-        or not finite, or torchvision and timm have no such net.
+      UserError: the file cannot be written, the variables do not match the model or
+        are not finite, or torchvision and timm have no such model.
     """
     path = os.fspath(path)
     if layout not in LAYOUTS:
@@ -139,22 +156,22 @@ def save_weights(
         )
     host = shapes.flatten(jax.device_get(variables), model)
     arrays = {key: np.asarray(leaf) for key, leaf in host.items()}
-    refused = f"the variables are not written to {path}"
+    refused = f"{path} is not written"
     if shapes.is_image_net(model):
         expected = shapes.abstract_arrays(model, shapes.input_channels(arrays))
         difference = shapes.differences(expected, arrays)
         if difference:
             raise UserError(
-                f"{refused}: they are not those of this {type(model).__name__}, "
+                f"{refused}: the variables do not match this {type(model).__name__}: "
                 f"{difference}; give all variables of the model, and nothing else"
             )
         arrays = {key: arrays[key] for key in expected}
     for key, array in arrays.items():
         if not np.isfinite(array).all():
             raise UserError(
-                f"{refused}: {key} is not finite; give the variables of an earlier step"
+                f"{refused}: {key} is not finite; give variables from an earlier step"
             )
-    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION}
     if layout == "torch":
         table = torch_layout(model, arrays)
         arrays = {table[key].key: table[key].to_file(arrays[key]) for key in table}
@@ -167,22 +184,76 @@ def save_weights(
     return arrays
 
 
-def file_layout(
-    source: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> Layout:
-    """In which layout a file is, by its metadata and names.
+def load_named_model(
+    source: str | os.PathLike[str], name: str | None = None
+) -> tuple[NamedModel, WeightsLayout]:
+    """Loads a file's weights and the model that they belong to.
+
+    Args:
+      source: a file or a name that ``locate`` knows.
+      name: the model's name in the catalog; None means the one in the file's metadata
+        or in its torchvision name. The file sets the number of classes and channels.
+
+    Returns:
+      The model with its variables, and the file's layout.
 
     Raises:
-      UserError: it holds nothing, or is of a later version of our format.
+      UserError: the file does not name its model, or a fault of ``load_weights``.
+    """
+    text = os.fspath(source)
+    arrays, metadata = read_arrays(locate(source))
+    layout = file_layout(text, arrays, metadata)
+    options: dict[str, Any] = {}
+    if name is None and "model" in metadata:
+        name, options = metadata["model"], _kept_options(text, metadata)
+    elif name is None and text.startswith(TORCHVISION_PREFIX):
+        name = text.removeprefix(TORCHVISION_PREFIX).partition(".")[0]
+    elif name is None:
+        fitting = list(fitting_models(without_counters(arrays, layout), layout))
+        hint = f"; its arrays fit {' or '.join(fitting[:3])}" if fitting else ""
+        raise UserError(
+            f"{source} does not name its model: give --model NAME, one of "
+            f"resnet_jax.list_models(){hint}"
+        )
+    model = create_model(name, num_classes=shapes.classes(arrays), **options)
+    variables = variables_of(text, arrays, layout, model)
+    return NamedModel(name, options, model, variables), layout
+
+
+def _kept_options(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        options = json.loads(metadata.get("model_options", "{}"))
+        known = isinstance(options, dict) and all(
+            isinstance(value, KEPT_OPTIONS.get(name, ()))
+            for name, value in options.items()
+        )
+    except ValueError:
+        known = False
+    if not known:
+        raise UserError(
+            f"{source} names unknown options of its model; give --model NAME to ignore "
+            "them, or convert it with the resnet_jax that wrote it"
+        )
+    return options
+
+
+def file_layout(
+    source: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> WeightsLayout:
+    """The layout of a file, from its metadata and the names of its arrays.
+
+    Raises:
+      UserError: it holds no arrays, or a later version of our format.
     """
     if not arrays:
-        raise UserError(f"{source} holds no arrays; give a file of a net's weights")
-    if metadata.get("format") == FORMAT:
+        raise UserError(f"{source} holds no arrays; give a file of weights")
+    if metadata.get("format") == _FORMAT:
         version = metadata.get("format_version")
-        if version != FORMAT_VERSION:
+        if version != _FORMAT_VERSION:
             raise UserError(
-                f"{source} is of version {version} of the format {FORMAT}, and version "
-                f"{FORMAT_VERSION} is read; load it with the resnet_jax that wrote it"
+                f"{source} has version {version} of the format {_FORMAT}, but only "
+                f"version {_FORMAT_VERSION} is known; load it with the resnet_jax that "
+                "wrote it"
             )
         return "flax"
     return "flax" if all("/" in name for name in arrays) else "torch"
@@ -191,14 +262,14 @@ def file_layout(
 def variables_of(
     source: str,
     arrays: Mapping[str, np.ndarray],
-    layout: Layout,
+    layout: WeightsLayout,
     model: nn.Module,
     *,
     new_head: bool = False,
     rng: jax.Array | None = None,
     example: Any = None,
 ) -> dict[str, Any]:
-    """``load_weights`` from arrays that have been read; ``source`` names their file."""
+    """``load_weights`` from a file's arrays; ``source`` names the file in errors."""
     arrays = without_counters(arrays, layout)
     channels = shapes.input_channels(arrays)
     expected = shapes.abstract_arrays(model, channels, example)
@@ -208,14 +279,18 @@ def variables_of(
         is_head = [name for name in table if name.startswith("params/head/")]
         if not is_head:
             raise UserError(
-                f"new_head: this {type(model).__name__} has no classifier; leave "
-                "new_head out"
+                f"this {type(model).__name__} has no classifier; leave new_head out"
             )
         table = {name: table[name] for name in table if name not in is_head}
     if new_head or getattr(model, "num_classes", 0) is None:
         left_out = _classifier(layout, model, new_head)
         kept = {key: arrays[key] for key in arrays if not key.startswith(left_out)}
-    _refuse_difference(source, layout, model, table, kept, arrays)
+    in_file = _by_key(table)
+    if difference := shapes.differences(in_file, kept):
+        raise UserError(
+            f"{source} does not match the {type(model).__name__}: {difference}; "
+            + _advice(layout, model, in_file, kept, arrays)
+        )
     loaded: dict[str, Any] = {}
     for name, stored in table.items():
         dtype = expected[name].dtype
@@ -229,19 +304,19 @@ def variables_of(
 
 
 def without_counters(
-    arrays: Mapping[str, np.ndarray], layout: Layout
+    arrays: Mapping[str, np.ndarray], layout: WeightsLayout
 ) -> dict[str, np.ndarray]:
-    """A file's arrays but for torch's counters of batches."""
+    """A file's arrays without torch's counters of batches."""
     if layout == "flax":
         return dict(arrays)
     return {key: a for key, a in arrays.items() if key.split(".")[-1] != COUNTER}
 
 
-def fitting_models(arrays: Mapping[str, Any], layout: Layout) -> Iterator[str]:
-    """The names of nets that have a file's arrays, all of them and no others.
+def fitting_models(arrays: Mapping[str, Any], layout: WeightsLayout) -> Iterator[str]:
+    """Names of the models whose arrays are exactly those of a file.
 
     Args:
-      arrays: of a file with a classifier, without the counters; anything with a shape.
+      arrays: of a file with a classifier, without counters; anything with a shape.
       layout: of the file.
     """
     classes = shapes.classes(arrays)
@@ -259,9 +334,10 @@ def fitting_models(arrays: Mapping[str, Any], layout: Layout) -> Iterator[str]:
 
 
 def _candidates(arrays: Mapping[str, Any]) -> Iterator[str]:
-    """The few names of nets that a file may be of: what arrays they have, takes time.
+    """A few models that may fit a file; comparing every model would take long.
 
-    Those of the catalog with as many parameters, and the CIFAR nets of the depth.
+    Models of the catalog with the same number of parameters, and CIFAR nets of the
+    same depth.
     """
     for name, entry in CATALOG.items():
         count = shapes.count_parameters_for(arrays, entry.num_classes)
@@ -284,25 +360,24 @@ def _candidates(arrays: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(
-    source: str, layout: Layout, model: nn.Module, arrays: Mapping[str, Any]
+    source: str, layout: WeightsLayout, model: nn.Module, arrays: Mapping[str, Any]
 ) -> dict[str, StoredArray]:
-    """How a layout stores a net's arrays, by their flat names."""
+    """How a layout stores a model's arrays, by flat name."""
     if layout == "torch":
         try:
             return torch_layout(model, arrays)
         except UserError as error:
-            raise UserError(f"{source} is in torch's layout: {error}") from error
-    return {name: _as_it_is(name, tuple(array.shape)) for name, array in arrays.items()}
+            raise UserError(f"{source} has torch's layout: {error}") from error
+    return {
+        name: StoredArray.unchanged(name, tuple(array.shape))
+        for name, array in arrays.items()
+    }
 
 
-def _as_it_is(name: str, shape: tuple[int, ...]) -> StoredArray:
-    return StoredArray(name, shape, shape, shape, tuple(range(len(shape))))
+def _classifier(layout: WeightsLayout, model: Any, head_alone: bool) -> tuple[str, ...]:
+    """Prefixes of the names of a file's classifier.
 
-
-def _classifier(layout: Layout, model: Any, head_alone: bool) -> tuple[str, ...]:
-    """How the names of a file's classifier begin.
-
-    A VGG net without classes has none of its dense layers.
+    A VGG net without classes has no dense layers at all.
     """
     parts = ["head"]
     if isinstance(model, VGG) and not head_alone:
@@ -316,27 +391,8 @@ def _by_key(table: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
     return {stored.key: stored for stored in table.values()}
 
 
-def _refuse_difference(
-    source: str,
-    layout: Layout,
-    model: nn.Module,
-    table: Mapping[str, StoredArray],
-    arrays: Mapping[str, np.ndarray],
-    whole_file: Mapping[str, np.ndarray],
-) -> None:
-    """Raises UserError where the file has not the net's arrays, and says what it is."""
-    expected = _by_key(table)
-    difference = shapes.differences(expected, arrays)
-    if not difference:
-        return
-    raise UserError(
-        f"{source} does not fit the {type(model).__name__}: {difference}; "
-        + _advice(layout, model, expected, arrays, whole_file)
-    )
-
-
 def _advice(
-    layout: Layout,
+    layout: WeightsLayout,
     model: nn.Module,
     expected: Mapping[str, StoredArray],
     arrays: Mapping[str, np.ndarray],
@@ -347,40 +403,40 @@ def _advice(
         of_file, of_net = shapes.classes(arrays), shapes.classes(expected)
         if of_file is None:
             return (
-                "it has no classifier: create the model with num_classes=None, or give "
+                "it has no classifier: create the model with num_classes=None, or pass "
                 "new_head=True for a fresh one"
             )
         if of_net is not None and of_net != of_file:
             return (
-                f"it is of {of_file} classes: create the model with num_classes="
-                f"{of_file}, or give new_head=True for a fresh classifier"
+                f"it has {of_file} classes: create the model with num_classes="
+                f"{of_file}, or pass new_head=True for a fresh classifier"
             )
     names = list(fitting_models(whole_file, layout))
     if names:
         return (
-            f"is it a {' or '.join(names[:3])}? create the model that the file is of, "
-            "or give another file"
+            f"is it a {' or '.join(names[:3])}? create the model that the file belongs "
+            "to, or give another file"
         )
-    return "give a file of this net, or create the model that the file is of"
+    return "give a file of this model, or create the model that the file belongs to"
 
 
 def _checked(
     source: str, key: str, array: np.ndarray, dtype: np.dtype[Any]
 ) -> np.ndarray:
-    """An array of a file in the net's dtype, all of it finite."""
+    """A file's array in the model's dtype; every number is finite."""
     is_float = jnp.issubdtype(dtype, jnp.floating)
     if array.dtype != dtype and not (
         is_float and jnp.issubdtype(array.dtype, jnp.floating)
     ):
         raise UserError(
-            f"{source} holds {shapes.shown(key)} as {array.dtype}, and the net has it "
-            f"as {dtype}; convert the file's arrays to {dtype}"
+            f"{source} holds {printable(key)} as {array.dtype}, but the model needs "
+            f"{dtype}; convert the array"
         )
     with np.errstate(over="ignore"):
         array = array.astype(dtype, copy=False)
     if not np.isfinite(array).all():
         raise UserError(
-            f"{source} holds numbers in {shapes.shown(key)} that are not finite in "
-            f"{dtype}; give weights of before the training diverged, or a whole file"
+            f"{source} holds numbers in {printable(key)} that are not finite in "
+            f"{dtype}; give weights from before the training diverged"
         )
     return array

@@ -1,8 +1,8 @@
-"""The names and axes under which torchvision and timm store the nets.
+"""The names and axes with which torchvision and timm store models.
 
-``torch_layout`` is one table for both directions: for each array of a net, the key in
-torch's state dict and the permutation of axes. Kernels (height, width, in, out) are
-(out, in, height, width) there, and the dense layers' (in, out) are (out, in).
+``torch_layout`` is one table for both directions: for each array of a model, its key in
+torch's state dict and the permutation of its axes. Kernels (height, width, in, out) are
+(out, in, height, width) in torch; those of dense layers, (in, out), are (out, in).
 """
 
 import dataclasses
@@ -22,19 +22,19 @@ from resnet_jax.models.stages import Stage
 from resnet_jax.models.vgg import POOLED_SIZE, VGG
 
 COUNTER = "num_batches_tracked"
-"""The last part of the keys of torch's batch counters, for which we have no use."""
+"""Last part of the keys of torch's batch counters, which we do not need."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredArray:
-    """How an array of a net is stored in a file.
+    """How a file stores an array of a model.
 
     Attributes:
-      key: its name in the file.
+      key: name in the file.
       shape: of the stored array.
-      net_shape: of the net's array.
-      split: ``net_shape`` with those axes split that are stored apart.
-      axes: of ``split``, in the order in which they are stored.
+      net_shape: of the model's array.
+      split: ``net_shape`` with an axis split in several, if they move separately.
+      axes: axes of ``split`` in the order of the file.
     """
 
     key: str
@@ -43,34 +43,38 @@ class StoredArray:
     split: tuple[int, ...]
     axes: tuple[int, ...]
 
+    @classmethod
+    def unchanged(cls, key: str, shape: tuple[int, ...]) -> "StoredArray":
+        """An array that the file stores as the model has it."""
+        return cls(key, shape, shape, shape, tuple(range(len(shape))))
+
     def to_file(self, array: np.ndarray) -> np.ndarray:
-        """The net's array as it is stored, C-contiguous."""
+        """The model's array in the file's form, C-contiguous."""
         moved = array.reshape(self.split).transpose(self.axes)
         return np.asarray(moved.reshape(self.shape), order="C")
 
     def from_file(self, array: np.ndarray) -> np.ndarray:
-        """The stored array as the net has it, C-contiguous."""
+        """The file's array in the model's form, C-contiguous."""
         split = array.reshape([self.split[axis] for axis in self.axes])
         back = sorted(range(len(self.axes)), key=self.axes.__getitem__)
         return np.asarray(split.transpose(back).reshape(self.net_shape), order="C")
 
 
 def torch_layout(model: nn.Module, arrays: Mapping[str, Any]) -> dict[str, StoredArray]:
-    """How torch stores a net's arrays.
+    """How torch stores a model's arrays.
 
-    torch's running variance averages the unbiased one, as our BatchNorm does: it is
-    the same number in both layouts.
+    Running variances are equal in both layouts: torch averages the unbiased variance,
+    as our BatchNorm does.
 
     Args:
-      model: a net with torch's order of layers.
-      arrays: all of its arrays by flat names, or their shapes.
+      model: one with torch's order of layers.
+      arrays: all of its arrays, or their shapes, by flat name.
 
     Returns:
-      By the flat names of ``arrays``; no two have the same key. The counters
-      (``counters``) are not among them.
+      By the flat names of ``arrays``, without ``counters``. Keys are unique.
 
     Raises:
-      UserError: torchvision and timm have no such net.
+      UserError: torchvision and timm have no such model.
     """
     _refuse_foreign(model)
     return {
@@ -79,9 +83,9 @@ def torch_layout(model: nn.Module, arrays: Mapping[str, Any]) -> dict[str, Store
 
 
 def torch_module(model: nn.Module, path: str) -> str | None:
-    """The name of a layer in torch: "layer1.0.conv2" for "stage1/block1/conv2".
+    """A layer's name in torch: "layer1.0.conv2" for "stage1/block1/conv2".
 
-    None where torchvision and timm have no such layer.
+    None if torchvision and timm have no such layer.
     """
     if isinstance(model, VGG):
         return _vgg_modules(model).get(path)
@@ -89,9 +93,9 @@ def torch_module(model: nn.Module, path: str) -> str | None:
 
 
 def counters(layout: Mapping[str, StoredArray]) -> dict[str, np.ndarray]:
-    """The counters of the batches that torch's normalisations have seen: all are 0.
+    """Counters, all 0, of the batches that torch's normalisations have seen.
 
-    They matter only where ``momentum=None``, but ``load_state_dict`` asks for them.
+    Only ``momentum=None`` uses them, but ``load_state_dict`` requires them.
     """
     norms = [
         array.key.removesuffix("running_mean")
@@ -109,7 +113,7 @@ _LEAVES = {
     ("batch_stats", "var"): "running_var",
 }
 
-# DeepStem is a Sequential of convolutions, normalisations and ReLUs in torch, but for
+# In torch, DeepStem is a Sequential of convolutions, normalisations and ReLUs, without
 # its last normalisation.
 _STEM_AND_HEAD = {
     "stem/conv": "conv1",
@@ -131,18 +135,18 @@ def _stored(model: nn.Module, name: str, shape: tuple[int, ...]) -> StoredArray:
     module, last = torch_module(model, path), _LEAVES.get((collection, leaf))
     if module is None or last is None:
         raise UserError(
-            f"torchvision and timm have no {name} in their nets, so that there is no "
-            "torch layout of it; use the flax layout"
+            f"torchvision and timm have no array like {name}, so there is no torch "
+            "layout for it; use the flax layout"
         )
     key = f"{module}.{last}"
     if leaf != "kernel":
-        return StoredArray(key, shape, shape, shape, tuple(range(len(shape))))
+        return StoredArray.unchanged(key, shape)
     if len(shape) == 4:
         height, width, ins, outs = shape
         return StoredArray(key, (outs, ins, height, width), shape, shape, (3, 2, 0, 1))
     ins, outs = shape
     if path == "fc1":
-        # Its input is the flattened pooled map, in torch with the channels first.
+        # Its input is the flattened pooled map, with channels first in torch.
         split = (POOLED_SIZE, POOLED_SIZE, ins // POOLED_SIZE**2, outs)
         return StoredArray(key, (outs, ins), shape, split, (3, 2, 0, 1))
     # The dense layers of squeeze-and-excitation are 1x1 convolutions in timm.
@@ -151,7 +155,7 @@ def _stored(model: nn.Module, name: str, shape: tuple[int, ...]) -> StoredArray:
 
 
 def _refuse_foreign(model: nn.Module) -> None:
-    """Raises UserError for a net whose layers torchvision and timm order otherwise."""
+    """Raises UserError for a model that torchvision and timm cannot express."""
     odd = []
     if type(model) is ResNet:
         known = {
@@ -173,8 +177,8 @@ def _refuse_foreign(model: nn.Module) -> None:
         odd.append(f"like {type(model).__name__}")
     if odd:
         raise UserError(
-            f"torchvision and timm have no net {' and '.join(odd)}, so that there is "
-            "no torch layout of it; use the flax layout"
+            f"torchvision and timm have no net {' and '.join(odd)}, so there is no "
+            "torch layout for it; use the flax layout"
         )
 
 
@@ -187,7 +191,7 @@ def _resnet_module(model: ResNet, path: str) -> str | None:
 
 
 def _block_module(model: ResNet, path: str) -> str | None:
-    # The Sequential of a pooled shortcut begins with the pooling.
+    # In torch, the Sequential of a pooled shortcut begins with the pooling.
     first = 1 if getattr(model.shortcut, "pooled", False) else 0
     if path == "shortcut_conv":
         return f"downsample.{first}"
@@ -199,7 +203,7 @@ def _block_module(model: ResNet, path: str) -> str | None:
 
 
 def _vgg_modules(model: VGG) -> dict[str, str]:
-    """The names in torch by ours: numbers, which ReLUs and poolings have too."""
+    """Torch's names by ours. torch numbers the layers, ReLUs and poolings included."""
     names = {"fc1": "classifier.0", "fc2": "classifier.3", "head": "classifier.6"}
     number = 0
     for stage, size in enumerate(model.stage_convs, start=1):

@@ -80,7 +80,7 @@ def workdir(tmp_path_factory):
     setup = parts(config, 2)
     folder = Workdir(root / "run")
     folder.create()
-    folder.write_config(setup.config, setup.derived, "resnet-jax train")
+    folder.write_config(setup.config, setup.learner.derived, "resnet-jax train")
     rng = np.random.default_rng(0)
 
     def draw(leaf):
@@ -162,7 +162,7 @@ def test_torchvisions_names_say_which_net_it_is(tmp_path, monkeypatch):
     model = create_model("resnet18", num_classes=3)
     file, target = tmp_path / "file.safetensors", tmp_path / "out.safetensors"
     written = save_weights(file, random_variables(model), model, layout="torch")
-    monkeypatch.setattr("resnet_jax.weights.convert.locate", lambda name: file)
+    monkeypatch.setattr("resnet_jax.weights.load_save.locate", lambda name: file)
     run("torchvision:resnet18.IMAGENET1K_V1", target)
     arrays, metadata = read_arrays(target)
     assert metadata["model"] == "resnet18"
@@ -171,7 +171,7 @@ def test_torchvisions_names_say_which_net_it_is(tmp_path, monkeypatch):
 
 def test_a_workdir(workdir, tmp_path, monkeypatch, capsys):
     # Its data may be elsewhere by now.
-    for module in ("data.dataset", "training.setup"):
+    for module in ("evaluation.saved_run", "data.dataset"):
         monkeypatch.delattr(f"resnet_jax.{module}.open_dataset")
     folder, expected = workdir
     target, torch_target = tmp_path / "out.safetensors", tmp_path / "torch.safetensors"
@@ -195,7 +195,7 @@ def test_a_workdir(workdir, tmp_path, monkeypatch, capsys):
 def test_workdirs_without_a_whole_checkpoint(workdir, tmp_path):
     folder, _ = workdir
     target = tmp_path / "out.safetensors"
-    assert "says itself that its net is cifar_resnet8" in refusal(
+    assert "holds a cifar_resnet8; leave --model out" in refusal(
         folder, target, "--model", NAME
     )
     copy = tmp_path / "copy"
@@ -207,7 +207,7 @@ def test_workdirs_without_a_whole_checkpoint(workdir, tmp_path):
     shutil.rmtree(copy / "checkpoints")
     assert "no checkpoint yet" in refusal(copy, target)
     (copy / "config.json").unlink()
-    assert "is a folder and no run" in refusal(copy, target)
+    assert "holds no run" in refusal(copy, target)
     assert not target.exists()
 
 
@@ -216,14 +216,14 @@ def test_the_name_of_the_net_is_needed_where_the_file_has_none(tmp_path):
     source = tmp_path / "in.safetensors"
     save_weights(source, random_variables(model), model, layout="torch")
     sentence = refusal(source, tmp_path / "out.safetensors")
-    assert f"{source} does not say which net it is of: give --model" in sentence
+    assert f"{source} does not name its model: give --model" in sentence
     assert sentence.endswith("its arrays fit cifar_resnet20 or cifar_plain20")
 
 
 def test_a_file_of_another_net(files, tmp_path):
     target = tmp_path / "out.safetensors"
     sentence = refusal(files / "torch.safetensors", target, "--model", "cifar_resnet14")
-    assert "does not fit the ResNet: it lacks layer1.1.bn1.bias" in sentence
+    assert "does not match the ResNet: it lacks layer1.1.bn1.bias" in sentence
     assert "unknown model" in refusal(
         files / "torch.safetensors", target, "--model", "resnet19"
     )
@@ -244,7 +244,7 @@ def test_what_is_there_already_is_kept(files, tmp_path):
     target.write_text("mine")
     source = files / "torch.safetensors"
     sentence = refusal(source, target, "--model", NAME)
-    assert sentence == f"{target} is there already; give another path, or --force"
+    assert sentence == f"{target} exists; give another path, or --force"
     assert target.read_text() == "mine"
     run(source, target, "--model", NAME, "--force")
     assert_same_arrays(target, files / "flax.safetensors")
@@ -271,7 +271,7 @@ def test_options_that_are_not_known(tmp_path, options):
     source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     metadata = {"model": NAME, "model_options": options}
     write_safetensors(source, {"fc.weight": np.ones((2, 2), np.float32)}, metadata)
-    assert "options of its net that are not known here" in refusal(source, target)
+    assert "names unknown options of its model" in refusal(source, target)
 
 
 def test_bfloat16_runs_are_written_in_float32(tmp_path):

@@ -70,7 +70,7 @@ def test_layouts_cover_every_place_once(batch_size, num_hosts, nbytes, sizes):
 
 
 def test_hosts_that_cannot_share_a_batch_are_refused():
-    with pytest.raises(UserError, match="batch of 10 does not divide over 4 hosts"):
+    with pytest.raises(UserError, match="batch of 10 is not divisible by 4 hosts"):
         Layout.of(10, 1, 0, 4)
 
 
@@ -164,7 +164,7 @@ def test_a_data_set_of_broken_images_stops_even_where_they_are_skipped(image_fol
     for file in (image_folder / "train").rglob("*.png"):
         file.write_bytes(b"broken")
     config = config_of(image_folder, data__on_error="skip")
-    with pytest.raises(UserError, match="so are 100 others in its place"):
+    with pytest.raises(UserError, match="so are 100 replacements"):
         batches_of(config, 1)
 
 

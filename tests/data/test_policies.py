@@ -511,7 +511,7 @@ def test_a_grey_image_is_filled_with_luma():
     ],
 )
 def test_other_images_are_refused(image):
-    with pytest.raises(UserError, match="one or three channels"):
+    with pytest.raises(UserError, match=r"expected uint8 \(h, w, 1 or 3\)"):
         policies.apply_policy(image, np.random.default_rng(0), TRIVIALAUGMENT)
 
 

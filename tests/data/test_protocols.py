@@ -177,5 +177,5 @@ def test_an_unknown_interpolation_is_refused():
 
 
 def test_other_images_are_refused():
-    with pytest.raises(UserError, match="one or three channels"):
+    with pytest.raises(UserError, match=r"expected uint8 \(h, w, 1 or 3\)"):
         protocols.full_image(np.zeros((8, 8, 4), np.uint8), 8)

@@ -205,7 +205,7 @@ def test_idx_files_gzipped_or_not(tmp_path):
     with pytest.raises(UserError, match=r"damaged or not an idx file"):
         sources(path=str(tmp_path))
     (tmp_path / "t10k-images-idx3-ubyte").unlink()
-    with pytest.raises(UserError, match=r"is missing beside the other idx files"):
+    with pytest.raises(UserError, match=r"is missing among the idx files"):
         sources(path=str(tmp_path))
 
 

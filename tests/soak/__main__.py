@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.training.environment import environment
+from resnet_jax.environment import environment
 from tests.soak import runs
 from tests.soak.runs import Failed, Skipped
 from tests.soak.scenarios import SCENARIOS, Soak

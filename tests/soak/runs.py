@@ -18,10 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_jax.config import resolve
-from resnet_jax.checkpoints import Checkpoints
-from resnet_jax.training.setup import prepare
 from resnet_jax.workdir import Workdir
+from tests.training.helpers import final_state
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.001
@@ -236,10 +234,7 @@ def last_state(workdir: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     config = Workdir(workdir).read_config()
     if config is None or not steps_of(workdir):
         raise Failed(f"{workdir.name} holds no checkpoint")
-    setup = prepare(resolve(config))
-    with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
-        step = checkpoints.steps()[-1]
-        state, content = checkpoints.restore(step, setup.abstract_state())
+    state, content = final_state(config, workdir)
     return {
         jax.tree_util.keystr(path): np.asarray(words(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)

@@ -15,11 +15,9 @@ from resnet_jax.weights.files import read_arrays, write_safetensors
 
 RNG = np.random.default_rng(0)
 DTYPES = [
-    *map(np.dtype, ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1")),
+    *map(np.dtype, ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u1")),
     np.dtype(bool),
     np.dtype(ml_dtypes.bfloat16),
-    np.dtype(ml_dtypes.float8_e4m3fn),
-    np.dtype(ml_dtypes.float8_e5m2),
 ]
 
 
@@ -60,7 +58,7 @@ def test_torch_reads_what_is_written_and_we_read_what_it_writes(tmp_path):
 
     path = tmp_path / "model.safetensors"
     values = torch.tensor([[0.0, 1.0], [-2.5, 4.0]])
-    names = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "bool"]
+    names = ["float32", "float16", "bfloat16", "bool"]
     tensors = {name: values.to(getattr(torch, name)) for name in names}
     save_file(tensors, path, {"format": "pt"})
     found, metadata = read_arrays(path)
@@ -193,10 +191,10 @@ def test_flipped_bits_give_a_sentence_or_arrays(tmp_path):
         (b"<!DOCTYPE html>\n<html><head><title>Sign in</title>", "is a web page"),
         (b"\xef\xbb\xbf \n<html>", "is a web page"),
         (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "is a web page"),
-        (b"Entry not found", "text that begins 'Entry not found'"),
-        (b'{"error": "Repository not found"}\n', 'text that begins \'{"error"'),
-        (("ä" * 5000).encode(), "is a file of text"),
-        (b"x" + ("ä" * 5000).encode(), "is a file of text"),
+        (b"Entry not found", "text file that begins 'Entry not found'"),
+        (b'{"error": "Repository not found"}\n', 'text file that begins \'{"error"'),
+        (("ä" * 5000).encode(), "is a text file"),
+        (b"x" + ("ä" * 5000).encode(), "is a text file"),
         (b"", "is empty"),
         (b" \n", "is not a file of weights"),
         (b"\x89HDF\r\n\x1a\n\0\0", "begins with the bytes 89 48 44 46"),
@@ -299,9 +297,9 @@ def test_where_nothing_can_be_written(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("dtype", [object, "U3", "complex128", ml_dtypes.int4])
+@pytest.mark.parametrize("dtype", [object, "U3", "complex128", ml_dtypes.int4, "u4"])
 def test_a_dtype_that_cannot_be_written_is_named(tmp_path, dtype):
     path = tmp_path / "model.safetensors"
-    with pytest.raises(UserError, match=r"no dtype .*, which head\.bias is of"):
+    with pytest.raises(UserError, match=r"head\.bias has the dtype .*, which is not"):
         write_safetensors(path, {"head.bias": np.zeros(2, dtype)})
     assert os.listdir(tmp_path) == []

@@ -1,9 +1,9 @@
 """Sources: random access to labelled images as they are stored.
 
-A source gives example i; a collection holds the sources of a data set and says what it
-is. Files at hand (what ``resnet-jax prepare`` wrote, a folder of class folders, CIFAR's
-binary files, MNIST's idx files) are found by their path; all else is a tfds data set by
-its name, read from ArrayRecord without TensorFlow. ``docs/data.md`` has the layouts.
+A source gives example i; a collection holds the sources and the description of a data
+set. ``data.path`` finds files on disk: a prepared data set, class folders, CIFAR's
+binary files or MNIST's idx files. ``data.name`` finds a tfds data set, which is read
+from ArrayRecord without TensorFlow. ``docs/data.md`` describes the layouts.
 """
 
 import os
@@ -21,6 +21,7 @@ from resnet_jax.data.sources.base import (
 )
 from resnet_jax.data.sources.folders import FolderCollection
 from resnet_jax.data.sources.imagenet import readable_names
+from resnet_jax.data.sources.records import RecordsCollection, read_manifest
 from resnet_jax.data.sources.splits import refuse_overlap, split_names
 from resnet_jax.errors import UserError
 from resnet_jax.storage import reached
@@ -42,10 +43,10 @@ def open_collection(data: DataConfig) -> Collection:
     """The data set that a config names.
 
     Raises:
-      UserError: the data are not there, in one sentence that says what to do.
+      UserError: the data are missing; says what to do.
     """
     if data.path is None:
-        # tfds is heavy: not for those who read files of their own.
+        # tfds is slow to import, and reading other files does not need it.
         from resnet_jax.data.sources.tfds import TfdsCollection
 
         return TfdsCollection(data.name, data.data_dir)
@@ -57,22 +58,18 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
 
     Args:
       path: a folder, or a gs:// URL of a prepared data set.
-      classes_of: the split whose class folders are the classes.
+      classes_of: the split whose class folders define the classes.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: there is no data set, or it is damaged.
     """
-    # Here, for records.py needs Example.
-    from resnet_jax.data.records import read_manifest
-    from resnet_jax.data.sources.records import RecordsCollection
-
     root = epath.Path(os.path.expanduser(path))
     with reached(f"data.path {root}"):
         exists = root.exists()
     if not exists:
         raise UserError(
-            f"data.path {root} does not exist; give the folder that resnet-jax prepare "
-            "made, or that holds train/CLASS/IMAGE, CIFAR's .bin or MNIST's idx files"
+            f"data.path {root} does not exist; give a folder made by resnet-jax "
+            "prepare, or one with train/CLASS/IMAGE, CIFAR's .bin or MNIST's idx files"
         )
     if not root.is_dir():
         raise UserError(
@@ -84,13 +81,13 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
         return RecordsCollection(root, manifest)
     if "://" in os.fspath(root):
         raise UserError(
-            f"data.path {root} has no manifest.json; only what resnet-jax prepare made "
-            "can be read from there. Copy other files to a disk, or mount the bucket "
-            "(gcsfuse), and give that folder"
+            f"data.path {root} has no manifest.json; only data sets made by resnet-jax "
+            "prepare can be read from a store. Copy other files to a disk, or mount "
+            "the bucket (gcsfuse), and give that folder"
         )
     if (root / "progress.json").exists():
         raise UserError(
-            f"data.path {root} is not prepared to the end; give the same resnet-jax "
+            f"data.path {root} is only partly prepared; run the same resnet-jax "
             "prepare command again"
         )
     for reader in (open_cifar, open_idx):
@@ -103,9 +100,11 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
 def open_sources(
     data: DataConfig, collection: Collection | None = None
 ) -> tuple[Source, Source, Source | None]:
-    """The sources to train on, to test on and to choose by, where there is a split.
+    """The training source, the test source and, if configured, the held-out source.
 
-    ``collection`` stands in for the data set that the config names.
+    Args:
+      data: names the data set and its splits.
+      collection: replaces the data set that ``data`` names.
 
     Raises:
       UserError: data are missing, or two of the splits share examples.

@@ -1,4 +1,4 @@
-"""Small data sets in files of raw pixels: CIFAR's binary version, and idx files."""
+"""Small data sets of raw pixels: CIFAR's binary version and idx files."""
 
 import gzip
 import struct
@@ -14,7 +14,7 @@ from resnet_jax.errors import UserError
 
 
 class ArraySource:
-    """Images that are already in memory, uint8 (n, h, w, c).
+    """Images in memory, uint8 (n, h, w, c).
 
     Attributes:
       class_names: in the order of the labels.
@@ -48,7 +48,7 @@ class ArraySource:
 
 
 class ArrayCollection(SplitCollection):
-    """Splits that are in memory, read from the files of ``folder``."""
+    """Splits in memory, read from the files of ``folder``."""
 
     def __init__(self, folder: Path, sources: Mapping[str, ArraySource]):
         self._sources = dict(sources)
@@ -79,7 +79,7 @@ _CIFAR_LAYOUTS = (
 
 
 def open_cifar(root: Path) -> ArrayCollection | None:
-    """CIFAR-10 or CIFAR-100 in the binary version, or None where ``root`` has neither.
+    """CIFAR-10 or CIFAR-100 in the binary version; None if ``root`` has neither.
 
     Raises:
       UserError: files are missing or damaged.
@@ -110,13 +110,13 @@ def open_cifar(root: Path) -> ArrayCollection | None:
 def _read_cifar(file: Path, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, 32, 32, 3) and labels; the last label byte is the fine class."""
     if not file.is_file():
-        raise UserError(f"{file} is missing beside the other CIFAR binary files")
+        raise UserError(f"{file} is missing among the CIFAR binary files")
     record = label_bytes + 32 * 32 * 3
     raw = np.fromfile(file, np.uint8)
     if not raw.size or raw.size % record:
         raise UserError(
-            f"{file} has {raw.size} bytes, not a multiple of {record}: it is damaged "
-            "or not a CIFAR binary file"
+            f"{file} has {raw.size} bytes, which is not a multiple of {record}: it is "
+            "damaged or not a CIFAR binary file"
         )
     rows = raw.reshape(-1, record)
     images = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -124,9 +124,9 @@ def _read_cifar(file: Path, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def open_idx(root: Path) -> ArrayCollection | None:
-    """MNIST, Fashion-MNIST and their like: the four idx files, gzipped or not.
+    """MNIST, Fashion-MNIST and others in four idx files, gzipped or not.
 
-    None where ``root`` has no such files.
+    None if ``root`` has no such files.
 
     Raises:
       UserError: files are missing or damaged.
@@ -143,9 +143,7 @@ def open_idx(root: Path) -> ArrayCollection | None:
             if file is None:
                 if not arrays:
                     return None
-                raise UserError(
-                    f"{candidates[0]} is missing beside the other idx files"
-                )
+                raise UserError(f"{candidates[0]} is missing among the idx files")
             arrays.append(_read_idx(file))
     train_images, train_labels, test_images, test_labels = arrays
     highest = max(int(train_labels.max()), int(test_labels.max()))

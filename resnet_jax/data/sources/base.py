@@ -1,15 +1,17 @@
-"""What a source and a collection of sources are."""
+"""The interfaces of a source and of a collection of sources."""
 
 import dataclasses
+import os
+import threading
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """An image as stored and its label.
+    """An image as stored, and its label.
 
     Attributes:
       image: an encoded file's bytes, or a uint8 array (h, w, c).
@@ -25,8 +27,8 @@ class Example:
 class Source(Protocol):
     """Labelled images by index.
 
-    Sources may be read from many threads at once. They pickle to little more than the
-    names of their files, so that they can be sent to worker processes.
+    Many threads may read a source at once. A source pickles to little more than the
+    names of its files, so that worker processes can receive it.
 
     Attributes:
       class_names: the classes' names in the order of the labels.
@@ -45,16 +47,15 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """All that is known of a data set before an image is read.
+    """A data set's facts, known before an image is read.
 
     Attributes:
-      name: for reports and error sentences.
+      name: for reports and errors.
       class_names: in the order of the labels.
       channels: 1 for grey images, 3 for colour.
-      num_examples: base splits to the numbers of their examples. It may count a split
-        only when that is asked for.
-      image_shape: (h, w, c), or None where images differ in size or are not known.
-      version: of the data set, where it has one.
+      num_examples: number of examples by base split; may count a split on demand.
+      image_shape: (h, w, c); None if sizes differ or are unknown.
+      version: of the data set, if it has one.
     """
 
     name: str
@@ -71,16 +72,12 @@ class Description:
 
 
 class Collection(Protocol):
-    """The splits of a data set.
-
-    Attributes:
-      description: labels, sizes, counts, class names and splits.
-    """
+    """The splits of a data set, and its description."""
 
     description: Description
 
     def source(self, split: str) -> Source:
-        """A split, or a part of it such as ``train[:90%]`` (see ``splits``).
+        """A split, or a part such as ``train[:90%]`` (see ``splits``).
 
         Raises:
           UserError: there is no such split or part, or it cannot be read.
@@ -102,14 +99,39 @@ class Subset:
         return self._source[int(self._indices[index])]
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """See ``take``."""
+        """See the function ``take``."""
         return take(self._source, self._indices[indices])
 
 
 def take(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Images uint8 (n, h, w, c) and labels (n,) at once, from a source in memory.
+    """Images uint8 (n, h, w, c) and labels (n,) of a source in memory.
 
-    None where the source has to decode them one by one.
+    None if the source decodes its images one by one.
     """
     at_once = getattr(source, "take", None)
     return None if at_once is None else at_once(indices)
+
+
+class FileReader:
+    """Reads parts of files from many threads; opens a file when first needed.
+
+    It can be pickled: the copy opens the files again.
+    """
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = list(paths)
+        self._lock, self._opened = threading.Lock(), dict[int, int]()
+
+    def read(self, number: int, start: int, size: int) -> bytes:
+        """Up to ``size`` bytes from ``start`` of file ``number``; may raise OSError."""
+        with self._lock:
+            if number not in self._opened:
+                self._opened[number] = os.open(self.paths[number], os.O_RDONLY)
+        return os.pread(self._opened[number], size, start)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileReader, (self.paths,)
+
+    def __del__(self) -> None:
+        for file in getattr(self, "_opened", {}).values():
+            os.close(file)

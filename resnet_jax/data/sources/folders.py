@@ -14,31 +14,21 @@ from resnet_jax.data.sources.label_lists import find_list, has_annotations
 from resnet_jax.data.sources.splits import SplitCollection
 from resnet_jax.errors import UserError
 
-IMAGE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".bmp",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-)
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
-_LISTING_THREADS = 8  # disks of a network answer late, and many at once
+_LISTING_THREADS = 8  # network disks are slow, but answer many requests at once
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name is that of an image; hidden files are none."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    """Whether a file name ends like an image's; hidden files do not count."""
+    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
 
 
 class Names:
-    """Many file names in one run of bytes.
+    """Many file names in one bytes object.
 
-    Measured: the 1,281,167 paths of ImageNet's training images take 48 MB so, and
-    105 MB at the most while they are listed; 390 MB as Path objects in a list.
+    The 1,281,167 names of ImageNet's training images take 48 MB; as Path objects in a
+    list they take 390 MB.
     """
 
     def __init__(self, names: Iterable[str]):
@@ -59,17 +49,17 @@ class Names:
         return os.fsdecode(self._joined[start : int(self._ends[index])])
 
     def checksum(self) -> str:
-        """SHA-256 of the names in their order."""
+        """SHA-256 of the names in order."""
         return hashlib.sha256(self._ends.tobytes() + self._joined).hexdigest()
 
 
 class FolderSource:
-    """The images of a folder, listed.
+    """The images of a folder.
 
     Attributes:
       class_names: in the order of the labels.
       channels: 3; grey images are read as colour.
-      names: of the files, from the folder on.
+      names: of the files, relative to the folder.
       labels: int32 (n,).
     """
 
@@ -98,15 +88,14 @@ class FolderSource:
 
 
 class FolderCollection(SplitCollection):
-    """``root/SPLIT/CLASS/IMAGE``, and splits with a list of labels instead of classes.
+    """``root/SPLIT/CLASS/IMAGE``, and splits with a list of labels.
 
-    Classes are in the order of their names and images in that of theirs, whatever
-    folders lie between, as torchvision's ImageFolder has them. Splits are listed when
-    they are first asked for.
+    Classes are sorted by name, and so are the images of a class, at any depth, as in
+    torchvision's ImageFolder. A split is listed when first needed.
     """
 
     def __init__(self, root: Path, classes_of: str = "train"):
-        """Finds the splits of ``root`` and the classes of the split ``classes_of``.
+        """Finds the splits of ``root``, and the classes in the split ``classes_of``.
 
         Raises:
           UserError: ``root`` has no folders.
@@ -127,7 +116,7 @@ class FolderCollection(SplitCollection):
         for split in (classes_of, *splits):
             if split in splits and (found := subfolders(self._root / split)):
                 return found
-        # The validation images alone: their list says what the classes are.
+        # The validation images alone: their list has ImageNet's classes.
         return imagenet.class_ids()
 
     def _open(self, split: str) -> FolderSource:
@@ -151,19 +140,18 @@ class FolderCollection(SplitCollection):
         if unknown:
             raise UserError(
                 f"{folder} has the class {unknown[0]}, which the training split lacks; "
-                "a net cannot tell it"
+                "remove it"
             )
         counts: list[int] = []
         names = Names(_names_below(folder, found, counts))
         if not len(names):
             raise UserError(
-                f"the class folders of {folder} hold no images "
-                f"({', '.join(IMAGE_SUFFIXES)})"
+                f"the class folders of {folder} hold no images ({', '.join(_SUFFIXES)})"
             )
         if 0 in counts:
             raise UserError(
                 f"class folder {folder / found[counts.index(0)]} holds no images "
-                f"({', '.join(IMAGE_SUFFIXES)}); add them or remove it"
+                f"({', '.join(_SUFFIXES)}); add them or remove it"
             )
         labels = np.array([label_of[name] for name in found], np.int32)
         return names, np.repeat(labels, counts)
@@ -182,7 +170,7 @@ class FolderCollection(SplitCollection):
 
 
 class Counts(Mapping[str, int]):
-    """Numbers of examples, counted when they are asked for."""
+    """Numbers of examples by split, counted on demand."""
 
     def __init__(self, splits: Sequence[str], count: Callable[[str], int]):
         self._splits, self._count = splits, count
@@ -203,7 +191,7 @@ class Counts(Mapping[str, int]):
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted; hidden ones are left out.
+    """Names of the folders in a folder, sorted, without hidden ones.
 
     Raises:
       UserError: it cannot be read.
@@ -220,9 +208,9 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def _names_below(folder: Path, classes: list[str], counts: list[int]) -> Iterator[str]:
-    """Names of the images of all classes; how many a class has goes to ``counts``."""
+    """Names of the images of all classes; appends each class's number to ``counts``."""
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        # A few at a time: names as Python's strings take three times the memory.
+        # A few classes at a time, since Python strings take three times the memory.
         for start in range(0, len(classes), 4 * _LISTING_THREADS):
             some = classes[start : start + 4 * _LISTING_THREADS]
             listed = pool.map(lambda name: _images_below(folder / name), some)
@@ -232,7 +220,7 @@ def _names_below(folder: Path, classes: list[str], counts: list[int]) -> Iterato
 
 
 def _images_below(folder: Path) -> list[str]:
-    """Images at any depth, sorted by folder and then by name, from ``folder`` on."""
+    """Images at any depth, relative to ``folder``, sorted by folder and then name."""
     found: dict[str, list[str]] = {}
     waiting = [""]
     while waiting:
@@ -249,7 +237,7 @@ def _images_below(folder: Path) -> list[str]:
             raise UserError(
                 f"folder {folder / inner} cannot be read: {error.strerror}"
             ) from error
-    # "a-b" comes before "a/b": sorted without the slash at the end, as torchvision.
+    # Without the final slash, "a-b" comes before "a/b", as in torchvision.
     return [
         inner + name
         for inner in sorted(found, key=lambda inner: inner.rstrip("/"))

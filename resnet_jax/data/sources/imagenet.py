@@ -1,8 +1,8 @@
 """ImageNet's thousand classes and the labels of its validation images.
 
-The classes are WordNet synsets. Their order, of the labels 0 to 999, is that of their
-identifiers (wnids), as in torchvision, tensorflow_datasets and most released weights;
-the numbers of the challenge's own development kit are others.
+The classes are WordNet synsets. Labels 0 to 999 follow the order of their identifiers
+(wnids), as in torchvision, tensorflow_datasets and most released weights. The
+challenge's development kit numbers them differently.
 """
 
 import functools
@@ -20,7 +20,7 @@ VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"
 
 @functools.cache
 def _table() -> dict[str, tuple[str, ...]]:
-    """Identifiers to names, in the order of the labels."""
+    """Names by identifier, in the order of the labels."""
     file = importlib.resources.files("resnet_jax.data") / "imagenet_classes.txt"
     lines = file.read_text("utf-8").splitlines()
     rows = (line.split("\t") for line in lines)
@@ -33,10 +33,10 @@ def class_ids() -> tuple[str, ...]:
 
 
 def readable_names(class_names: Sequence[str]) -> tuple[str, ...]:
-    """Names for people, such as "golden retriever" for n02099601.
+    """Readable names, such as "golden retriever" for n02099601.
 
-    A class that is none of ImageNet's keeps its name. Names are the first of WordNet's;
-    where two classes share it, all of them.
+    WordNet's first name, or all of them if two classes share the first. A class that
+    is not in ImageNet keeps its name.
     """
     table = _table()
     first = Counter(names[0] for names in table.values())
@@ -51,12 +51,12 @@ def readable_names(class_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def validation_list() -> Path:
-    """The list that tensorflow_datasets carries: line i is the class of image i.
+    """The list in tensorflow_datasets: line i is the class of image i.
 
     Raises:
-      UserError: this version of tensorflow_datasets has it elsewhere.
+      UserError: this version of tensorflow_datasets has no such list.
     """
-    # Found without importing tensorflow_datasets, which takes a second.
+    # Importing tensorflow_datasets would take a second.
     spec = importlib.util.find_spec("tensorflow_datasets")
     if spec is not None and spec.submodule_search_locations:
         for folder in spec.submodule_search_locations:
@@ -64,6 +64,6 @@ def validation_list() -> Path:
             if file.is_file():
                 return file
     raise UserError(
-        "tensorflow_datasets has no list of ImageNet's validation labels here; put one "
-        "beside the images, as docs/data.md says"
+        "tensorflow_datasets has no list of ImageNet's validation labels; put one "
+        "beside the images (see docs/data.md)"
     )

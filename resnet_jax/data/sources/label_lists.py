@@ -1,4 +1,4 @@
-"""Lists of labels for images that lie in one folder: ImageNet's validation set."""
+"""Lists of labels for images in a single folder, such as ImageNet's validation set."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from resnet_jax.errors import UserError
 
 _KAGGLE = "LOC_{split}_solution.csv"
 _TINY_IMAGENET = "{split}/{split}_annotations.txt"
-_KAGGLE_DEPTH = 3  # the list lies so far above ILSVRC/Data/CLS-LOC/val
+_KAGGLE_DEPTH = 3  # folders from ILSVRC/Data/CLS-LOC/val up to the list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,8 @@ class LabelList:
     """A list of files and labels.
 
     Attributes:
-      path: its file, for error sentences.
-      entries: (number of the line, file, label), the label an identifier or a number.
+      path: the list's file, for errors.
+      entries: (line number, file, label); a label is a class name or a number.
     """
 
     path: Path
@@ -34,14 +34,14 @@ class LabelList:
         Args:
           files: names without folders.
           class_names: in the order of the labels.
-          where: the files' folder or archive, for error sentences.
+          where: the files' folder or archive, for errors.
 
         Raises:
-          UserError: list and files do not match, or a label is none of the classes.
+          UserError: list and files do not match, or a label is not a class.
         """
         label_of = {name: label for label, name in enumerate(class_names)}
         place_of = {name: place for place, name in enumerate(files)}
-        # Kaggle's list names images without the ends of their files' names.
+        # Kaggle's list names images without a suffix.
         place_of |= {PurePosixPath(name).stem: p for p, name in enumerate(files)}
         labels = np.full(len(files), -1, np.int32)
         line_of: dict[int, int] = {}
@@ -51,7 +51,7 @@ class LabelList:
                 raise UserError(
                     f"{self.path}, line {line} names {file}, which {where} lacks: it "
                     f"holds {len(files)} images, and the list names "
-                    f"{len(self.entries)}; complete either"
+                    f"{len(self.entries)}; complete one of them"
                 )
             if place in line_of:
                 raise UserError(
@@ -80,20 +80,20 @@ class LabelList:
 
 
 def has_annotations(root: Path, split: str) -> bool:
-    """Whether Tiny-ImageNet's list stands in a split's folder: it has no classes."""
+    """Whether a split's folder has Tiny-ImageNet's list, and so no class folders."""
     return (root / _TINY_IMAGENET.format(split=split)).is_file()
 
 
 def find_list(root: Path, split: str, files: Sequence[str], where: str) -> LabelList:
-    """The list for the images of a split that lie in one folder or archive.
+    """Finds the list for images of a split in one folder or archive.
 
-    ``root/SPLIT.txt`` with lines ``FILE LABEL``; or Tiny-ImageNet's
-    ``val_annotations.txt`` in the folder; or Kaggle's ``LOC_val_solution.csv`` beside
-    it or where Kaggle's archive has it; or, for ImageNet's validation images, the list
-    of tensorflow_datasets.
+    It is the first of ``root/SPLIT.txt`` with lines ``FILE LABEL``; Tiny-ImageNet's
+    ``val_annotations.txt`` in the folder; Kaggle's ``LOC_val_solution.csv`` beside the
+    folder or where Kaggle's archive has it; and, for ImageNet's validation images, the
+    list in tensorflow_datasets.
 
     Raises:
-      UserError: there is none, or a line of it cannot be read.
+      UserError: there is no list, or a line is malformed.
     """
     own = root / f"{split}.txt"
     if own.is_file():
@@ -161,6 +161,6 @@ def _read_kaggle(path: Path) -> LabelList:
             raise UserError(
                 f"{path}, line {number} is {line!r}; expected IMAGE,CLASS and its boxes"
             )
-        # The class stands before each of the boxes, always the same.
+        # The same class comes before each of the boxes.
         entries.append((number, file, boxes.split()[0]))
     return LabelList(path, entries)

@@ -1,10 +1,9 @@
 """Parts of splits: ``train[:90%]``, ``train[1000:2000]``, ``train[:10%]+test[-5%:]``.
 
-The expressions and their rounding are those of tensorflow_datasets: percentages may be
-fractions, negative bounds count from the end, and a percentage is rounded to the
-nearest example, a half to the even one. ``train[:90%]`` and ``train[90%:]`` thus share
-no example and leave none out. What tfds lets pass and is never meant is refused: parts
-that are empty or overlap, and bounds in two units.
+Expressions and rounding follow tensorflow_datasets: percentages may be fractions,
+negative bounds count from the end, and a percentage is rounded to the nearest example,
+halves to even. So ``train[:90%]`` and ``train[90%:]`` share no example and leave none
+out. Unlike tfds, empty or overlapping parts and bounds in two units are refused.
 """
 
 import bisect
@@ -40,7 +39,7 @@ class Part:
 
 
 def split_names(expression: str) -> list[str]:
-    """The base splits that an expression names, in its order, each once.
+    """The base splits in an expression, in its order, each once.
 
     Raises:
       UserError: the expression cannot be read.
@@ -49,11 +48,11 @@ def split_names(expression: str) -> list[str]:
 
 
 def parse(expression: str, description: Description) -> tuple[Part, ...]:
-    """The parts that an expression names, in its order.
+    """The parts in an expression, in its order.
 
     Raises:
-      UserError: it cannot be read, names a split that the data set has not, a part
-        without examples or beyond the end, or examples twice.
+      UserError: the expression cannot be read, or names an unknown split, a part that
+        is empty or beyond the end, or examples twice.
     """
     parts: list[Part] = []
     for match in _matches(expression):
@@ -117,7 +116,7 @@ def _position(bound: str, default: int, total: int, expression: str, split: str)
     if not bound:
         return default
     if bound.endswith("%"):
-        # Not a product with 0.01, which would round otherwise than tfds.
+        # A product with 0.01 would round differently from tfds.
         position = round(float(bound[:-1]) * total / 100.0)
     else:
         position = int(bound)
@@ -130,14 +129,11 @@ def _position(bound: str, default: int, total: int, expression: str, split: str)
 
 
 def refuse_overlap(description: Description, uses: Mapping[str, str]) -> None:
-    """Refuses examples that serve two ends.
+    """Raises UserError if two expressions share an example.
 
     Args:
       description: of the data set.
-      uses: what the examples are for, such as "data.train_split", to expressions.
-
-    Raises:
-      UserError: two of the expressions share an example.
+      uses: expressions by field, such as "data.train_split".
     """
     parsed = {use: parse(split, description) for use, split in uses.items()}
     for (first, ours), (second, others) in itertools.combinations(parsed.items(), 2):
@@ -155,7 +151,7 @@ class Parts:
     """Parts of sources, one after another."""
 
     def __init__(self, sources: Sequence[Source], parts: Sequence[Part]):
-        """``parts[i]`` of ``sources[i]``, all of the same data set."""
+        """``parts[i]`` is cut from ``sources[i]``; all have the same classes."""
         self._sources, self._parts = list(sources), list(parts)
         self._ends = list(itertools.accumulate(len(part) for part in parts))
         self.class_names = sources[0].class_names
@@ -173,11 +169,7 @@ class Parts:
 
 
 class SplitCollection:
-    """A collection that opens base splits by ``_open`` and cuts parts from them.
-
-    Attributes:
-      description: labels, sizes, counts, class names and splits.
-    """
+    """A ``Collection`` that opens base splits by ``_open`` and cuts parts from them."""
 
     description: Description
 

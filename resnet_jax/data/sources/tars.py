@@ -1,8 +1,9 @@
-"""ImageNet's archives as they are distributed, read where they lie.
+"""Read ImageNet's archives as distributed, without extracting them.
 
 ``ILSVRC2012_img_train.tar`` holds a tar of images for each class, and
 ``ILSVRC2012_img_val.tar`` the validation images. Tars are not compressed, so each image
-is a run of bytes in the outer file: they are indexed once and then read in any order.
+is a run of bytes in the outer file: one pass indexes them, and then they can be read in
+any order.
 """
 
 import array
@@ -10,7 +11,6 @@ import contextlib
 import os
 import re
 import tarfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from resnet_jax.data.sources import imagenet
-from resnet_jax.data.sources.base import Description, Example
+from resnet_jax.data.sources.base import Description, Example, FileReader
 from resnet_jax.data.sources.folders import Counts, Names, is_image_name
 from resnet_jax.data.sources.label_lists import find_list
 from resnet_jax.data.sources.splits import SplitCollection
@@ -26,7 +26,7 @@ from resnet_jax.errors import UserError
 
 _DISTRIBUTED = re.compile(r"ILSVRC2012_img_(train|val|test)(_v\d+)?")
 
-# A file in a tar: its name, and where its bytes start in the outer file, and how many.
+# A file in a tar: its name, its first byte in the outer file, and its size.
 _Member = tuple[str, int, int]
 
 
@@ -36,7 +36,7 @@ class TarSource:
     Attributes:
       class_names: in the order of the labels.
       channels: 3; grey images are read as colour.
-      names: of the images, those of the extracted folder.
+      names: of the images, as in the extracted folder.
       labels: int32 (n,).
     """
 
@@ -49,7 +49,7 @@ class TarSource:
         labels: Callable[[Names], np.ndarray],
         class_names: Sequence[str],
     ):
-        """Lists ``members``; ``labels`` gives theirs when all are known."""
+        """Indexes ``members``; ``labels`` gives the labels of all names."""
         starts, sizes = array.array("q"), array.array("q")
 
         def names() -> Iterator[str]:
@@ -63,7 +63,7 @@ class TarSource:
         self._starts, self._sizes = np.array(starts), np.array(sizes)
         self.labels = labels(self.names)
         self.class_names = class_names
-        self._lock, self._file = threading.Lock(), -1
+        self._file = FileReader([self._path])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,33 +72,16 @@ class TarSource:
         start, size = int(self._starts[index]), int(self._sizes[index])
         name = f"{self._path}/{self.names[index]}"
         try:
-            image = os.pread(self._opened(), size, start)
+            image = self._file.read(0, start, size)
         except OSError as error:
             raise UserError(f"image {name} cannot be read: {error.strerror}") from error
         if len(image) < size:
-            raise UserError(f"{self._path} has become shorter; image {name} is cut off")
+            raise UserError(f"{self._path} became shorter; image {name} is cut off")
         return Example(image, int(self.labels[index]), name)
-
-    def _opened(self) -> int:
-        with self._lock:
-            if self._file < 0:
-                self._file = os.open(self._path, os.O_RDONLY)
-            return self._file
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_lock": None, "_file": -1}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
-
-    def __del__(self) -> None:
-        if getattr(self, "_file", -1) >= 0:
-            os.close(self._file)
 
 
 def find_tars(path: Path) -> dict[str, Path]:
-    """Splits to the tars at ``path``: a tar, or a folder with ImageNet's tars."""
+    """Tars by split at ``path``, which is a tar or a folder with ImageNet's tars."""
     if path.is_dir():
         files = sorted(path.glob("*.tar"))
         found = {match[1]: file for file in files if (match := _match(file))}
@@ -112,12 +95,12 @@ def _match(path: Path) -> re.Match[str] | None:
 
 
 class TarCollection(SplitCollection):
-    """Splits in tars: a tar of tars, one for each class, or images with a list."""
+    """Splits in tars: a tar with a tar for each class, or images with a list."""
 
     def __init__(self, tars: Mapping[str, Path]):
-        """Takes splits to their tars; what is in them is listed when it is asked for.
+        """Opens tars by split; indexes the images of a split on demand.
 
-        The classes are those of the tar of tars; where there is none, ImageNet's.
+        A tar of tars defines the classes; without one they are ImageNet's.
         """
         self._tars = dict(tars)
         self._sources: dict[str, TarSource] = {}
@@ -135,7 +118,7 @@ class TarCollection(SplitCollection):
         if split not in self._sources:
             path, outer = self._tars[split], self._outer[split]
             read = self._by_class if _is_nested(outer) else self._by_list
-            with _told_of(path):
+            with _tar_errors(path):
                 self._sources[split] = read(path, split, outer)
         return self._sources[split]
 
@@ -151,7 +134,7 @@ class TarCollection(SplitCollection):
                     if name not in label_of:
                         raise UserError(
                             f"{path} has the class {name}, which the training split "
-                            "lacks; a net cannot tell it"
+                            "lacks; remove it"
                         )
                     labels.extend([label_of[name]] * len(images))
                     yield from (
@@ -166,8 +149,8 @@ class TarCollection(SplitCollection):
         class_names = self.description.class_names
         if not outer:
             raise UserError(
-                f"{path} holds no images and no tars of images; expected what "
-                "ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar holds"
+                f"{path} holds no images and no tars of images; expected the content "
+                "of ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar"
             )
 
         def labels(names: Names) -> np.ndarray:
@@ -187,8 +170,8 @@ def _class_of(tar: _Member) -> str:
 
 
 def _outer_members(path: Path) -> list[_Member]:
-    """Tars in a tar, or else images in it, sorted by name."""
-    with _told_of(path), open(path, "rb") as file:
+    """The tars in a tar, or else its images, sorted by name."""
+    with _tar_errors(path), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         found = sorted(_members(file, 0, size, str(path)))
     tars = [member for member in found if member[0].endswith(".tar")]
@@ -205,21 +188,21 @@ def _images(file: BinaryIO, tar: _Member, path: Path) -> list[_Member]:
 
 
 @contextlib.contextmanager
-def _told_of(path: Path) -> Iterator[None]:
-    """Tells the user what is wrong with a tar."""
+def _tar_errors(path: Path) -> Iterator[None]:
+    """Raises UserError for errors of reading a tar."""
     try:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except tarfile.TarError as error:
         raise UserError(
-            f"{path} is no tar, or it is damaged or compressed: {error}; give an "
+            f"{path} is not a tar, or it is damaged or compressed: {error}; give an "
             "uncompressed tar"
         ) from error
 
 
 def _members(file: BinaryIO, start: int, end: int, name: str) -> Iterator[_Member]:
-    """Files of the tar from ``start`` to ``end`` of a file, without their folders."""
+    """Files of the tar at ``start`` to ``end`` of a file, named without folders."""
     file.seek(start)
     tar = tarfile.TarFile(fileobj=file)
     while (member := tar.next()) is not None:
@@ -227,8 +210,8 @@ def _members(file: BinaryIO, start: int, end: int, name: str) -> Iterator[_Membe
             raise UserError(f"{name} is cut short in {member.name}; copy it again")
         if member.isfile():
             yield PurePosixPath(member.name).name, member.offset_data, member.size
-        tar.members = []  # type: ignore[attr-defined] # it would keep them all
-    # tarfile takes a damaged header for the end: only a block of zeros is that.
+        tar.members = []  # type: ignore[attr-defined] # or it keeps them all
+    # tarfile stops at a damaged header too; only a block of zeros is the end.
     file.seek(tar.offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE or any(block):

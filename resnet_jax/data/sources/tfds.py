@@ -1,4 +1,4 @@
-"""Data sets of tensorflow_datasets, by name, prepared as ArrayRecord."""
+"""Data sets of tensorflow_datasets by name, read from ArrayRecord."""
 
 import contextlib
 import difflib
@@ -15,15 +15,15 @@ from resnet_jax.errors import UserError
 
 
 class TfdsFeatures:
-    """Which features of a tfds data set are the image and the label.
+    """The image and label features of a tfds data set.
 
     Attributes:
-      features: tfds's own description; it decodes records.
-      image, label: names of the features.
+      features: tfds's description, which decodes records.
+      image, label: names of the two features.
     """
 
     def __init__(self, builder: Any):
-        """Finds them.
+        """Finds the features.
 
         Raises:
           UserError: there is no image or no class label.
@@ -44,7 +44,7 @@ class TfdsFeatures:
         self.features, self.image, self.label = builder.info.features, image, label
 
     def describe(self, builder: Any) -> Description:
-        """The data set's description, from what tfds wrote beside it."""
+        """The data set's description, from tfds's metadata."""
         shape = self.features[self.image].shape
         channels = shape[-1] or 3
         known = all(side is not None for side in shape)
@@ -59,14 +59,14 @@ class TfdsFeatures:
         )
 
     def decoders(self) -> dict[str, Any]:
-        """What makes tfds hand out the image as it is stored."""
+        """Makes tfds return the image as stored."""
         import tensorflow_datasets as tfds
 
         return {self.image: tfds.decode.SkipDecoding()}
 
 
 class TfdsSource:
-    """A split of a tfds image classification data set, prepared as ArrayRecord."""
+    """A split of a tfds image classification data set in ArrayRecord."""
 
     def __init__(
         self, builder: Any, split: str, features: TfdsFeatures, described: Description
@@ -90,13 +90,13 @@ class TfdsSource:
 
 
 class TfdsCollection(SplitCollection):
-    """A tfds data set that is prepared as ArrayRecord, or is prepared now."""
+    """A tfds data set in ArrayRecord; prepares it if necessary."""
 
     def __init__(self, name: str, data_dir: str | None):
         """Opens ``NAME`` or ``NAME:VERSION`` below ``data_dir``, a folder or gs:// URL.
 
         Raises:
-          UserError: there is no such data set, or it has to be prepared otherwise.
+          UserError: there is no such data set, or it cannot be prepared here.
         """
         self._builder = _prepared_builder(name, data_dir)
         self._features = TfdsFeatures(self._builder)
@@ -107,7 +107,7 @@ class TfdsCollection(SplitCollection):
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:
-    """The builder of a data set, prepared or not.
+    """The tfds builder of a data set, prepared or not.
 
     Raises:
       UserError: there is no such data set.
@@ -115,9 +115,9 @@ def find_builder(name: str, data_dir: str | None) -> Any:
     import absl.logging
     import tensorflow_datasets as tfds
 
-    from resnet_jax.data import digits  # noqa: F401 - makes the name known to tfds
+    from resnet_jax.data import digits  # noqa: F401 - registers the name with tfds
 
-    # tfds warns of every data set that is not prepared yet.
+    # tfds warns of every unprepared data set.
     quiet = min(absl.logging.get_verbosity(), absl.logging.ERROR)
     absl.logging.set_verbosity(quiet)
     where = None if data_dir is None else os.path.expanduser(data_dir)
@@ -128,11 +128,10 @@ def find_builder(name: str, data_dir: str | None) -> Any:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
-            f"there is no tfds data set {name}; {hint}For files of your own give "
-            "data.path"
+            f"there is no tfds data set {name}; {hint}For your own files give data.path"
         ) from None
     except (AssertionError, ValueError, RuntimeError) as error:
-        # A version that does not exist, a gs:// URL that cannot be reached, and more.
+        # A missing version, an unreachable gs:// URL, and more.
         reason = str(error).strip().splitlines() or ["unknown"]
         raise UserError(
             f"tfds data set {name} cannot be opened: {reason[0]}; expected NAME or "
@@ -149,15 +148,15 @@ def _prepared_builder(name: str, data_dir: str | None) -> Any:
     if stored_as == "tfrecord":
         where = "" if data_dir is None else f" --data-dir {shlex.quote(str(data_dir))}"
         raise UserError(
-            f"tfds data set {name} under {builder.data_dir} is prepared as TFRecord, "
+            f"tfds data set {name} in {builder.data_dir} is prepared as TFRecord, "
             f"which has no random access; run resnet-jax prepare tfds:{name} OUTPUT"
             f"{where} and set data.path=OUTPUT"
         )
     if stored_as != "array_record":
         raise UserError(
-            f"tfds data set {name} under {builder.data_dir} is prepared as "
-            f"{stored_as}; prepare it as ArrayRecord in another data.data_dir "
-            "(tfds build --file_format=array_record)"
+            f"tfds data set {name} in {builder.data_dir} is prepared as {stored_as}; "
+            "prepare it as ArrayRecord in another data.data_dir (tfds build "
+            "--file_format=array_record)"
         )
     return builder
 
@@ -170,11 +169,11 @@ def _prepare(builder: Any, name: str) -> None:
     is_ours = isinstance(builder, digits.Digits)
     if not is_ours and not _has_tensorflow():
         raise UserError(
-            f"tfds data set {name} is not prepared under {builder.data_dir}; "
-            "pip install 'resnet_jax[tensorflow]' to prepare it here, or give its "
-            "files with data.path"
+            f"tfds data set {name} is not prepared in {builder.data_dir}; pip install "
+            "'resnet_jax[tensorflow]' to prepare it here, or give its files with "
+            "data.path"
         )
-    # tfds speaks of a download of unknown size where there is none.
+    # For our digits, tfds would announce a download of unknown size.
     silence = contextlib.redirect_stdout(io.StringIO())
     try:
         with silence if is_ours else contextlib.nullcontext():

@@ -1,22 +1,22 @@
-"""tfds data sets that are prepared as TFRecord, read without TensorFlow.
+"""Read tfds data sets in TFRecord without TensorFlow, to convert them.
 
-TFRecord has no index: opening a split goes through its files once, from the length of a
-record to that of the next. It is meant for converting them, not for training.
+TFRecord has no index: opening a split reads through its files once, from the length of
+one record to the next.
 
-A record is: uint64 length, uint32 checksum of it, the data, uint32 checksum of them,
-all little-endian; the checksums are CRC-32C, masked (tensorflow/core/lib/io/record_writer.h).
-"""  # noqa: E501
+A record is: uint64 length, uint32 checksum of the length, the data, uint32 checksum of
+the data, all little-endian. The checksums are masked CRC-32C (tensorflow's
+core/lib/io/record_writer.h).
+"""
 
 import os
 import struct
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
-from resnet_jax.data.sources.base import Description, Example
+from resnet_jax.data.sources.base import Description, Example, FileReader
 from resnet_jax.data.sources.splits import SplitCollection
 from resnet_jax.data.sources.tfds import TfdsFeatures
 from resnet_jax.errors import UserError
@@ -27,13 +27,13 @@ _MASK_DELTA = 0xA282EAD8
 
 
 def masked_checksum(data: bytes) -> int:
-    """CRC-32C, rotated right by 15 bits and moved, as TFRecord stores it."""
+    """CRC-32C, rotated right by 15 bits and offset, as TFRecord stores it."""
     checksum = google_crc32c.value(data)
     return ((checksum >> 15 | checksum << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
 class TfRecordSource:
-    """A split of a tfds data set in files of TFRecord.
+    """A split of a tfds data set in TFRecord files.
 
     Attributes:
       class_names: in the order of the labels.
@@ -47,12 +47,12 @@ class TfRecordSource:
         features: TfdsFeatures,
         described: Description,
     ):
-        """Goes through the files; ``counts[i]`` records are expected in ``files[i]``.
+        """Indexes the files; ``files[i]`` must hold ``counts[i]`` records.
 
         Raises:
           UserError: a file is missing, cut short or damaged.
         """
-        self._files, self._features = list(files), features
+        self._features = features
         self.class_names: Sequence[str] = described.class_names
         self.channels = described.channels
         places: list[tuple[int, int, int]] = []
@@ -60,12 +60,12 @@ class TfRecordSource:
             found = [(number, *place) for place in _frames(file)]
             if len(found) != count:
                 raise UserError(
-                    f"{file} holds {len(found)} records, and tfds wrote that it holds "
-                    f"{count}; copy it again"
+                    f"{file} holds {len(found)} records, but tfds wrote {count}; copy "
+                    "it again"
                 )
             places += found
         self._places = np.array(places, np.int64).reshape(-1, 3)
-        self._lock, self._opened = threading.Lock(), dict[int, int]()
+        self._files = FileReader(files)
         self._decoders = features.decoders()
 
     def __len__(self) -> int:
@@ -73,38 +73,21 @@ class TfRecordSource:
 
     def __getitem__(self, index: int) -> Example:
         number, start, size = (int(value) for value in self._places[index])
-        name = f"{self._files[number]}[{index}]"
+        name = f"{self._files.paths[number]}[{index}]"
         try:
-            frame = os.pread(self._file(number), size + _CHECKSUM.size, start)
+            frame = self._files.read(number, start, size + _CHECKSUM.size)
         except OSError as error:
             raise UserError(f"{name} cannot be read: {error.strerror}") from error
         data = frame[:size]
         if len(frame) < size + _CHECKSUM.size or (
             _CHECKSUM.unpack_from(frame, size)[0] != masked_checksum(data)
         ):
-            raise UserError(f"record {name} is damaged: its checksum is another")
+            raise UserError(f"record {name} is damaged: its checksum differs")
         record = self._features.features.deserialize_example_np(
             data, decoders=self._decoders
         )
         label = int(record[self._features.label])
         return Example(record[self._features.image], label, name)
-
-    def _file(self, number: int) -> int:
-        with self._lock:
-            if number not in self._opened:
-                self._opened[number] = os.open(self._files[number], os.O_RDONLY)
-            return self._opened[number]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_lock": None, "_opened": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_opened", {}).values():
-            os.close(file)
 
 
 def _frames(path: str) -> Iterator[tuple[int, int]]:
@@ -121,7 +104,8 @@ def _frames(path: str) -> Iterator[tuple[int, int]]:
                     checksum != masked_checksum(header[:8])
                 ):
                     raise UserError(
-                        f"{path} is no TFRecord, or it is damaged at byte {position}"
+                        f"{path} is not a TFRecord file, or it is damaged at byte "
+                        f"{position}"
                     )
                 position = start + size + _CHECKSUM.size
                 if position > end:
@@ -133,13 +117,13 @@ def _frames(path: str) -> Iterator[tuple[int, int]]:
 
 
 class TfRecordCollection(SplitCollection):
-    """A tfds data set that is prepared as TFRecord."""
+    """A tfds data set in TFRecord."""
 
     def __init__(self, builder: Any):
-        """Describes what a prepared tfds builder has.
+        """Opens a prepared tfds builder.
 
         Raises:
-          UserError: it has no image or no class label.
+          UserError: the data set has no image or no class label.
         """
         self._builder = builder
         self._features = TfdsFeatures(builder)
@@ -150,8 +134,8 @@ class TfRecordCollection(SplitCollection):
         if split not in self._sources:
             if "://" in str(self._builder.data_dir):
                 raise UserError(
-                    f"TFRecord files are read from a disk; copy "
-                    f"{self._builder.data_dir} there first"
+                    f"TFRecord files are read only from a disk; copy "
+                    f"{self._builder.data_dir} there"
                 )
             info = self._builder.info.splits[split]
             self._sources[split] = TfRecordSource(

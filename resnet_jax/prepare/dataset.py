@@ -1,25 +1,23 @@
-"""Preparing a data set: shards of ArrayRecord and a manifest that lists them.
+"""Prepare a data set: write its shards of ArrayRecord and the manifest that lists them.
 
-Each shard is written under another name, read back, and renamed when the disk has it;
-``progress.json`` then lists it. ``manifest.json`` comes last, after all shards were
-checked once more. So a run that is killed at any moment goes on with the same command,
-and leaves the same bytes as one that was not.
+``progress.json`` lists each finished shard. ``manifest.json`` comes last, after all
+shards were checked once more. A run that is killed at any moment therefore continues
+with the same command, and ends with the same bytes as an undisturbed run.
 
 Shards hold the examples in a fixed random order, the same for every run of the command:
-sub-splits such as ``train[:90%]`` are then random examples of all classes, and a shard
-can be written without the others. Data sets of tfds and prepared ones were shuffled
-when they were made; they keep their order, and their sub-splits.
+sub-splits such as ``train[:90%]`` are then random examples of all classes, and each
+shard can be written alone. tfds and prepared data sets were shuffled when they were
+made, so they keep their order and their sub-splits.
 """
 
 import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +26,22 @@ import numpy as np
 import rich.console
 from etils import epath
 
-from resnet_jax.data import records, shards
-from resnet_jax.data.encoding import Encoding
-from resnet_jax.data.sources import Collection, Source, open_path
+from resnet_jax.data.sources import Collection, Source, open_path, records
 from resnet_jax.data.sources.folders import FolderSource, Names
 from resnet_jax.data.sources.tars import TarCollection, TarSource, find_tars
-from resnet_jax.data.workers import in_threads, say
 from resnet_jax.errors import UserError, nearest
+from resnet_jax.prepare import shards
+from resnet_jax.prepare.encoding import Encoding
+from resnet_jax.prepare.progress import in_threads
+from resnet_jax.storage import locked, replacing, storage_of
 
 PROGRESS = "progress.json"
-_ORDER_KEY = [2, 0]
-"""Key of the order of the examples in the shards."""
-_SAMPLE = 64
-"""Examples of a split that are encoded to guess its size."""
+_ORDER_KEY = [2, 0]  # of the random order of the examples
+_SAMPLE = 64  # examples of a split that are encoded to estimate its size
+_LEFTOVERS = ".????????????????.part"  # files of ``replacing`` after a kill
 
 
-def prepare(
+def prepare_dataset(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
@@ -57,50 +55,71 @@ def prepare(
     on_error: str = "stop",
     console: rich.console.Console | None = None,
 ) -> dict[str, Any]:
-    """Writes a data set as shards of ArrayRecord; goes on where it was stopped.
+    """Writes a data set as shards of ArrayRecord; continues an interrupted run.
 
     Args:
       source: a folder of SPLIT/CLASS/IMAGE, of CIFAR's or idx files, or of ImageNet's
         tars; a tar; a prepared data set; or ``tfds:NAME[:VERSION]``.
-      output: the folder for the shards, new or left by the same command.
-      splits: which to take; None: all.
+      output: the folder for the shards; new, or of an interrupted run.
+      splits: the splits to convert; None means all.
       data_dir: where tfds data sets are prepared.
-      shorter_side: make larger images so small; None: keep all as they are.
-      quality: encode all images as JPEG of it, 1 to 100, where that is smaller; None:
-        those alone that are made smaller, with 95.
-      num_shards: of each split; None: as many as ``shard_mib`` asks for.
-      shard_mib: size of a shard in MiB, about.
-      threads: shards that are written at once; None: one for each processor.
-      on_error: "stop" at a broken image, or "skip" it: leave it out and list it.
-      console: where progress is shown.
+      shorter_side: reduce larger images to it, in pixels; None keeps all sizes.
+      quality: JPEG quality, 1 to 100, to encode all images with where that makes them
+        smaller; None encodes only reduced images, with 95.
+      num_shards: of each split; None means as many as ``shard_mib`` requires.
+      shard_mib: approximate size of a shard in MiB.
+      threads: shards to write at once; None means one a processor.
+      on_error: "stop" at a broken image, or "skip" it and list it in the manifest.
+      console: where to show progress.
 
     Returns:
       The manifest.
 
     Raises:
-      UserError: the source or an image is broken, the folder holds something else or
+      UserError: the source or an image is broken, the folder holds something else, or
         the disk is full.
     """
     if on_error not in ("stop", "skip"):
         raise UserError(f"on_error is stop or skip, not {on_error!r}")
-    _refuse_numbers(shorter_side, quality, num_shards, shard_mib, threads)
+    numbers = {
+        "shorter-side": shorter_side,
+        "shards": num_shards,
+        "shard-mib": shard_mib,
+        "threads": threads,
+    }
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    if quality is not None and not 1 <= quality <= 100:
+        raise UserError(f"quality is a number from 1 to 100, not {quality}")
     console = console or rich.console.Console()
     folder = _output_folder(source, output)
     collection = open_source(source, data_dir)
     chosen = _chosen_splits(collection, splits)
     encoding = Encoding(shorter_side, quality)
-    sources = {split: _opened(collection, split) for split in chosen}
+    sources = {split: _open_split(collection, split) for split in chosen}
     settings = _settings(collection, sources, encoding, num_shards, shard_mib)
-    with _lock(folder):
-        finished = _finished(folder, settings)
-        if finished is not None:
-            say(console, f"{folder} is prepared already; --verify checks it")
-            return finished
+    busy = f"output {folder} is being prepared by another process; wait for it"
+    with locked(folder, busy):
+        manifest = records.read_manifest(epath.Path(folder))
+        if manifest is not None:
+            _refuse_other_settings(folder, manifest["settings"], settings)
+            (folder / PROGRESS).unlink(missing_ok=True)
+            _say(console, f"{folder} is already prepared; --verify checks it")
+            return manifest
         progress = _begin(folder, str(source), settings, sources, encoding)
         _refuse_small_disk(folder, progress)
         _write_missing(folder, progress, sources, encoding, on_error, threads, console)
         manifest = _finish(folder, progress, collection, threads, console)
-    _summarize(manifest, folder, console)
+    for name, split in manifest["splits"].items():
+        line = (
+            f"{name}: {split['examples']:,} examples in {len(split['shards'])} shards, "
+            f"{split['bytes'] / 1e6:,.1f} MB"
+        )
+        if left_out := split["left_out"]:
+            line += f"; {len(left_out)} left out, such as {left_out[0]['name']}"
+        _say(console, line)
+    _say(console, f"prepared and checked; train on it with data.path={folder}")
     return manifest
 
 
@@ -114,18 +133,18 @@ def verify(
 
     Args:
       output: the folder.
-      threads: shards that are read at once; None: one for each processor.
-      console: where progress is shown.
+      threads: shards to read at once; None means one a processor.
+      console: where to show progress.
 
     Raises:
-      UserError: a shard is missing or damaged; the first is named, and how many.
+      UserError: shards are missing or damaged; names the first and counts them.
     """
     folder = Path(output).expanduser()
     manifest = records.read_manifest(epath.Path(folder))
     if manifest is None:
         raise UserError(
-            f"{folder} holds no {records.MANIFEST}: it is not what resnet-jax prepare "
-            "makes, or not prepared to the end"
+            f"{folder} holds no {records.MANIFEST}: resnet-jax prepare did not make "
+            "it, or has not finished it"
         )
     entries = [
         entry for split in manifest["splits"].values() for entry in split["shards"]
@@ -133,18 +152,25 @@ def verify(
     console = console or rich.console.Console()
     _verify(folder, entries, threads, console)
     examples = sum(entry["examples"] for entry in entries)
-    say(console, f"{folder}: all {len(entries)} shards are whole, {examples} examples")
+    _say(console, f"{folder}: all {len(entries)} shards are whole, {examples} examples")
 
 
 def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collection:
-    """The collection that ``prepare`` is to read.
+    """The data set that ``prepare_dataset`` reads.
 
     Raises:
       UserError: there is none.
     """
     given = os.fspath(source)
     if given.startswith("tfds:"):
-        return _open_tfds(given.removeprefix("tfds:"), data_dir)
+        from resnet_jax.data.sources.tfds import TfdsCollection, find_builder
+        from resnet_jax.data.sources.tfrecords import TfRecordCollection
+
+        name = given.removeprefix("tfds:")
+        builder = find_builder(name, data_dir)
+        if builder.is_prepared() and builder.info.file_format.value == "tfrecord":
+            return TfRecordCollection(builder)
+        return TfdsCollection(name, data_dir)
     path = Path(given).expanduser()
     if not path.exists():
         raise UserError(
@@ -157,34 +183,8 @@ def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collect
     return open_path(path)
 
 
-def _open_tfds(name: str, data_dir: str | None) -> Collection:
-    from resnet_jax.data.sources.tfds import TfdsCollection, find_builder
-    from resnet_jax.data.sources.tfrecords import TfRecordCollection
-
-    builder = find_builder(name, data_dir)
-    if builder.is_prepared() and builder.info.file_format.value == "tfrecord":
-        return TfRecordCollection(builder)
-    return TfdsCollection(name, data_dir)
-
-
-def _refuse_numbers(
-    shorter_side: int | None,
-    quality: int | None,
-    num_shards: int | None,
-    shard_mib: int,
-    threads: int | None,
-) -> None:
-    given = {
-        "shorter-side": shorter_side,
-        "shards": num_shards,
-        "shard-mib": shard_mib,
-        "threads": threads,
-    }
-    for name, value in given.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
-    if quality is not None and not 1 <= quality <= 100:
-        raise UserError(f"quality is a number from 1 to 100, not {quality}")
+def _say(console: rich.console.Console, text: str) -> None:
+    console.out(text, highlight=False)
 
 
 def _output_folder(
@@ -192,18 +192,15 @@ def _output_folder(
 ) -> Path:
     if "://" in os.fspath(output):
         raise UserError(
-            f"output {output} is no folder of this machine; prepare into one, and copy "
-            "it there"
+            f"output {output} is not a folder of this machine; prepare into one, and "
+            "copy it there"
         )
     folder = Path(output).expanduser().absolute()
     around = Path(source).expanduser().absolute()
     if around == folder or around in folder.parents:
-        raise UserError(f"output {folder} lies in the source; give another folder")
+        raise UserError(f"output {folder} is inside the source; give another folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / (".write_probe" + shards.PARTIAL)
-        probe.write_bytes(b"")
-        probe.unlink()
+        storage_of(folder).check_writable(folder)
     except OSError as error:
         raise UserError(
             f"output {folder} cannot be written to ({error.strerror}); give another"
@@ -224,7 +221,7 @@ def _chosen_splits(
     return tuple(dict.fromkeys(splits)) if splits else known
 
 
-def _opened(collection: Collection, split: str) -> Source:
+def _open_split(collection: Collection, split: str) -> Source:
     try:
         opened = collection.source(split)
     except UserError as error:
@@ -246,8 +243,16 @@ def _settings(
     num_shards: int | None,
     shard_mib: int,
 ) -> dict[str, Any]:
-    """All that the bytes of the result depend on."""
-    names = collection.description.class_names
+    """Everything that determines the bytes of the result, the source included."""
+    class_names = "\n".join(collection.description.class_names)
+    identities = {}
+    for split, source in sources.items():
+        names = _file_names(source)
+        identities[split] = {
+            "examples": len(source),
+            "order": "of the source" if names is None else "shuffled",
+            "names_sha256": None if names is None else names.checksum(),
+        }
     return {
         "shorter_side": encoding.shorter_side,
         "quality": encoding.quality,
@@ -255,48 +260,15 @@ def _settings(
         "num_shards": num_shards,
         "shard_mib": None if num_shards else shard_mib,
         "class_names_sha256": hashlib.sha256(
-            "\n".join(names).encode("utf-8", "surrogateescape")
+            class_names.encode("utf-8", "surrogateescape")
         ).hexdigest(),
-        "splits": {split: _identity(source) for split, source in sources.items()},
+        "splits": identities,
     }
 
 
-def _identity(source: Source) -> dict[str, Any]:
-    """What tells whether the source is the one that the work was begun with."""
-    names = _names(source)
-    return {
-        "examples": len(source),
-        "order": "of the source" if names is None else "shuffled",
-        "names_sha256": None if names is None else names.checksum(),
-    }
-
-
-def _names(source: Source) -> Names | None:
-    """The files' names, where a source is a list of files."""
+def _file_names(source: Source) -> Names | None:
+    """The names of a source's files; None if it is not a list of files."""
     return source.names if isinstance(source, (FolderSource, TarSource)) else None
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes off; it goes with the process, however that ends."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(
-            f"output {folder} is being prepared by another process; wait for it"
-        ) from None
-    finally:
-        os.close(opened)
-
-
-def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    manifest = records.read_manifest(epath.Path(folder))
-    if manifest is not None:
-        _refuse_other_settings(folder, manifest["settings"], settings)
-        (folder / PROGRESS).unlink(missing_ok=True)
-    return manifest
 
 
 def _refuse_other_settings(
@@ -319,9 +291,9 @@ def _begin(
     sources: dict[str, Source],
     encoding: Encoding,
 ) -> dict[str, Any]:
-    """What is done and what is to do: read from the folder, or laid down in it."""
+    """The progress of an interrupted run, or the plan of a new one."""
     file = folder / PROGRESS
-    for leftover in folder.glob("*" + shards.PARTIAL):
+    for leftover in folder.glob(_LEFTOVERS):
         leftover.unlink()
     if file.exists():
         try:
@@ -356,16 +328,16 @@ def _begin(
         },
         "done": {},
     }
-    shards.write_json(file, progress)
+    _write_json(file, progress)
     return progress
 
 
 def _mean_size(source: Source, encoding: Encoding) -> float:
-    """Mean size of an encoded example, from some that are spread over the split."""
+    """Mean size of an encoded example, estimated from examples across the split."""
     chosen = np.linspace(0, len(source) - 1, min(_SAMPLE, len(source))).astype(int)
     sizes = []
     for index in chosen:
-        with contextlib.suppress(UserError):  # is told of when its shard is written
+        with contextlib.suppress(UserError):  # reported when its shard is written
             sizes.append(len(encoding.encode(source[int(index)], source.channels)))
     return float(np.mean(sizes)) if sizes else 0.0
 
@@ -380,11 +352,13 @@ def _refuse_small_disk(folder: Path, progress: dict[str, Any]) -> None:
         )
 
 
-def _jobs(progress: dict[str, Any], sources: dict[str, Source]) -> list[shards.Job]:
-    """All shards, of all splits."""
+def _jobs(
+    progress: dict[str, Any], sources: dict[str, Source]
+) -> list[shards.ShardJob]:
+    """The shards of all splits."""
     jobs = []
     for split, source in sources.items():
-        names = _names(source)
+        names = _file_names(source)
         order = np.arange(len(source))
         if names is not None:
             words = np.random.Philox(key=_ORDER_KEY).random_raw(len(source))
@@ -392,7 +366,7 @@ def _jobs(progress: dict[str, Any], sources: dict[str, Source]) -> list[shards.J
         count = progress["num_shards"][split]
         for number, indices in enumerate(np.array_split(order, count)):
             file = records.shard_name(split, number, count)
-            jobs.append(shards.Job(file, split, source, indices, names))
+            jobs.append(shards.ShardJob(file, split, source, indices, names))
     return jobs
 
 
@@ -409,31 +383,31 @@ def _write_missing(
     done = progress["done"]
     for file in [file for file in done if not (folder / file).is_file()]:
         del done[file]
-    if on_error == "stop":
-        _refuse_left_out(folder, done)
+    for entry in done.values():
+        if on_error == "stop" and entry["left_out"]:
+            raise UserError(
+                f"shard {folder / entry['file']} was written with --on-error skip and "
+                f"leaves out {entry['left_out'][0]['name']}; continue with that "
+                "option, or delete the shard"
+            )
     missing = [job for job in jobs if job.file not in done]
     if done:
-        say(console, f"{len(done)} of {len(jobs)} shards are written already")
+        _say(console, f"{len(done)} of {len(jobs)} shards are already written")
+    lock = threading.Lock()
 
-    def write(job: shards.Job, tick: Callable[[], None]) -> None:
-        entry = shards.write(job, folder, encoding, on_error == "skip", tick)
+    def write(job: shards.ShardJob, tick: Callable[[], None]) -> None:
+        entry = shards.write_shard(job, folder, encoding, on_error == "skip", tick)
         with lock:
             done[job.file] = entry
-            shards.write_json(folder / PROGRESS, progress)
+            _write_json(folder / PROGRESS, progress)
 
-    lock = threading.Lock()
     total = sum(len(job.indices) for job in missing)
     in_threads(write, missing, threads, total, "examples", console)
 
 
-def _refuse_left_out(folder: Path, done: dict[str, Any]) -> None:
-    for entry in done.values():
-        if entry["left_out"]:
-            raise UserError(
-                f"shard {folder / entry['file']} was written with --on-error skip and "
-                f"leaves out {entry['left_out'][0]['name']}; go on with that, or "
-                "delete the shard"
-            )
+def _write_json(file: Path, content: Any) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _finish(
@@ -459,7 +433,7 @@ def _finish(
             "left_out": sorted(left_out, key=lambda item: item["index"]),
         }
         if not splits[split]["examples"]:
-            raise UserError(f"split {split} has no image that is not broken")
+            raise UserError(f"every image of split {split} is broken")
     _verify(folder, [e for s in splits.values() for e in s["shards"]], threads, console)
     keeps_size = settings["shorter_side"] is None
     manifest = {
@@ -473,7 +447,7 @@ def _finish(
         "splits": splits,
         "class_names": list(described.class_names),
     }
-    shards.write_json(folder / records.MANIFEST, manifest)
+    _write_json(folder / records.MANIFEST, manifest)
     (folder / PROGRESS).unlink()
     return json.loads(json.dumps(manifest))
 
@@ -484,33 +458,18 @@ def _verify(
     threads: int | None,
     console: rich.console.Console,
 ) -> None:
-    found: list[str] = []
+    faults: list[str] = []
 
     def check(entry: dict[str, Any], tick: Callable[[], None]) -> None:
         tick()
-        fault = shards.check(folder, entry)
+        fault = shards.shard_fault(folder, entry)
         if fault is not None:
-            found.append(fault)
+            faults.append(fault)
 
     in_threads(check, entries, threads, len(entries), "shards checked", console)
-    if found:
-        others = f" ({len(found)} shards in all)" if len(found) > 1 else ""
+    if faults:
+        others = f" ({len(faults)} shards in all)" if len(faults) > 1 else ""
         raise UserError(
-            f"{min(found)}{others}; delete it, and manifest.json if there is one, and "
+            f"{min(faults)}{others}; delete it, and manifest.json if there is one, and "
             "prepare again"
         )
-
-
-def _summarize(
-    manifest: dict[str, Any], folder: Path, console: rich.console.Console
-) -> None:
-    for name, split in manifest["splits"].items():
-        line = (
-            f"{name}: {split['examples']:,} examples in {len(split['shards'])} shards, "
-            f"{split['bytes'] / 1e6:,.1f} MB"
-        )
-        if split["left_out"]:
-            first = split["left_out"][0]
-            line += f"; {len(split['left_out'])} left out, such as {first['name']}"
-        say(console, line)
-    say(console, f"prepared and checked; train on it with data.path={folder}")

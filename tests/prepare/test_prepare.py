@@ -22,11 +22,11 @@ from PIL import Image
 import resnet_jax
 from resnet_jax.config import default_config, resolve
 from resnet_jax.data import images
-from resnet_jax.data.prepare import verify
 from resnet_jax.data.sources import imagenet, open_collection, open_path
 from resnet_jax.data.sources.tars import TarCollection
 from resnet_jax.data.sources.tfrecords import TfRecordSource, masked_checksum
 from resnet_jax.errors import UserError
+from resnet_jax.prepare import verify
 from tests.conftest import REPOSITORY, make_console, write_image_folder
 
 CLASSES = ("n01440764", "n01443537", "n02099601")
@@ -47,7 +47,7 @@ def encoded(image, kind="JPEG", **options):
 
 
 def prepare(source, output, **options):
-    return resnet_jax.prepare(source, output, console=make_console(), **options)
+    return resnet_jax.prepare_dataset(source, output, console=make_console(), **options)
 
 
 def all_examples(folder, split="train"):
@@ -272,8 +272,8 @@ def test_damaged_tars_are_refused(extracted, tmp_path):
     for content, sentence in (
         (whole[: len(whole) // 2], r"cut short"),
         (bytes(broken), r"is cut short or damaged at byte"),
-        (b"text", r"is no tar, or it is damaged or compressed"),
-        (b"", r"is no tar, or it is damaged or compressed"),
+        (b"text", r"is not a tar, or it is damaged or compressed"),
+        (b"", r"is not a tar, or it is damaged or compressed"),
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=sentence):
@@ -390,8 +390,8 @@ def test_damaged_tfrecords_are_named(tmp_path):
     data[len(whole) // 2] ^= 1
     length[0] ^= 1
     for content, sentence in (
-        (data, r"record .*00001\[\d\] is damaged: its checksum"),
-        (length, r"is no TFRecord, or it is damaged at byte 0"),
+        (data, r"record .*00001\[\d\] is damaged: its checksum differs"),
+        (length, r"is not a TFRecord file, or it is damaged at byte 0"),
         (whole[:-3], r"is cut short"),
         (whole + b"\0\0", r"is cut short|damaged at byte"),
     ):
@@ -460,16 +460,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path):
                 kills += 1
             time.sleep(0.005)
         assert not (output / "manifest.json").exists()
-        with pytest.raises(UserError, match=r"is not prepared to the end"):
+        with pytest.raises(UserError, match=r"is only partly prepared"):
             open_path(output)
         with pytest.raises(UserError, match=r"holds no manifest.json"):
             verify(output, console=make_console())
     assert kills == 4
     console = make_console()
-    resumed = resnet_jax.prepare(
+    resumed = resnet_jax.prepare_dataset(
         source, output, num_shards=12, shorter_side=9, console=console
     )
-    assert "of 24 shards are written already" in console.file.getvalue()
+    assert "of 24 shards are already written" in console.file.getvalue()
     assert shard_bytes(output) == shard_bytes(tmp_path / "a")
     for manifest in (undisturbed, resumed):
         del manifest["created"]
@@ -539,7 +539,9 @@ def test_a_shard_lost_or_damaged_between_two_runs_is_noticed(folder, tmp_path):
     content = bytearray(done[1].read_bytes())
     content[50] ^= 1
     done[1].write_bytes(content)
-    with pytest.raises(UserError, match=rf"{done[1].name} is damaged: its checksum"):
+    with pytest.raises(
+        UserError, match=rf"{done[1].name} is damaged: its checksum differs"
+    ):
         prepare(folder, output, num_shards=6)
     assert not (output / "manifest.json").exists()
     done[1].unlink()
@@ -563,7 +565,7 @@ def test_a_flipped_byte_is_found_wherever_it_is(prepared):
         with pytest.raises(UserError, match=rf"{file.name} is damaged"):
             verify(prepared, console=make_console())
     file.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match=rf"{file.name} has \d+ bytes and had \d+"):
+    with pytest.raises(UserError, match=rf"{file.name} has \d+ bytes instead of \d+"):
         verify(prepared, console=make_console())
     file.unlink()
     with pytest.raises(UserError, match=rf"shard .*{file.name} is missing"):
@@ -662,7 +664,7 @@ def test_a_store_that_cannot_be_reached_is_one_sentence(monkeypatch):
         raise RuntimeError("no route\nto host")
 
     monkeypatch.setattr("etils.epath.gpath.PosixGPath.exists", fails)
-    with pytest.raises(UserError, match=r"gs://b/x cannot be reached: no route; it"):
+    with pytest.raises(UserError, match=r"gs://b/x cannot be reached: no route"):
         open_path("gs://b/x")
 
 
@@ -670,7 +672,7 @@ def test_a_split_of_broken_images_alone_is_refused(tmp_path):
     source = tmp_path / "images" / "train" / "a"
     source.mkdir(parents=True)
     (source / "1.jpg").write_bytes(b"text")
-    with pytest.raises(UserError, match=r"train has no image that is not broken"):
+    with pytest.raises(UserError, match=r"every image of split train is broken"):
         prepare(tmp_path / "images", tmp_path / "out", on_error="skip")
 
 
@@ -681,9 +683,9 @@ def test_what_cannot_be_begun_is_one_sentence(folder, tmp_path, monkeypatch):
     for source, output, sentence, options in (
         ("nowhere", "out", r"source nowhere does not exist; give a folder, a tar", {}),
         (tmp_path / "empty", "out", r"empty has no folders; expected", {}),
-        (folder, folder / "out", r"lies in the source", {}),
+        (folder, folder / "out", r"is inside the source", {}),
         (folder, tmp_path / "full", r"holds notes\.txt, which resnet-jax prepare", {}),
-        (folder, "gs://bucket/x", r"is no folder of this machine", {}),
+        (folder, "gs://bucket/x", r"is not a folder of this machine", {}),
         (folder, "out", r"no split 'tain'; did you mean train", {"splits": ["tain"]}),
         (folder, "out", r"quality is a number from 1 to 100", {"quality": 0}),
         (folder, "out", r"threads must be at least 1", {"threads": 0}),
@@ -698,7 +700,7 @@ def test_what_cannot_be_begun_is_one_sentence(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot be written to"):
         prepare(folder, blocked / "out")
     monkeypatch.setattr(
-        "resnet_jax.data.prepare.shutil.disk_usage",
+        "resnet_jax.prepare.dataset.shutil.disk_usage",
         lambda folder: type("Usage", (), {"free": 10})(),
     )
     with pytest.raises(UserError, match=r"GB free, and about .* GB are needed"):
