@@ -1,4 +1,4 @@
-"""Data sets without their images: sizes and shapes for planning."""
+"""Data sets without their images: their sizes and shapes, for ``plan``."""
 
 import os
 from collections.abc import Sequence
