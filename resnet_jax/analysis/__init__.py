@@ -1,1 +1,1 @@
-"""What a net costs and what a run did."""
+"""Analyses of nets, and the figures of runs."""

@@ -13,20 +13,19 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 Path = tuple[str, ...]
-"""Where a module stands in its net, ("stage1", "block2"); () is the net itself."""
+"""A module's path in its net, ("stage1", "block2"); () is the net itself."""
 
 _MARK = re.compile(r"resnet_jax_module_(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What a model computes for one image, as equations, and by which module.
+    """A model's computation for one image, with the module of each equation.
 
     Attributes:
-      jaxpr: of the abstract variables' leaves, then the image (1, h, w, c).
-      variables: the abstract variables.
-      paths: the modules in the order in which they are first called; a module comes
-        before those inside it.
+      jaxpr: a function of the variables' leaves and the image (1, h, w, c).
+      variables: shapes and dtypes.
+      paths: modules in the order of their first call, outer before inner.
     """
 
     jaxpr: Any
@@ -36,20 +35,20 @@ class Program:
     def computed_by(self, equation: Any) -> Path | None:
         """The innermost module around an equation.
 
-        None where the equation alone does not tell: it is then one of an inner
-        program (a jit, a loop) that belongs to the module around the outer equation.
+        None in inner programs (a jit, a loop) that belong to the module around the
+        outer equation.
         """
         marks = _MARK.findall(str(equation.source_info.name_stack))
         return self.paths[int(marks[-1])] if marks else None
 
     def returned_by(self, equation: Any) -> Path | None:
-        """The module that returns the equation's result, if the equation tells so."""
+        """The module whose return value the equation names, if any."""
         match = _MARK.fullmatch(str(equation.params.get("name", "")))
         return self.paths[int(match[1])] if match else None
 
 
 def count_parameters(params: Any) -> int:
-    """The number of trainable numbers in a tree of (abstract) arrays."""
+    """The number of elements in a tree of (abstract) arrays."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
@@ -70,8 +69,8 @@ def trace(model: nn.Module, image_shape: tuple[int, ...]) -> Program:
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     indices: dict[Path, int] = {}
 
-    # Flax names its scopes too, but by method as well as by module. These marks are
-    # unmistakable, and survive loops, branches and rematerialisation.
+    # Flax's own scopes name methods too. These marks name modules alone, and survive
+    # loops, branches and rematerialisation.
     def mark(method, args, kwargs, context):
         if context.module.scope is None:
             return method(*args, **kwargs)
@@ -94,20 +93,20 @@ def trace(model: nn.Module, image_shape: tuple[int, ...]) -> Program:
 def count_multiply_adds(model: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Multiply-adds of one image (h, w, c) through convolutions and dense layers.
 
-    Taps on the zero padding count, as in the paper's Table 1. Normalisation,
-    activation, pooling and additions do not. Of branches the dearest counts.
+    Counts taps on the zero padding, as the paper's Table 1 does, and the costliest
+    branch of a cond. Leaves out normalisation, activation, pooling and additions.
 
     Raises:
-      ValueError: a loop whose length is not known when the program is traced.
+      ValueError: a loop of unknown length.
     """
     return multiply_adds_by_module(trace(model, image_shape)).total()
 
 
 def multiply_adds_by_module(program: Program) -> collections.Counter[Path]:
-    """The multiply-adds of ``count_multiply_adds``, each with its innermost module.
+    """The multiply-adds of ``count_multiply_adds`` by innermost module.
 
     Raises:
-      ValueError: a loop whose length is not known when the program is traced.
+      ValueError: a loop of unknown length.
     """
     return _multiply_adds(program, program.jaxpr, ())
 
@@ -142,7 +141,7 @@ def _multiply_adds(program, jaxpr, caller):
 
 
 def own_multiply_adds(equation: Any) -> int:
-    """Those of a convolution or a product of matrices; 0 of anything else."""
+    """Multiply-adds of a convolution or matrix product; 0 for anything else."""
     if equation.primitive.name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         out_features = equation.params["dimension_numbers"].rhs_spec[0]

@@ -1,4 +1,4 @@
-"""The convolutions of a net, found as it is called, by names of the unrolled net."""
+"""Convolutions of a net, found during its call, under names of the unrolled net."""
 
 import itertools
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from resnet_jax.models.convolution import Conv
 from resnet_jax.models.trees import STACKED
 
 Path = tuple[str, ...]
-"""Where a module stands in its net: ("stage1", "block2", "conv1")."""
+"""A module's path in its net: ("stage1", "block2", "conv1")."""
 
 
 def is_convolution(context: nn.module.InterceptorContext) -> bool:
-    """Whether an intercepted call is that of a convolution."""
+    """Whether an intercepted call runs a convolution."""
     return context.method_name == "__call__" and isinstance(
         context.module, (Conv, nn.Conv)
     )
@@ -28,19 +28,19 @@ def leaf(tree: Mapping[str, Any], path: Path) -> Any:
 
 
 def is_stacked(path: Path) -> bool:
-    """Whether a module runs in a loop, and its arrays have an axis of rounds first."""
+    """Whether a loop runs a module, so that its arrays have a leading axis of rounds."""
     return STACKED in path
 
 
 def unrolled(values: Mapping[Path, Any]) -> dict[str, Any]:
-    """Each layer's values under its name in the unrolled net, in the order of calls.
+    """Values by layer name in the unrolled net, in the order of the calls.
 
     Args:
-      values: by path, in the order of the calls; those of a module in a loop have the
-        loop's rounds as first axis.
+      values: by path, in the order of the calls. Values of a module in a loop have the
+        loop's rounds as leading axis.
 
     Returns:
-      By names such as "stage1/block2/conv1", which count a loop's rounds.
+      Values by names such as "stage1/block2/conv1"; a loop's rounds count as blocks.
     """
     layers = {}
     for loop, group in itertools.groupby(values, key=_loop):
@@ -51,12 +51,12 @@ def unrolled(values: Mapping[Path, Any]) -> dict[str, Any]:
         for index in range(len(values[paths[0]])):
             for path in paths:
                 inside = path[len(loop) + 1 :]
-                # block1 stands before the loop.
+                # block1 comes before the loop.
                 name = "/".join((*loop, f"block{index + 2}", *inside))
                 layers[name] = values[path][index]
     return layers
 
 
 def _loop(path: Path) -> Path | None:
-    """Where the loop stands in which a module runs."""
+    """The path of the loop that runs a module, if any."""
     return path[: path.index(STACKED)] if is_stacked(path) else None

@@ -1,4 +1,4 @@
-"""Self-contained pages of HTML: their pictures are inside."""
+"""Self-contained HTML pages, pictures included."""
 
 import html
 import io
@@ -34,7 +34,7 @@ svg {{ max-width: 100%; height: auto; }}
 
 
 def page(title: str, *parts: str) -> str:
-    """A page of a title and of parts that are HTML already."""
+    """A page with a title and HTML parts."""
     return _PAGE.format(title=html.escape(title), body="\n".join(parts))
 
 
@@ -44,13 +44,13 @@ def heading(text: str, level: int = 2) -> str:
 
 
 def paragraph(text: str, style: str | None = None) -> str:
-    """A paragraph; ``style`` is "error" for what the page is about, or "note"."""
+    """A paragraph; ``style`` is "error" for the main figure, or "note"."""
     mark = f' class="{style}"' if style else ""
     return f"<p{mark}>{html.escape(text)}</p>"
 
 
 def facts(values: Mapping[str, Any], bold: Collection[str] = ()) -> str:
-    """A table of names and values, those named in ``bold`` in bold."""
+    """A table of names and values, with those named in ``bold`` in bold."""
     rows = []
     for name, value in values.items():
         mark = ' class="set"' if name in bold else ""
@@ -60,7 +60,7 @@ def facts(values: Mapping[str, Any], bold: Collection[str] = ()) -> str:
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with a head; cells that begin with a digit stand right."""
+    """A table with a head; cells that begin with a digit are right-aligned."""
 
     def cell(text: str) -> str:
         mark = ' class="number"' if text[:1].isdigit() else ""
@@ -73,7 +73,7 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def svg(figure: Any) -> str:
-    """A matplotlib figure as a part of a page."""
+    """A matplotlib figure as a part for ``page``."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     text = buffer.getvalue()

@@ -1,11 +1,8 @@
-"""Figures of runs, drawn as the paper draws its own.
+"""Figures of runs, drawn like the paper's.
 
-All take plain data and give a figure, to be saved with ``figure.savefig``. Nets of a
-family share a hue, and the deeper is the darker: plain nets are red, residual nets
-blue, others green. So nets differ in lightness where there is no colour, and red and
-blue are told apart by every eye. Lines over layers and depths differ by family in
-style and marker too; lines of errors, whose style tells training from test, bear their
-names. Errors are given as shares, 0 to 1, and drawn in percent.
+All functions take plain data and return a figure; save it with ``figure.savefig``. Nets
+of a family share a hue, and deeper nets are darker: plain nets are red, residual nets
+blue, others green. Errors are given as shares, 0 to 1, and drawn in percent.
 """
 
 import dataclasses
@@ -22,68 +19,52 @@ from resnet_jax.errors import UserError
 
 Rows = list[dict[str, Any]]
 
-_TRAIN_COLOR, _TEST_COLOR, _HOLDOUT_COLOR = "#4477aa", "#cc3311", "#228833"
+_SPLITS: dict[str, dict[str, Any]] = {
+    "train": {"color": "#4477aa", "linestyle": "--", "linewidth": 1.2},
+    "holdout": {"color": "#228833", "linewidth": 1.2},
+    "test": {"color": "#cc3311", "linewidth": 2.0},
+}
 
 
 def training_curves(rows: Rows, title: str) -> Figure:
     """Training and test error, and the loss, over the steps (axes of Fig. 6).
 
-    Dashed lines are training, bold ones are test; the learning rate's falls are thin
-    vertical lines.
+    Dashed lines are training, bold ones are test. Thin vertical lines mark drops of the
+    learning rate.
 
     Args:
       rows: of metrics.jsonl.
-      title: over the figure.
+      title: above the figure.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
-    error_axes, loss_axes = figure.subplots(1, 2)
-    _draw(error_axes, rows, "error", scale=100)
-    _draw(loss_axes, rows, "loss", scale=1)
-    error_axes.set_ylabel("error (%)")
-    error_axes.set_ylim(0, _upper_limit(rows))
-    loss_axes.set_ylabel("loss")
-    loss_axes.set_yscale("log")
-    for axes in (error_axes, loss_axes):
+    figure, (error_axes, loss_axes) = _figure(title, 2, (10, 4))
+    for axes, metric, scale in ((error_axes, "error", 100), (loss_axes, "loss", 1)):
+        for split, style in _SPLITS.items():
+            name = f"{split}_{metric}"
+            points = [(r["step"], scale * r[name]) for r in rows if name in r]
+            if points:
+                marker = "o" if len(points) == 1 else None
+                axes.plot(
+                    *zip(*points, strict=True), label=split, marker=marker, **style
+                )
         axes.set_xlabel("step")
-        axes.grid(color="0.9")
-        axes.spines[["top", "right"]].set_visible(False)
-        for step in _falls(rows):
+        for step in _drops(rows):
             axes.axvline(step, color="0.7", linewidth=0.8, zorder=0)
         axes.legend(frameon=False)
+    errors = [
+        100 * row[name]
+        for row in rows
+        for name in ("train_error", "test_error", "holdout_error")
+        if name in row
+    ]
+    error_axes.set_ylabel("error (%)")
+    # The paper's axis for a run that gets there.
+    error_axes.set_ylim(0, 20 if errors[-1] < 10 else 1.05 * max(1.0, *errors))
+    loss_axes.set_ylabel("loss")
+    loss_axes.set_yscale("log")
     return figure
 
 
-def _draw(axes: Any, rows: Rows, metric: str, scale: float) -> None:
-    styles = {
-        "train": {"color": _TRAIN_COLOR, "linestyle": "--", "linewidth": 1.2},
-        "holdout": {"color": _HOLDOUT_COLOR, "linewidth": 1.2},
-        "test": {"color": _TEST_COLOR, "linewidth": 2.0},
-    }
-    for split, style in styles.items():
-        points = [
-            (row["step"], scale * row[f"{split}_{metric}"])
-            for row in rows
-            if f"{split}_{metric}" in row
-        ]
-        if points:
-            marker = "o" if len(points) == 1 else None
-            axes.plot(*zip(*points, strict=True), label=split, marker=marker, **style)
-
-
-def _upper_limit(rows: Rows) -> float:
-    """Shows the paper's 0-20 % where a run gets there, else all of its errors."""
-    errors = [
-        100 * value
-        for row in rows
-        for name, value in row.items()
-        if name in ("train_error", "test_error", "holdout_error")
-    ]
-    last = errors[-1]
-    return 20.0 if last < 10 else max(1.0, *errors) * 1.05
-
-
-def _falls(rows: Rows) -> list[int]:
+def _drops(rows: Rows) -> list[int]:
     """Steps of the rows at which a constant learning rate fell by half or more."""
     rates = [row["learning_rate"] for row in rows]
     return [
@@ -96,27 +77,24 @@ def _falls(rows: Rows) -> list[int]:
 
 
 FAMILIES = ("plain", "residual", "other")
-"""Kinds of nets, which the figures tell apart."""
+"""Kinds of nets; each has a hue, a dash pattern and a marker."""
 
 _RAMPS = {
-    "plain": LinearSegmentedColormap.from_list(
-        "plain", ["#e8833a", "#c92a1a", "#640c0c"]
-    ),
-    "residual": LinearSegmentedColormap.from_list(
-        "residual", ["#5aa5e0", "#1c66b8", "#08204f"]
-    ),
-    "other": LinearSegmentedColormap.from_list(
-        "other", ["#6cbf7b", "#2e8b57", "#0b3d24"]
-    ),
+    family: LinearSegmentedColormap.from_list(family, shades)
+    for family, shades in (
+        ("plain", ["#e8833a", "#c92a1a", "#640c0c"]),
+        ("residual", ["#5aa5e0", "#1c66b8", "#08204f"]),
+        ("other", ["#6cbf7b", "#2e8b57", "#0b3d24"]),
+    )
 }
 _DASHES = {"plain": (4, 1.5), "residual": (), "other": (1, 1)}
 _MARKERS = {"plain": "s", "residual": "o", "other": "^"}
-_LABEL_HEIGHT = 0.055  # of the axes' height, for labels that may stand no closer
+_LABEL_HEIGHT = 0.055  # least distance of labels, as a share of the axes' height
 
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """The runs of one net: one line, and a band where there are several seeds.
+    """The runs of one net: a line, and a band for several seeds.
 
     Attributes:
       label: of the line: "ResNet-56".
@@ -146,7 +124,7 @@ class Layers:
 
 @dataclasses.dataclass(frozen=True)
 class Depths:
-    """The errors of nets that differ in depth alone.
+    """The errors of nets that differ only in depth.
 
     Attributes:
       label: of the line.
@@ -162,12 +140,12 @@ class Depths:
 def training_and_test_error(curves: Sequence[Curves], title: str = "") -> Figure:
     """Training error on the left and test error on the right (axes of Fig. 1).
 
-    Lines are means over the seeds and bands reach from the least to the greatest. The
-    training error is that of the steps since the row before, with augmentation.
+    Lines are means over the seeds; bands reach from the least to the greatest. The
+    training error is over the steps since the previous row, with augmentation.
 
     Args:
       curves: nets in the order of their depth.
-      title: over the figure.
+      title: above the figure.
 
     Raises:
       UserError: a net has no run, or its runs have no step in common.
@@ -185,21 +163,19 @@ def training_and_test_error(curves: Sequence[Curves], title: str = "") -> Figure
 def error_curves(panels: Mapping[str, Sequence[Curves]], title: str = "") -> Figure:
     """Errors over the iterations, panel by panel (axes of Fig. 4 and 6).
 
-    Thin dashed lines are training errors, of the steps since the row before with
-    augmentation, and bold ones test errors: means over the seeds, with bands from the
-    least to the greatest. The axes are the paper's, errors of 0-20 % or 20-60 % over
-    1e4 iterations, where the runs are as long and end there; else they show what there
-    is. They are the same in all panels.
+    Thin dashed lines are training errors, bold ones test errors, as in
+    ``training_and_test_error``. All panels have the same axes: the paper's, 0-20 % or
+    20-60 % over 1e4 iterations, for runs of its length that end there.
 
     Args:
-      panels: by their titles: nets in the order of their depth.
-      title: over the figure.
+      panels: title to nets in the order of their depth.
+      title: above the figure.
 
     Raises:
       UserError: a net has no run, or its runs have no step in common.
     """
     figure, all_axes = _figure(title, len(panels), (1 + 4.5 * len(panels), 4.3))
-    # A net that stands in several panels has one colour.
+    # A net has one colour in all panels.
     nets = {net.label: net for curves in panels.values() for net in curves}
     look = _look(list(nets.values()))
     for axes, (name, curves) in zip(all_axes, panels.items(), strict=True):
@@ -219,11 +195,11 @@ def error_curves(panels: Mapping[str, Sequence[Curves]], title: str = "") -> Fig
 def layer_responses_figure(nets: Sequence[Layers], title: str = "") -> Figure:
     """Standard deviations of layer responses (axes of Fig. 7).
 
-    Top: in the nets' order; bottom: sorted, the greatest first.
+    Top: in the nets' order. Bottom: sorted, the greatest first.
 
     Args:
       nets: of each family in the order of their depth.
-      title: over the figure.
+      title: above the figure.
     """
     figure, panels = _figure(title, 2, (9, 5.6), rows=True)
     _draw_layers(panels[0], nets, list)
@@ -239,15 +215,13 @@ def layer_responses_figure(nets: Sequence[Layers], title: str = "") -> Figure:
 def gradient_norms_figure(
     panels: Mapping[str, Sequence[Layers]], title: str = ""
 ) -> Figure:
-    """Gradient norms layer by layer, on logarithmic axes that are the same in all
-    panels.
+    """Gradient norms layer by layer; all panels have the same logarithmic axis.
 
-    Norms of zero, or that are not finite, leave a gap.
+    Norms that are zero or not finite leave a gap.
 
     Args:
-      panels: by their titles: nets, those of a family in the order of their depth. A
-        label means the same in all panels.
-      title: over the figure.
+      panels: title to nets, each family's in the order of their depth.
+      title: above the figure.
     """
     width = 9 if len(panels) == 1 else 2 + 3 * len(panels)
     figure, all_axes = _figure(title, len(panels), (width, 3.8))
@@ -256,7 +230,7 @@ def gradient_norms_figure(
         axes.sharey(all_axes[0])
         axes.set_yscale("log")
         axes.set_title(name, fontsize="medium")
-        _draw_layers(axes, nets, _positive)
+        _draw_layers(axes, nets, lambda norms: [_positive(norm) for norm in norms])
         axes.set_xlabel("layer index")
         handles, labels = axes.get_legend_handles_labels()
         named = dict(zip(labels, handles, strict=True)) | named
@@ -273,8 +247,8 @@ def error_by_depth(families: Sequence[Depths], title: str = "") -> Figure:
     A single run has no bar.
 
     Args:
-      families: a line each.
-      title: over the figure.
+      families: one line each.
+      title: above the figure.
     """
     figure, (axes,) = _figure(title, 1, (6, 4))
     depths = sorted({depth for family in families for depth in family.errors})
@@ -308,26 +282,19 @@ def error_by_setting(
 ) -> Figure:
     """Test errors of settings, top to bottom: means and sample standard deviations.
 
-    Small dots are the single runs; a single run has no bar.
+    Small dots are the runs; a single run has no bar.
 
     Args:
-      settings: by name: the test error of each seed, 0 to 1.
-      title: over the figure.
+      settings: name to the test error of each seed, 0 to 1.
+      title: above the figure.
     """
     figure, (axes,) = _figure(title, 1, (7, 1.2 + 0.4 * len(settings)))
     color = _RAMPS["residual"](0.5)
     means, deviations = _percent(list(settings.values()))
     places = range(len(settings))
     for place, errors in zip(places, settings.values(), strict=True):
-        heights = [place + 0.22] * len(errors)
-        axes.plot(
-            [100 * error for error in errors],
-            heights,
-            linestyle="none",
-            marker=".",
-            markersize=5,
-            color="0.45",
-        )
+        xs = [100 * error for error in errors]
+        axes.plot(xs, [place + 0.22] * len(xs), ".", markersize=5, color="0.45")
     axes.errorbar(
         means, places, xerr=deviations, color=color, fmt="o", capsize=4, linewidth=1.8
     )
@@ -339,7 +306,7 @@ def error_by_setting(
 
 
 def _figure(title, count, size, rows=False):
-    """A figure with so many panels side by side, or in rows."""
+    """A figure and its ``count`` panels, side by side or in rows."""
     figure = Figure(figsize=size, layout="constrained")
     if title:
         figure.suptitle(title)
@@ -353,8 +320,7 @@ def _figure(title, count, size, rows=False):
 
 
 def _colors(nets: Iterable[Any]) -> dict[str, Any]:
-    """By label: a shade of the net's family, the darker the later it comes."""
-    colors: dict[str, Any] = {}
+    """Label to a shade of the net's family; later nets are darker."""
     families: dict[str, list[str]] = {name: [] for name in FAMILIES}
     for net in nets:
         if net.family not in FAMILIES:
@@ -364,24 +330,20 @@ def _colors(nets: Iterable[Any]) -> dict[str, Any]:
         families[net.family].append(net.label)
     if not any(families.values()):
         raise UserError("there is no net to draw")
-    for family, labels in families.items():
-        shades = (
-            np.linspace(0, 1, len(labels)) if len(labels) > 1 else [0.5] * len(labels)
-        )
-        colors |= {
-            label: _RAMPS[family](shade)
-            for label, shade in zip(labels, shades, strict=True)
-        }
-    return colors
+    return {
+        label: _RAMPS[family](index / (len(labels) - 1) if len(labels) > 1 else 0.5)
+        for family, labels in families.items()
+        for index, label in enumerate(labels)
+    }
 
 
 class _Look(NamedTuple):
-    """What all panels of a figure of errors share.
+    """The colours and axes that all panels of a figure of errors share.
 
     Attributes:
-      colors: by the nets' labels.
-      last_step: where the axis of iterations ends.
-      unit: what iterations are counted in: 1e4 as in the paper, or 1e3 or 1.
+      colors: of the nets' labels.
+      last_step: end of the axis of iterations.
+      unit: of the iterations: 1e4 as in the paper, or 1e3 or 1.
       limits: of the errors in percent.
     """
 
@@ -405,10 +367,7 @@ def _look(nets: Sequence[Curves]) -> _Look:
 
 
 def _error_limits(lasts: np.ndarray, is_long: bool) -> tuple[float, float]:
-    """The paper's 0-20 % or 20-60 % where runs of its length end there.
-
-    Other axes end at some round number above the runs' last errors.
-    """
+    """0-20 % or 20-60 %, as in the paper, or up to a round number above all lines."""
     if is_long and lasts.min() >= 20 and lasts.max() <= 55:
         return 20, 60
     tops = (20, 40, 60, 80) if is_long else (1, 2, 5, 10, 20, 40, 60, 80)
@@ -416,7 +375,7 @@ def _error_limits(lasts: np.ndarray, is_long: bool) -> tuple[float, float]:
 
 
 def _draw_errors(axes, curves, look, name, linewidth, dashes=()):
-    """Draws a line and a band for each net; gives their ends, to be labelled."""
+    """Draws a line and a band for each net; returns the lines' ends."""
     ends = []
     for net in curves:
         color = look.colors[net.label]
@@ -439,7 +398,7 @@ def _draw_errors(axes, curves, look, name, linewidth, dashes=()):
 
 
 def _aligned(net: Curves, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps that all of a net's runs measured, and errors in percent (runs, steps)."""
+    """Steps common to all runs of a net, and errors in percent (runs, steps)."""
     measured = [
         {row["step"]: 100 * row[name] for row in rows if name in row}
         for rows in net.runs
@@ -461,7 +420,7 @@ def _finish_errors(axes, look, ends):
 
 
 def _label_ends(axes: Any, ends: Iterable[tuple[str, float, Any]]) -> None:
-    """Writes each line's label right of the axes, at its end's height or near it."""
+    """Writes each line's label right of the axes, near the line's end."""
     to_share = axes.transData + axes.transAxes.inverted()
     wanted = sorted(
         (float(np.clip(to_share.transform((1, value))[1], 0, 1)), label, color)
@@ -480,9 +439,9 @@ def _label_ends(axes: Any, ends: Iterable[tuple[str, float, Any]]) -> None:
 
 
 def _apart(heights: Sequence[float], least: float) -> list[float]:
-    """Ascending heights moved as little as it takes to lie ``least`` apart.
+    """Ascending heights, moved until they are at least ``least`` apart.
 
-    Those that would touch become a group around the mean of where they want to be.
+    Heights that would overlap become a group around their mean.
     """
     groups: list[tuple[float, int]] = []
     for height in heights:
@@ -521,15 +480,12 @@ def _draw_layers(
     axes.set_xlim(0, max(len(net.values) for net in nets) + 1)
 
 
-def _positive(values):
-    values = np.asarray(values, float)
-    return np.where(np.isfinite(values) & (values > 0), values, np.nan)
+def _positive(value: float) -> float:
+    return value if np.isfinite(value) and value > 0 else np.nan
 
 
 def _percent(errors: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Means and sample standard deviations in percent; nan, no bar, of one run."""
+    """Means and sample standard deviations in percent; NaN draws no bar."""
     means = [100 * np.mean(runs) for runs in errors]
-    deviations = [
-        100 * np.std(runs, ddof=1) if len(runs) > 1 else np.nan for runs in errors
-    ]
-    return np.array(means), np.array(deviations)
+    stds = [100 * np.std(r, ddof=1) if len(r) > 1 else np.nan for r in errors]
+    return np.array(means), np.array(stds)

@@ -1,490 +1,230 @@
-"""What each module of a net sees of the image, followed through the traced program."""
+"""The pixels of the image that each module of a net sees, from the traced program.
 
-import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
-from fractions import Fraction
+Axes 1 and 2 of an array are the image's height and width. An operation without a rule
+here counts as one that sees the whole image.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from resnet_jax.analysis.complexity import Path, Program, inner_programs
 
-Span = tuple[Fraction, Fraction]
-"""The first and the last of the pixels along an axis of the image."""
-
 
 class Window(NamedTuple):
-    """Pixels that move with the position along an axis of an array.
+    """The pixels along one axis: position i sees low + i stride to high + i stride."""
 
-    Position i sees those from ``low + i * stride`` to ``high + i * stride``.
-    """
-
-    axis: int
-    stride: Fraction
-    low: Fraction
-    high: Fraction
-
-    def span(self, size: int) -> Span:
-        """The pixels that ``size`` positions see together."""
-        return self.low, self.high + (size - 1) * self.stride
+    stride: int
+    low: int
+    high: int
 
 
 class View(NamedTuple):
     """What an array sees along one axis of the image.
 
-    The positions see different pixels through the window, and all of them the common
-    ones.
+    Attributes:
+      window: moves with the position; None if every position sees the whole axis.
+      context: whether every position also sees the whole axis, through a gate.
     """
 
-    window: Window | None = None
-    common: Span | None = None
+    window: Window | None
+    context: bool = False
 
 
 Reach = tuple[View, View] | None
-"""What an array sees along the image's height and width; None: it sees no image."""
+"""Along height and width; None for an array that does not depend on the image."""
 
-
-class _Tap(NamedTuple):
-    """Which positions of an operand a result needs, along one axis of the operand.
-
-    Position i of the result's ``axis`` needs the operand's from ``i * scale + first``
-    to ``i * scale + last``.
-    """
-
-    axis: int
-    scale: Fraction = Fraction(1)
-    first: Fraction = Fraction(0)
-    last: Fraction = Fraction(0)
-
-
-_Taps = Sequence[_Tap | None]
-"""A tap for each axis of an operand; None: each position needs the whole axis."""
+_WHOLE: Reach = (View(None), View(None))
 
 
 class Output(NamedTuple):
-    """What a module returned: the shape of one image's, its reach, and how often."""
+    """A module's output: its shape for one image, its reach, and how often it runs."""
 
     shape: tuple[int, ...] | None
     reach: Reach
     repeats: int
 
 
-def module_outputs(
-    program: Program, image_shape: tuple[int, ...]
-) -> dict[Path, Output]:
-    """What each module of a program returned for images (h, w, channels)."""
-    return _Walk(program, image_shape).outputs
+def module_outputs(program: Program) -> dict[Path, Output]:
+    """The output of each module of a program; of a loop, that of the last round."""
+    outputs: dict[Path, Output] = {}
+    pixel = View(Window(1, 0, 0))
+    variables: list[Reach] = [None] * (len(program.jaxpr.invars) - 1)
+    _follow(program, program.jaxpr, [*variables, (pixel, pixel)], 1, outputs)
+    return outputs
 
 
-class _Walk:
-    """Follows the image through a program and keeps what each module returned.
+def _follow(
+    program: Program,
+    jaxpr: Any,
+    inputs: Sequence[Reach],
+    times: int,
+    outputs: dict[Path, Output],
+) -> list[Reach]:
+    """The reaches of a jaxpr's results; ``times`` is how often the jaxpr runs."""
+    reaches = dict(zip(jaxpr.invars, inputs, strict=True))
 
-    Attributes:
-      outputs: by the module's path; of a loop, what the last round returned.
-    """
+    def reach(atom):
+        # Literals have a value and no name; constants are not among the inputs.
+        return None if hasattr(atom, "val") else reaches.get(atom)
 
-    def __init__(self, program: Program, image_shape: tuple[int, ...]):
-        self.outputs: dict[Path, Output] = {}
-        self._program = program
-        height, width = image_shape[:2]
-        one, zero = Fraction(1), Fraction(0)
-        self._whole_image: Reach = (
-            View(None, (zero, Fraction(height - 1))),
-            View(None, (zero, Fraction(width - 1))),
-        )
-        image: Reach = (
-            View(Window(1, one, zero, zero)),
-            View(Window(2, one, zero, zero)),
-        )
-        variables: list[Reach] = [None] * (len(program.jaxpr.invars) - 1)
-        self._follow(program.jaxpr, [*variables, image], 1)
-
-    def _follow(self, jaxpr: Any, inputs: Sequence[Reach], times: int) -> list[Reach]:
-        """The reaches of a jaxpr's results; ``times`` is how often it runs."""
-        reaches = dict(zip(jaxpr.invars, inputs, strict=True))
-
-        def reach(atom):
-            # A literal has a value, and no name; constants are not among the inputs.
-            return None if hasattr(atom, "val") else reaches.get(atom)
-
-        for equation in jaxpr.eqns:
-            operands = [reach(atom) for atom in equation.invars]
-            path = self._program.returned_by(equation)
-            if path is not None:
-                shape = equation.outvars[0].aval.shape[1:]
-                self.outputs[path] = Output(shape, operands[0], times)
-            results = self._results(equation, operands, times)
-            reaches.update(zip(equation.outvars, results, strict=True))
-        return [reach(atom) for atom in jaxpr.outvars]
-
-    def _results(self, equation, operands, times):
-        if not any(operands):
-            return [None] * len(equation.outvars)
-        name = equation.primitive.name
-        if name in _RULES:
-            return _by_rule(_RULES[name], equation, operands)
-        if name == "scan":
-            return self._loop(equation, operands, times)
-        if name == "cond":
-            return self._branches(equation, operands, times)
+    for equation in jaxpr.eqns:
+        operands = [reach(atom) for atom in equation.invars]
+        path = program.returned_by(equation)
+        if path is not None:
+            shape = equation.outvars[0].aval.shape[1:]
+            outputs[path] = Output(shape, operands[0], times)
         inner = list(inner_programs(equation))
-        if len(inner) == 1 and _is_call(equation, inner[0]):
-            return self._follow(inner[0], operands, times)
-        for program in inner:
-            self._follow(program, [self._whole_image] * len(program.invars), times)
-        return [self._whole_image] * len(equation.outvars)
-
-    def _loop(self, equation, operands, times):
-        """A scan: its operands are constants, carried and stacked, in this order.
-
-        How many there are of each is told by the ranks, in every version of jax: what
-        is stacked has one axis more than what the body sees of it.
-        """
-        (body,) = inner_programs(equation)
-        length = equation.params["length"]
-        num_stacked = _differing_ranks(equation.invars, body.invars)
-        num_collected = _differing_ranks(equation.outvars, body.outvars)
-        num_carried = len(equation.outvars) - num_collected
-        end = len(operands) - num_stacked
-        constants, carried = (
-            operands[: end - num_carried],
-            operands[end - num_carried : end],
-        )
-        slices = [
-            _tapped(
-                reach,
-                [None, *map(_Tap, range(len(atom.aval.shape)))],
-                operand.aval.shape,
-            )
-            for reach, atom, operand in zip(
-                operands[end:], body.invars[end:], equation.invars[end:], strict=True
-            )
-        ]
-        shapes = [atom.aval.shape for atom in body.outvars[num_carried:]]
-        collected: list[Reach] = [None] * num_collected
-        for _ in range(length):
-            before = carried
-            results = self._follow(body, constants + carried + slices, times * length)
-            carried = results[:num_carried]
-            collected = [
-                _joined(pair, shape)
-                for *pair, shape in zip(
-                    collected, results[num_carried:], shapes, strict=True
-                )
+        if not any(operands):
+            results: list[Reach] = [None] * len(equation.outvars)
+        elif equation.primitive.name == "scan":
+            results = _loop(program, equation, inner[0], operands, times, outputs)
+        elif equation.primitive.name == "cond":
+            branches = [
+                _follow(program, branch, operands[1:], times, outputs)
+                for branch in inner
             ]
-            if carried == before:
-                break
-        return carried + [
-            _tapped(reach, [_Tap(axis + 1) for axis in range(len(shape))], shape)
-            for reach, shape in zip(collected, shapes, strict=True)
-        ]
-
-    def _branches(self, equation, operands, times):
-        choice, *arguments = operands
-        results = [
-            self._follow(branch, arguments, times)
-            for branch in inner_programs(equation)
-        ]
-        return [
-            _joined([choice, *reaches], out.aval.shape)
-            for out, *reaches in zip(equation.outvars, *results, strict=True)
-        ]
+            results = [_joined([operands[0], *r]) for r in zip(*branches, strict=True)]
+        elif len(inner) == 1 and len(inner[0].invars) == len(operands):
+            results = _follow(program, inner[0], operands, times, outputs)
+        elif inner:
+            results = [_WHOLE] * len(equation.outvars)
+        else:
+            passed = [_passed(equation, i, reach) for i, reach in enumerate(operands)]
+            results = [_joined(passed)] * len(equation.outvars)
+        reaches.update(zip(equation.outvars, results, strict=True))
+    return [reach(atom) for atom in jaxpr.outvars]
 
 
-def _by_rule(rule, equation, operands):
-    shapes = [atom.aval.shape for atom in equation.invars]
-    results = []
-    for k, out in enumerate(equation.outvars):
-        reaches = [
-            _tapped(reach, rule(equation, i, k), shape)
-            for i, (reach, shape) in enumerate(zip(operands, shapes, strict=True))
-        ]
-        results.append(_joined(reaches, out.aval.shape))
-    return results
+def _loop(program, equation, body, operands, times, outputs):
+    """A scan over constants, carried and stacked operands, in this order."""
+    # What is stacked has one axis more outside of the body than inside.
+    ranks = [
+        [len(outer.aval.shape) == len(own.aval.shape) for outer, own in pairs]
+        for pairs in (
+            zip(equation.invars, body.invars, strict=True),
+            zip(equation.outvars, body.outvars, strict=True),
+        )
+    ]
+    num_carried = sum(ranks[1])
+    first = sum(ranks[0]) - num_carried
+    stacked = [reach and _WHOLE for reach in operands[first + num_carried :]]
+    carried, length = operands[first : first + num_carried], equation.params["length"]
+    for _ in range(length):
+        before = carried
+        given = [*operands[:first], *carried, *stacked]
+        results = _follow(program, body, given, times * length, outputs)
+        carried = results[:num_carried]
+        if carried == before:
+            break
+    return carried + [reach and _WHOLE for reach in results[num_carried:]]
 
 
-def _is_call(equation, inner):
-    """Whether an equation hands its operands to a program and returns its results."""
-    pairs = ((equation.invars, inner.invars), (equation.outvars, inner.outvars))
-    return all(
-        [a.aval.shape for a in outer] == [a.aval.shape for a in own]
-        for outer, own in pairs
-    )
-
-
-def _differing_ranks(outer, inner):
-    return sum(
-        len(a.aval.shape) != len(b.aval.shape)
-        for a, b in zip(outer, inner, strict=True)
-    )
-
-
-def _tapped(reach: Reach, taps: _Taps, shape: tuple[int, ...]) -> Reach:
-    """The reach of a result that needs an operand of ``shape`` through ``taps``."""
-    if reach is None:
-        return None
-    height, width = (_tapped_view(view, taps, shape) for view in reach)
-    return height, width
-
-
-def _tapped_view(view, taps, shape):
-    window, common = view
-    if window is None:
-        return view
-    tap = taps[window.axis]
-    if tap is None:
-        return View(None, _hull(common, window.span(shape[window.axis])))
-    low = window.low + window.stride * tap.first
-    high = window.high + window.stride * tap.last
-    return View(Window(tap.axis, window.stride * tap.scale, low, high), common)
-
-
-def _joined(reaches: Iterable[Reach], shape: tuple[int, ...]) -> Reach:
-    """The reach of an array of ``shape`` that depends on all of several."""
+def _joined(reaches: Iterable[Reach]) -> Reach:
+    """The reach of an array that depends on all of several."""
     seen = [reach for reach in reaches if reach is not None]
     if not seen:
         return None
-    height, width = (_joined_views(views, shape) for views in zip(*seen, strict=True))
+    height, width = (_joined_views(views) for views in zip(*seen, strict=True))
     return height, width
 
 
-def _joined_views(views, shape):
-    window, common = views[0]
-    for other, other_common in views[1:]:
-        common = _hull(common, other_common)
-        if window is None or other is None:
-            window = window or other
-        elif window[:2] == other[:2]:
-            low, high = min(window.low, other.low), max(window.high, other.high)
-            window = window._replace(low=low, high=high)
-        else:
-            # They move apart: what one of them sees is kept as seen by all.
-            common = _hull(common, other.span(shape[other.axis]))
-    return View(window, common)
+def _joined_views(views: Sequence[View]) -> View:
+    windows = [view.window for view in views if view.window is not None]
+    if len({window.stride for window in windows}) != 1:
+        return View(None)
+    low = min(window.low for window in windows)
+    high = max(window.high for window in windows)
+    context = len(windows) < len(views) or any(view.context for view in views)
+    return View(Window(windows[0].stride, low, high), context)
 
 
-def _hull(a: Span | None, b: Span | None) -> Span | None:
-    if a is None or b is None:
-        return a or b
-    return min(a[0], b[0]), max(a[1], b[1])
+def _passed(equation: Any, operand: int, reach: Reach) -> Reach:
+    """The reach that an operation passes on from one operand to its results."""
+    if reach is None:
+        return None
+    taps = [_tap(equation, operand, axis) for axis in (1, 2)]
+    height, width = (_tapped(v, tap) for v, tap in zip(reach, taps, strict=True))
+    return height, width
 
 
-# How the results of an operation tap its operands: for the equation and the indices of
-# the operand and of the result, a tap for each axis of the operand.
+def _tapped(view: View, tap: tuple[int, int, int] | None) -> View:
+    window = view.window
+    if window is None or tap is None:
+        return View(None)
+    scale, first, last = tap
+    low = window.low + window.stride * first
+    high = window.high + window.stride * last
+    return View(Window(window.stride * scale, low, high), view.context)
 
 
-def _elementwise(equation, operand, result):
-    out = equation.outvars[result].aval.shape
+_NHWC = (0, 3, 1, 2)
+_SAME = (1, 0, 0)
+_KEEPS_AXES = frozenset((
+    "abs", "add", "add_any", "and", "clamp", "convert_element_type", "copy", "cos",
+    "div", "eq", "erf", "exp", "expm1", "ge", "gt", "integer_pow", "is_finite", "le",
+    "log", "log1p", "logistic", "lt", "max", "min", "mul", "name", "ne", "neg", "not",
+    "or", "pow", "reduce_precision", "rsqrt", "select_n", "sharding_constraint", "sign",
+    "sin", "sqrt", "square", "stop_gradient", "sub", "tanh", "xor",
+))  # fmt: skip
+
+
+def _tap(equation: Any, operand: int, axis: int) -> tuple[int, int, int] | None:
+    """Position i needs the operand's i * scale + first to i * scale + last.
+
+    Returns:
+      (scale, first, last), or None if each position needs the whole axis.
+    """
+    name, params = equation.primitive.name, equation.params
     shape = equation.invars[operand].aval.shape
-    # An axis of size 1 beside a longer one is repeated; a scalar has no axes.
-    return [
-        _Tap(axis) if size == out[axis] else None for axis, size in enumerate(shape)
-    ]
+    out = equation.outvars[0].aval.shape
+    if len(shape) <= axis or len(out) <= axis:
+        return None
+    if name == "conv_general_dilated":
+        numbers = params["dimension_numbers"]
+        plain = set(params["lhs_dilation"]) == {1} and operand == 0
+        if not plain or (numbers.lhs_spec, numbers.out_spec) != (_NHWC, _NHWC):
+            return None
+        size = equation.invars[1].aval.shape[numbers.rhs_spec[axis + 1]]
+        low, reach = params["padding"][axis - 1][0], params["rhs_dilation"][axis - 1]
+        return params["window_strides"][axis - 1], -low, (size - 1) * reach - low
+    if name.startswith("reduce_window"):
+        if params["base_dilation"][axis] != 1:
+            return None
+        low, reach = params["padding"][axis][0], params["window_dilation"][axis]
+        last = (params["window_dimensions"][axis] - 1) * reach - low
+        return params["window_strides"][axis], -low, last
+    if name == "slice":
+        start = params["start_indices"][axis]
+        return (params["strides"] or [1] * len(shape))[axis], start, start
+    if name == "pad":
+        low, _, interior = params["padding_config"][axis]
+        return None if interior or operand else (1, -low, -low)
+    same = axis < _first_changed(equation, operand) and shape[axis] == out[axis]
+    return _SAME if same else None
 
 
-def _convolution(equation, operand, result):
-    rank = len(equation.invars[operand].aval.shape)
-    taps: list[_Tap | None] = [None] * rank
-    if operand == 1:
-        return taps
-    params = equation.params
-    lhs, rhs, out = params["dimension_numbers"]
-    taps[lhs[0]] = _Tap(out[0])
-    kernel = equation.invars[1].aval.shape
-    for index in range(rank - 2):
-        taps[lhs[2 + index]] = _window_tap(
-            out[2 + index],
-            kernel[rhs[2 + index]],
-            params["window_strides"][index],
-            params["padding"][index],
-            params["lhs_dilation"][index],
-            params["rhs_dilation"][index],
-        )
-    return taps
-
-
-def _pooling(equation, operand, result):
-    rank = len(equation.invars[operand].aval.shape)
-    params = equation.params
-    return [
-        _window_tap(
-            axis,
-            params["window_dimensions"][axis],
-            params["window_strides"][axis],
-            params["padding"][axis],
-            params["base_dilation"][axis],
-            params["window_dilation"][axis],
-        )
-        for axis in range(rank)
-    ]
-
-
-def _window_tap(axis, size, strides, padding, base_dilation, window_dilation):
-    first, last = -padding[0], (size - 1) * window_dilation - padding[0]
-    return _Tap(axis, *(_exact(n, base_dilation) for n in (strides, first, last)))
-
-
-def _exact(numerator, denominator=1):
-    # The parameters of an equation may be numpy's integers, which a fraction keeps.
-    return Fraction(int(numerator), int(denominator))
-
-
-def _product(equation, operand, result):
-    contracted, batch = equation.params["dimension_numbers"]
-    ranks = [len(atom.aval.shape) for atom in equation.invars]
-    free = [
-        [a for a in range(ranks[k]) if a not in contracted[k] and a not in batch[k]]
-        for k in (0, 1)
-    ]
-    # The result has the batch axes, then the left operand's, then the right one's.
-    offset = len(batch[0]) + (len(free[0]) if operand == 1 else 0)
-    taps: list[_Tap | None] = [None] * ranks[operand]
-    for position, axis in enumerate(batch[operand]):
-        taps[axis] = _Tap(position)
-    for position, axis in enumerate(free[operand]):
-        taps[axis] = _Tap(offset + position)
-    return taps
-
-
-def _stack(equation, operand, result):
-    rank, new = len(equation.invars[operand].aval.shape), equation.params["axis"]
-    return [_Tap(axis if axis < new else axis + 1) for axis in range(rank)]
-
-
-def _unstack(equation, operand, result):
-    return _without(equation.invars[operand].aval.shape, (equation.params["axis"],))
-
-
-def _reduction(equation, operand, result):
-    return _without(equation.invars[operand].aval.shape, equation.params["axes"])
-
-
-def _squeeze(equation, operand, result):
-    return _without(equation.invars[operand].aval.shape, equation.params["dimensions"])
-
-
-def _without(shape, removed):
-    left = itertools.count()
-    return [None if axis in removed else _Tap(next(left)) for axis in range(len(shape))]
-
-
-def _slice(equation, operand, result):
-    starts = equation.params["start_indices"]
-    strides = equation.params["strides"] or (1,) * len(starts)
-    return [
-        _Tap(axis, _exact(stride), _exact(start), _exact(start))
-        for axis, (start, stride) in enumerate(zip(starts, strides, strict=True))
-    ]
-
-
-def _dynamic_slice(equation, operand, result):
-    # The start is clipped: an axis that is taken whole stays where it is.
-    return _elementwise(equation, operand, result) if operand == 0 else []
-
-
-def _pad(equation, operand, result):
-    if operand == 1:
-        return []
-    taps = []
-    for axis, (low, _, interior) in enumerate(equation.params["padding_config"]):
-        shift = _exact(-low, interior + 1)
-        taps.append(_Tap(axis, _exact(1, interior + 1), shift, shift))
-    return taps
-
-
-def _concatenate(equation, operand, result):
-    joined = equation.params["dimension"]
-    shapes = [atom.aval.shape for atom in equation.invars]
-    before = sum(shape[joined] for shape in shapes[:operand])
-    return _shifted(len(shapes[operand]), joined, -before)
-
-
-def _split(equation, operand, result):
-    before = sum(equation.params["sizes"][:result])
-    rank = len(equation.invars[operand].aval.shape)
-    return _shifted(rank, equation.params["axis"], before)
-
-
-def _shifted(rank, shifted_axis, shift):
-    shifts = [_exact(shift if axis == shifted_axis else 0) for axis in range(rank)]
-    return [_Tap(axis, Fraction(1), by, by) for axis, by in enumerate(shifts)]
-
-
-def _transpose(equation, operand, result):
-    permutation = list(equation.params["permutation"])
-    return [_Tap(permutation.index(axis)) for axis in range(len(permutation))]
-
-
-def _broadcast(equation, operand, result):
-    if operand > 0:
-        return []
-    out = equation.outvars[result].aval.shape
+def _first_changed(equation: Any, operand: int) -> int:
+    """The first axis of an operand that an operation moves, merges or sums over."""
+    name, params = equation.primitive.name, equation.params
     shape = equation.invars[operand].aval.shape
-    places = [int(axis) for axis in equation.params["broadcast_dimensions"]]
-    return [
-        _Tap(place) if size == out[place] else None
-        for size, place in zip(shape, places, strict=True)
-    ]
-
-
-def _reshape(equation, operand, result):
-    """An axis that stays, or is cut into several, is followed; merged ones are not."""
-    old, new = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    taps: list[_Tap | None] = [None] * len(old)
-    if 0 in old:
-        return taps
-    if old == new:
-        return [_Tap(axis) for axis in range(len(old))]
-    old_axes = [axis for axis, size in enumerate(old) if size != 1]
-    new_axes = [axis for axis, size in enumerate(new) if size != 1]
-    # Both lists fall into the same runs: axes next to each other, of equal product.
-    while old_axes:
-        run, counterpart = [old_axes.pop(0)], [new_axes.pop(0)]
-        while (a := _volume(old, run)) != (b := _volume(new, counterpart)):
-            if a < b:
-                run.append(old_axes.pop(0))
-            else:
-                counterpart.append(new_axes.pop(0))
-        if len(run) == 1:
-            inner = Fraction(_volume(new, counterpart[1:]))
-            taps[run[0]] = _Tap(counterpart[0], inner, Fraction(0), inner - 1)
-    return taps
-
-
-def _volume(shape, axes):
-    return math.prod(shape[axis] for axis in axes)
-
-
-_ELEMENTWISE = (
-    "abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp",
-    "convert_element_type", "copy", "copy_p", "cos", "cosh", "div", "eq", "erf",
-    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow",
-    "is_finite", "le", "log", "log1p", "log2", "logistic", "lt", "max", "min", "mul",
-    "name", "ne", "neg", "not", "or", "pow", "reduce_precision", "rem", "reshard",
-    "round", "rsqrt", "select_n", "sharding_constraint", "sign", "sin", "sinh", "sqrt",
-    "square", "stop_gradient", "sub", "tan", "tanh", "xor",
-)  # fmt: skip
-_REDUCTIONS = ("sum", "max", "min", "prod", "and", "or")
-
-_Rule = Callable[[Any, int, int], _Taps]
-_RULES: dict[str, _Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, _elementwise),
-    **{f"reduce_{name}": _reduction for name in _REDUCTIONS},
-    "argmax": _reduction,
-    "argmin": _reduction,
-    "reduce_window_max": _pooling,
-    "reduce_window_min": _pooling,
-    "reduce_window_sum": _pooling,
-    "conv_general_dilated": _convolution,
-    "dot_general": _product,
-    "broadcast_in_dim": _broadcast,
-    "concatenate": _concatenate,
-    "dynamic_slice": _dynamic_slice,
-    "pad": _pad,
-    "reshape": _reshape,
-    "slice": _slice,
-    "split": _split,
-    "squeeze": _squeeze,
-    "stack": _stack,
-    "transpose": _transpose,
-    "unstack": _unstack,
-}
+    order: Sequence[int] = range(len(shape))
+    if name in _KEEPS_AXES:
+        return len(shape)
+    if name == "concatenate":
+        return params["dimension"]
+    if name == "squeeze":
+        return min(params["dimensions"])
+    if name in ("argmax", "argmin") or name.startswith("reduce_"):
+        return min(params["axes"], default=len(shape))
+    if name == "dot_general":
+        (contracted, _), (batch, _) = params["dimension_numbers"]
+        return 0 if operand or batch else min(contracted)
+    if name == "reshape":
+        order = equation.outvars[0].aval.shape
+        shape = (*shape, *[0] * (len(order) - len(shape)))
+        equal = [a == b for a, b in zip(shape, order, strict=False)]
+        return [*equal, False].index(False)
+    if name in ("transpose", "broadcast_in_dim"):
+        order = params.get("permutation", params.get("broadcast_dimensions"))
+        return [*(i == axis for i, axis in enumerate(order)), False].index(False)
+    return 0

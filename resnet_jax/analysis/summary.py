@@ -1,12 +1,12 @@
-"""What a net is, stage by stage: shapes, sizes, costs and receptive fields.
+"""Nets stage by stage: shapes, sizes, costs and receptive fields.
 
-Everything is read off the traced program; nothing is computed on data.
+All figures come from the traced program; nothing is computed on data.
 """
 
 import dataclasses
+import difflib
 import json
-import math
-import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
@@ -27,31 +27,32 @@ from resnet_jax.errors import UserError
 from resnet_jax.models import catalog_entry, create_model, shortcuts
 from resnet_jax.models.catalog import CATALOG, FAMILIES
 
+_NO_OUTPUT = Output(None, None, 1)
+_COSTS = ("parameters", "multiply_adds")
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A module of a net.
 
-    The receptive field is that of the module's output in the image: the smallest
-    rectangle that holds every pixel on which one position depends, as if there were
-    pixels beyond the border too. Of several outputs the last is meant: of a stem, the
-    pooled map.
+    The receptive field is the smallest rectangle of the image with every pixel that one
+    position of the module's output depends on, as if the image had no border. For a
+    module with several outputs it is the last one's: for a stem, the pooled map's.
 
     Attributes:
-      name: its place in the net: "stage1" or "stage1/block2"; "other" is what belongs
-        to none of the net's modules.
-      output_shape: (h, w, c) of a map, (c,) of features; None if it returns no array.
-      parameters: its trainable numbers.
+      name: path in the net, "stage1" or "stage1/block2"; "other" for what belongs to
+        none of the net's modules.
+      output_shape: (h, w, c) of a map, (c,) of features; None for no array.
+      parameters: trainable numbers.
       multiply_adds: of one image, as ``count_multiply_adds`` counts.
-      receptive_field: height and width in pixels; None on an axis along which every
-        position depends on the whole image.
+      receptive_field: height and width in pixels; None if every position depends on the
+        whole axis.
       stride: pixels between neighbours on the output; None on such an axis.
-      first_pixel: row and column at which the field of position (0, 0) begins,
-        negative beyond the border; None on such an axis.
-      global_context: whether every position depends, besides, on pixels outside its
-        field, through something that was reduced over the map: a gate of
-        squeeze-and-excitation, or statistics of the image.
-      repeats: how often a loop runs it; above 1 for the blocks of a scanned stage.
+      first_pixel: row and column where the field of position (0, 0) begins, negative
+        beyond the border; None on such an axis.
+      global_context: whether every position also depends on the whole image, as after
+        squeeze-and-excitation.
+      repeats: number of times a loop runs it; above 1 in a scanned stage.
     """
 
     name: str
@@ -59,25 +60,25 @@ class Row:
     parameters: int
     multiply_adds: int
     receptive_field: tuple[int | None, int | None]
-    stride: tuple[float | None, float | None]
+    stride: tuple[int | None, int | None]
     first_pixel: tuple[int | None, int | None]
     global_context: bool
     repeats: int
 
     @property
     def is_top_level(self) -> bool:
-        """Whether it is one of the rows that add up to the net."""
+        """Whether the row is one of those that add up to the net."""
         return "/" not in self.name
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """A named net's rows.
+    """The rows of a named net.
 
     Attributes:
       name: in the catalog.
-      options: those of ``create_model`` that were given.
-      source: where the net is defined.
+      options: given to ``create_model``.
+      source: publication of the net.
       image_shape: (h, w, channels).
       rows: of ``summarize``.
     """
@@ -90,58 +91,77 @@ class Summary:
 
     @property
     def parameters(self) -> int:
-        """Those of the whole net."""
+        """Trainable numbers of the net."""
         return sum(row.parameters for row in self.rows if row.is_top_level)
 
     @property
     def multiply_adds(self) -> int:
-        """Those of the whole net."""
+        """Multiply-adds of the net for one image."""
         return sum(row.multiply_adds for row in self.rows if row.is_top_level)
 
 
 def summarize(
     model: nn.Module, image_shape: tuple[int, int, int], depth: int = 1
 ) -> list[Row]:
-    """The rows of a net, in the order in which its modules are called.
+    """The rows of a net, in the order of the calls; computes shapes alone.
 
     Modules without parameters and multiply-adds, such as dropout, have no row.
-
-    Computes shapes alone, so that the largest nets take seconds. The receptive field
-    is followed through the operations that nets are made of; a result of any other
-    operation counts as dependent on the whole image.
 
     Args:
       model: called as ``model(images, train=False)``.
       image_shape: (h, w, channels).
       depth: 1 for the net's modules (stem, stages, head), whose parameters and
-        multiply-adds add up to the net's; 2 for those inside them too, and so on.
+        multiply-adds add up to the net's; 2 adds the modules inside them, and so on.
 
     Raises:
-      ValueError: a depth below 1, or a loop whose length is not known.
+      ValueError: a depth below 1, or a loop of unknown length.
     """
     if depth < 1:
         raise ValueError(f"the depth of a summary is at least 1, not {depth}")
     program = trace(model, image_shape)
     costs = multiply_adds_by_module(program)
     params = program.variables.get("params", {})
-    outputs = module_outputs(program, image_shape)
+    outputs = module_outputs(program)
     rows = []
     # A module that only holds others is never called, but has a row.
     levels = (path[:n] for path in program.paths for n in range(1, len(path) + 1))
     for path in dict.fromkeys(levels):
-        if len(path) > depth:
-            continue
         cost = sum(n for inner, n in costs.items() if inner[: len(path)] == path)
         size = _parameters(params, path)
-        if cost or size:
+        if len(path) <= depth and (cost or size):
             output = outputs.get(path, _NO_OUTPUT)
-            rows.append(_row(path, output, size, cost, image_shape))
+            rows.append(_row("/".join(path), output, size, cost))
     top = [row for row in rows if row.is_top_level]
-    parameters = count_parameters(params) - sum(row.parameters for row in top)
+    size = count_parameters(params) - sum(row.parameters for row in top)
     cost = costs.total() - sum(row.multiply_adds for row in top)
-    if parameters or cost:
-        rows.append(_row(("other",), _NO_OUTPUT, parameters, cost, image_shape))
+    if size or cost:
+        rows.append(_row("other", _NO_OUTPUT, size, cost))
     return rows
+
+
+def _row(name: str, output: Output, parameters: int, multiply_adds: int) -> Row:
+    views = output.reach or (View(None), View(None))
+    windows = [view.window for view in views]
+    fields = [w and w.high - w.low + 1 for w in windows]
+    return Row(
+        name=name,
+        output_shape=output.shape,
+        parameters=parameters,
+        multiply_adds=multiply_adds,
+        receptive_field=(fields[0], fields[1]) if output.reach else (0, 0),
+        stride=tuple(w and w.stride for w in windows),  # type: ignore[arg-type]
+        first_pixel=tuple(w and w.low for w in windows),  # type: ignore[arg-type]
+        global_context=any(view.context for view in views),
+        repeats=output.repeats,
+    )
+
+
+def _parameters(params: Any, path: Path) -> int:
+    for key in path:
+        if key not in params:
+            return 0
+        params = params[key]
+    return count_parameters(params)
 
 
 def summarize_named(
@@ -151,7 +171,7 @@ def summarize_named(
 
     Args:
       name: one of ``list_models()``.
-      image_size: side of the square images; the net's own by default.
+      image_size: side of the square images; None means the net's own.
       depth: see ``summarize``.
       **options: of ``create_model``.
 
@@ -171,7 +191,7 @@ def summarize_named(
     try:
         rows = summarize(model, shape, depth)
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        # A map without pixels: what fails first differs from net to net.
+        # A map without pixels; what fails first depends on the net.
         if side < entry.image_size:
             raise too_small from error
         raise
@@ -180,13 +200,11 @@ def summarize_named(
     return Summary(name, options, entry.source, shape, tuple(rows))
 
 
-def print_catalog(console: rich.console.Console | None = None) -> None:
-    """Prints a line for every named net: images, parameters, multiply-adds, source.
+# Printing
 
-    Args:
-      console: where to print; standard output by default.
-    """
-    console = console or rich.console.Console()
+
+def print_catalog(console: rich.console.Console | None = None) -> None:
+    """Prints a line for every named net: images, parameters, multiply-adds, source."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for heading in ("image", "params", "mul-adds"):
@@ -197,7 +215,7 @@ def print_catalog(console: rich.console.Console | None = None) -> None:
         table.add_row(name, str(entry.image_size), *costs, entry.source)
     for name, meaning in FAMILIES.items():
         table.add_row(name, "32", "", "", meaning)
-    console.print(table)
+    (console or rich.console.Console()).print(table)
 
 
 def print_summaries(
@@ -218,11 +236,10 @@ def print_summaries(
       compare: print two nets side by side.
       image_size: see ``summarize_named``.
       depth: see ``summarize``.
-      shortcut: in place of the nets' own; plain nets, and those without residual
-        blocks, stay as they are.
-      json_path: where to write the figures, if anywhere.
-      console: where to print; standard output by default.
-      **options: of ``create_model``, for every net; those that are None are left out.
+      shortcut: replaces the nets' own; nets without shortcuts stay as they are.
+      json_path: file for the figures.
+      console: None means standard output.
+      **options: of ``create_model``, for every net; None means the default.
 
     Returns:
       The summaries, in the order of the names.
@@ -235,69 +252,62 @@ def print_summaries(
         raise UserError(f"--compare sets two nets side by side, not {len(names)}")
     if not names:
         raise UserError("name a net, for example: resnet-jax summary resnet50")
-    console = console or rich.console.Console()
     options = {key: value for key, value in options.items() if value is not None}
-    with_shortcuts = [name for name in names if _has_shortcuts(name)]
-    if shortcut is not None and not with_shortcuts:
+    changed = {name for name in names if shortcut and _has_shortcuts(name)}
+    if shortcut is not None and not changed:
         raise UserError(f"{' and '.join(names)}: a net without shortcuts takes none")
     summaries = []
     for name in names:
-        own = dict(options)
-        if shortcut is not None and name in with_shortcuts:
-            own["shortcut"] = shortcut
-        summaries.append(
-            summarize_named(name, image_size=image_size, depth=depth, **own)
-        )
-    tables = [summaries] if compare else [[summary] for summary in summaries]
-    for index, shown in enumerate(tables):
-        if index:
-            console.print()
+        own = options | ({"shortcut": shortcut} if name in changed else {})
+        summary = summarize_named(name, image_size=image_size, depth=depth, **own)
+        summaries.append(summary)
+    console = console or rich.console.Console()
+    for shown in [summaries] if compare else [[summary] for summary in summaries]:
         console.print(render(*shown))
     if json_path is not None:
-        result: dict[str, Any] = {"nets": [_as_json(summary) for summary in summaries]}
-        if compare:
-            result["ratio"] = dict(zip(_COSTS, _ratios(*summaries), strict=True))
-        try:
-            FilePath(json_path).write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{json_path} cannot be written ({error.strerror})"
-            ) from error
+        _write_json(json_path, summaries, compare)
     return summaries
 
 
-def _has_shortcuts(name):
+def _write_json(path: str, summaries: Sequence[Summary], compare: bool) -> None:
+    nets = [
+        dataclasses.asdict(net)
+        | {"total": {cost: getattr(net, cost) for cost in _COSTS}}
+        for net in summaries
+    ]
+    result: dict[str, Any] = {"nets": nets}
+    if compare:
+        result["ratio"] = dict(zip(_COSTS, _ratios(*summaries), strict=True))
+    try:
+        FilePath(path).write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
+
+
+def _has_shortcuts(name: str) -> bool:
     shortcut = getattr(create_model(name), "shortcut", None)
     return shortcut is not None and not isinstance(shortcut, shortcuts.NoShortcut)
-
-
-# Tables
-
-
-_COSTS = ("parameters", "multiply_adds")
-_NAME_WIDTH = 11
 
 
 def render(summary: Summary, other: Summary | None = None) -> rich.table.Table:
     """A table of one net, or of two side by side with the ratio of their totals.
 
-    Rows of two nets that have the same name stand on the same line. Print it with a
-    rich console; a notebook shows it as it is.
+    Rows of the same name stand on one line. A notebook shows the table as it is.
     """
     return _render_one(summary) if other is None else _render_two(summary, other)
 
 
-def _render_one(summary):
-    table = _table([summary], _caption(summary.rows))
+def _render_one(summary: Summary) -> rich.table.Table:
+    table = _table([summary], _caption(summary.rows), padding=(0, 1))
     table.add_column("", footer="total")
-    for header, footer in (
+    for heading, footer in (
         ("output", ""),
         ("stride", ""),
         ("field", ""),
         ("parameters", f"{summary.parameters:,}"),
         ("multiply-adds", f"{summary.multiply_adds:,}"),
     ):
-        table.add_column(header, footer=footer, justify="right", overflow="fold")
+        table.add_column(heading, footer=footer, justify="right", overflow="fold")
     for row in summary.rows:
         table.add_row(
             _indented(row),
@@ -310,42 +320,44 @@ def _render_one(summary):
     return table
 
 
-def _render_two(first, second):
-    both = (first, second)
+def _render_two(first: Summary, second: Summary) -> rich.table.Table:
     ratios = [f"{ratio:.4g}" for ratio in _ratios(first, second)]
-    table = _table(
-        both,
+    caption = (
         f"{first.name} has {ratios[0]} times the parameters of {second.name} and "
-        f"{ratios[1]} times its multiply-adds\n"
-        + _caption([*first.rows, *second.rows]),
+        f"{ratios[1]} times its multiply-adds\n" + _caption([*first.rows, *second.rows])
     )
+    table = _table([first, second], caption, padding=(0, 0))
     table.add_column("", footer="total", no_wrap=True)
-    for summary in both:
+    for summary in (first, second):
         table.add_column("")  # a wider gap
-        for header, footer in (
-            (f"{_broken(summary.name)}\noutput", ""),
+        # The name in lines as narrow as the column below it.
+        lines = textwrap.wrap(summary.name.replace("_", "_ "), 11)
+        for heading, footer in (
+            ("\n".join(lines).replace("_ ", "_") + "\noutput", ""),
             ("field", ""),
             ("params", _short(summary.parameters)),
             ("mul-\nadds", _short(summary.multiply_adds)),
         ):
             table.add_column(
-                header,
+                heading,
                 footer=footer,
                 justify="right",
                 vertical="bottom",
                 overflow="fold",
             )
-    by_name = [{row.name: row for row in summary.rows} for summary in both]
-    for name in _aligned(list(by_name[0]), list(by_name[1])):
+    by_name = [{row.name: row for row in net.rows} for net in (first, second)]
+    for name in _merged(list(by_name[0]), list(by_name[1])):
         found = [rows.get(name) for rows in by_name]
         cells = [_indented(next(row for row in found if row))]
         for row in found:
-            cells += ["", *_short_cells(row)] if row else [""] * 5
+            cells += _short_cells(row) if row else [""] * 5
         table.add_row(*cells)
     return table
 
 
-def _table(summaries, caption):
+def _table(
+    summaries: Sequence[Summary], caption: str, padding: tuple[int, int]
+) -> rich.table.Table:
     return rich.table.Table(
         box=rich.box.SIMPLE_HEAD,
         title="\n".join(_title(summary) for summary in summaries),
@@ -355,16 +367,11 @@ def _table(summaries, caption):
         caption_justify="left",
         show_footer=True,
         pad_edge=False,
-        padding=(0, 0) if len(summaries) > 1 else (0, 1),
+        padding=padding,
     )
 
 
-def _short_cells(row):
-    costs = (_short(row.parameters), _short(row.multiply_adds))
-    return [_shape(row), _field(row, "+"), *costs]
-
-
-def _title(summary):
+def _title(summary: Summary) -> str:
     options = "".join(
         f", {key.replace('_', ' ')} {value}" for key, value in summary.options.items()
     )
@@ -372,133 +379,56 @@ def _title(summary):
     return f"{summary.name}{options}; images {size}; {summary.source}"
 
 
-def _broken(name):
-    """A long name in lines that are as narrow as the column below it."""
-    lines = [""]
-    for part in re.findall("[^_]*_|[^_]+", name):
-        if lines[-1] and len(lines[-1] + part) > _NAME_WIDTH:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
-
-
 def _caption(rows: Iterable[Row]) -> str:
     gated = any(row.global_context for row in rows)
     return "field: the receptive field, in pixels; all: the whole image" + (
-        "\n+ all: besides, the whole image through a mean over the map" if gated else ""
+        "\n+ all: and the whole image through a mean over the map" if gated else ""
     )
 
 
-def _ratios(first, second):
-    """Of the totals, in the order of ``_COSTS``."""
+def _ratios(first: Summary, second: Summary) -> list[float]:
     return [getattr(first, cost) / getattr(second, cost) for cost in _COSTS]
 
 
-def _aligned(first: list[str], second: list[str], parent: str = "") -> Iterator[str]:
-    """The names of both below a parent, each followed by those below itself.
-
-    Those that are only in ``second`` stand before the next that is in both.
-    """
-    merged, other = (
-        [name for name in names if name.rpartition("/")[0] == parent]
-        for names in (first, second)
-    )
-    place = len(merged)
-    for name in reversed(other):
-        if name in merged:
-            place = merged.index(name)
-        else:
-            merged.insert(place, name)
-    for name in merged:
-        yield name
-        yield from _aligned(first, second, name)
+def _merged(first: list[str], second: list[str]) -> Iterator[str]:
+    """The names of both lists, each once, in an order that keeps both."""
+    matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
+    for kind, i, j, k, m in matcher.get_opcodes():
+        yield from first[i:j]
+        yield from () if kind == "equal" else second[k:m]
 
 
-def _indented(row):
-    parts = row.name.split("/")
+def _short_cells(row: Row) -> list[str]:
+    costs = (_short(row.parameters), _short(row.multiply_adds))
+    return ["", _shape(row), _field(row, "+"), *costs]
+
+
+def _indented(row: Row) -> str:
+    *parents, own = row.name.split("/")
     times = f" x{row.repeats}" if row.repeats > 1 else ""
-    return "  " * (len(parts) - 1) + parts[-1] + times
+    return "  " * len(parents) + own + times
 
 
-def _shape(row):
+def _shape(row: Row) -> str:
     return "" if row.output_shape is None else "x".join(map(str, row.output_shape))
 
 
-def _field(row, plus):
+def _field(row: Row, plus: str) -> str:
     if row.output_shape is None:
         return ""
     text = _sides(row.receptive_field, none="all")
     return f"{text}{plus}all" if row.global_context else text
 
 
-def _sides(sides, none=""):
+def _sides(sides: tuple[int | None, int | None], none: str = "") -> str:
     height, width = (none if side is None else f"{side:,}" for side in sides)
     return height if height == width else f"{height}x{width}"
 
 
-def _short(count):
+def _short(count: int) -> str:
     """Three digits and a unit: 9.54k, 1.23M, 118M."""
     if count < 1000:
         return str(count)
     digits, exponent = f"{count:.2e}".split("e")
     thousands, tens = divmod(int(exponent), 3)
     return f"{float(digits) * 10**tens:.{2 - tens}f}{' kMGT'[thousands]}"
-
-
-def _as_json(summary):
-    rows = [dataclasses.asdict(row) for row in summary.rows]
-    totals = {cost: getattr(summary, cost) for cost in _COSTS}
-    return dataclasses.asdict(summary) | {"rows": rows, "total": totals}
-
-
-# Rows
-
-
-_NO_OUTPUT = Output(None, None, 1)
-
-
-def _parameters(params: Any, path: Path) -> int:
-    for key in path:
-        if key not in params:
-            return 0
-        params = params[key]
-    return count_parameters(params)
-
-
-def _row(path, output, parameters, multiply_adds, image_shape):
-    views = output.reach or (View(), View())
-    rows, columns = (view.window for view in views)
-    height, width = image_shape[:2]
-    return Row(
-        name="/".join(path),
-        output_shape=output.shape,
-        parameters=parameters,
-        multiply_adds=multiply_adds,
-        receptive_field=(_field_size(views[0], height), _field_size(views[1], width)),
-        stride=(_stride(rows), _stride(columns)),
-        first_pixel=(_first_pixel(rows), _first_pixel(columns)),
-        global_context=any(view.window and view.common for view in views),
-        repeats=output.repeats,
-    )
-
-
-def _field_size(view, side):
-    """The pixels of the field along an axis of ``side`` pixels; None: all of them."""
-    span = view.window.span(1) if view.window else view.common
-    if span is None:
-        return 0
-    if view.window is None and span[0] <= 0 and span[1] >= side - 1:
-        return None
-    return math.floor(span[1]) - math.ceil(span[0]) + 1
-
-
-def _stride(window):
-    """An int, but of a map that was enlarged."""
-    if window is None:
-        return None
-    stride = window.stride
-    return stride.numerator if stride.denominator == 1 else float(stride)
-
-
-def _first_pixel(window):
-    return math.ceil(window.low) if window else None

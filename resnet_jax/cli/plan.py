@@ -1,26 +1,35 @@
 """``resnet-jax plan``."""
 
 import argparse
+import os
 from typing import Any
 
 from resnet_jax.cli.overrides import parse_overrides
 
-_DESCRIPTION = """Check a training run on paper: steps, memory, time and input rate.
+_DESCRIPTION = """Plan a training run on paper: steps, memory, work and input rate.
 
   resnet-jax plan --config configs/imagenet.py:resnet50,goyal2017 \\
       --devices 256 --hosts 32 --chip tpu_v5e --config.model.dtype=bfloat16
+  resnet-jax plan --config configs/imagenet.py:resnet50 --compile tpu:v5e:4x4
 
-Needs no accelerator and no data. The real training step is traced for one device, and
-published figures of chips make bounds of it: roofline, not measured. Any field may be
-overridden: --config.FIELD=VALUE.
+Needs no accelerator and no data. The first form answers at once, by arithmetic. With
+--compile, XLA also compiles the training step for the chip, and its figures follow.
+--config.FIELD=VALUE overrides any field.
 """
+
+# libtpu looks for a TPU host's metadata unless these are set.
+_NO_TPU_HOST = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand to the parser of ``resnet-jax``."""
     parser = commands.add_parser(
         "plan",
-        help="steps, memory, time and input rate of a run, on paper",
+        help="steps, memory, work and input rate of a run, on paper",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -32,61 +41,64 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--config", required=True, metavar="FILE.py[:ARG]", help="config file"
     )
-    number("--devices", int, "N", "chips that share a batch (default: 1)")
-    number("--hosts", int, "N", "hosts that hold them (default: 1)")
+    parser.add_argument(
+        "--compile",
+        metavar="TARGET",
+        dest="target",
+        help="compile the step for cpu, h100, h200 or a slice such as tpu:v5e:4x4",
+    )
+    number("--devices", int, "N", "devices that share a batch (default: 1)")
+    number("--hosts", int, "N", "hosts of these devices (default: 1)")
     parser.add_argument(
         "--chip",
         nargs="+",
         default=[],
         metavar="NAME",
         dest="chips",
-        help="such as tpu_v5e or h200_sxm (default: all that are known)",
+        help="chips of the roofline, such as tpu_v5e or h200_sxm (default: all)",
     )
-    number("--efficiency", float, "SHARE", "of the peaks that is reached (default: 1)")
-    number(
+    number("--rate", float, "N", "images per second of all devices, for the input")
+    parser.add_argument(
         "--images-per-core",
-        float,
-        "N",
-        "that a core reads a second, as `resnet-jax benchmark input` measures "
-        "(default: 633, see docs/plan.md)",
+        type=float,
+        default=633.0,
+        metavar="N",
+        help="images per second that one core loads, as `resnet-jax benchmark input` "
+        "measures (default: 633, see docs/plan.md)",
     )
-    number("--image-bytes", float, "BYTES", "mean size of a stored image")
-    number(
-        "--interconnect",
-        float,
-        "GB/s",
-        "of a device, both directions together, in place of the chip's own",
-    )
-    number("--examples", int, "N", "training examples of a data set not known")
-    number("--classes", int, "K", "its classes")
+    number("--examples", int, "N", "training examples of an unknown data set")
+    number("--classes", int, "K", "classes of such a data set")
     number("--image-size", int, "PIXELS", "side of its images")
     parser.add_argument("--json", metavar="FILE", help="also write the plan here")
     parser.set_defaults(run=_run, takes_overrides=True)
 
 
 def _run(options: argparse.Namespace) -> None:
+    for name, value in _NO_TPU_HOST.items():
+        os.environ.setdefault(name, value)
+    import jax
     import rich.console
 
     from resnet_jax.config import load_config
-    from resnet_jax.planning import plan, print_plan
+    from resnet_jax.plan import plan, print_plan
     from resnet_jax.training.benchmark import write_text
 
-    given = {
-        "devices": options.devices,
-        "hosts": options.hosts,
-        "chips": options.chips,
-        "efficiency": options.efficiency,
-        "images_per_core": options.images_per_core,
-        "mean_image_bytes": options.image_bytes,
-        "interconnect": options.interconnect,
-        "examples": options.examples,
-        "classes": options.classes,
-        "image_size": options.image_size,
-    }
-    on_paper = plan(
+    # A plan computes nothing on devices, and must not wait for or occupy one.
+    jax.config.update("jax_platforms", "cpu")
+    console = rich.console.Console()
+    run = plan(
         load_config(options.config, parse_overrides(options.rest)),
-        **{name: value for name, value in given.items() if value is not None},
+        devices=options.devices,
+        hosts=options.hosts,
+        chips=options.chips,
+        rate=options.rate,
+        images_per_core=options.images_per_core,
+        examples=options.examples,
+        classes=options.classes,
+        image_size=options.image_size,
+        target=options.target,
+        console=console,
     )
-    print_plan(rich.console.Console(), on_paper)
+    print_plan(console, run)
     if options.json is not None:
-        write_text(options.json, on_paper.to_json())
+        write_text(options.json, run.to_json())

@@ -3,14 +3,14 @@
 import argparse
 from typing import Any
 
-_DESCRIPTION = """Print what nets are, stage by stage; without a name, list all nets.
+_DESCRIPTION = """Print nets stage by stage; without a name, list all nets.
 
   resnet-jax summary
   resnet-jax summary resnet50 --blocks
   resnet-jax summary resnet34 --compare plain34
 
-For each stage: the shape of its output, its stride and receptive field in pixels of
-the image, its parameters and its multiply-adds. Nothing is computed on data.
+Each stage has a row: output shape, stride and receptive field in pixels of the image,
+parameters and multiply-adds. Nothing is computed on data.
 """
 
 
@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
         "--compare",
         nargs="*",
         metavar="NAME",
-        help="two nets side by side: those named here and before",
+        help="print two nets side by side",
     )
     parser.add_argument(
         "--image-size",
@@ -44,27 +44,27 @@ def add_parser(commands: Any) -> None:
         "--num-classes",
         type=int,
         metavar="N",
-        help="of the classifier (default: those of the net's data set)",
+        help="classes of the classifier (default: the net's own)",
     )
     parser.add_argument(
-        "--blocks", action="store_true", help="a row for every block too"
+        "--blocks", action="store_true", help="also print a row for every block"
     )
     parser.add_argument(
         "--shortcut",
         metavar="OPTION",
-        help="A, B, C, pooled, none or another of the config's model.shortcut, not the "
-        "nets' own; plain nets stay plain",
+        help="a value of the config's model.shortcut, such as A, B, C, pooled or none; "
+        "plain nets stay plain",
     )
     parser.add_argument(
         "--stride-version",
         metavar="VERSION",
-        help="where a bottleneck strides: v1 (the paper) or v1.5",
+        help="where a bottleneck block strides: v1 (the paper) or v1.5",
     )
     parser.add_argument(
         "--output-stride",
         type=int,
         metavar="PIXELS",
-        help="of the last map: 8, 16 or 32 of an ImageNet net",
+        help="stride of the last map of an ImageNet net: 8, 16 or 32",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures here")
     parser.set_defaults(run=_run)

@@ -1,0 +1,1 @@
+"""Chips: their published figures, and compilation for them from any machine."""
