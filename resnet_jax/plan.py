@@ -16,19 +16,17 @@ import rich.console
 import rich.table
 from jax.sharding import AbstractMesh
 
-from resnet_jax import parallel
 from resnet_jax.analysis.complexity import count_multiply_adds, count_parameters
-from resnet_jax.config import Config, Derived, derive, resolve
+from resnet_jax.config import Config, Derived, resolve
+from resnet_jax.console import describe_seconds, say
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.data.feeds import is_resident
 from resnet_jax.data.on_paper import paper_dataset
 from resnet_jax.errors import UserError
 from resnet_jax.targets.chips import CHIPS, Chip, find_chips
 from resnet_jax.targets.compile import Compiled, compile_step, target_mesh
-from resnet_jax.training.progress import describe_seconds, say
 from resnet_jax.training.schedule import Schedule
-from resnet_jax.training.setup import prepare
-from resnet_jax.training.state import TrainState, state_shardings
+from resnet_jax.training.state import Learner, make_learner
 
 IMAGES_PER_CORE = 633.0
 """Images per second that one core reads, decodes and crops: Inception crops of JPEG
@@ -164,14 +162,15 @@ def plan(
     _check(devices, hosts, rate, images_per_core)
     chosen = find_chips(chips)
     dataset = paper_dataset(config, examples, classes, image_size)
-    derived = derive(config, len(dataset.train))
-    batch = config.training.global_batch_size
-    parallel.check_divides(
-        batch, devices, config.training.micro_batches, config.model.batch_norm_groups
+    learner = make_learner(
+        config,
+        AbstractMesh((devices,), ("data",)),
+        num_examples=len(dataset.train),
+        num_classes=dataset.num_classes,
+        image_shape=dataset.image_shape,
     )
-    setup = prepare(config, parallel.data_mesh(1), dataset)
-    state = setup.abstract_state()
-    forward = count_multiply_adds(setup.model, dataset.image_shape)
+    derived, batch = learner.derived, config.training.global_batch_size
+    forward = count_multiply_adds(learner.model, dataset.image_shape)
     streamed = not is_resident(dataset.train, config.data, config.augmentation)
     on_paper = Plan(
         model=config.model.name,
@@ -187,8 +186,8 @@ def plan(
         images_per_device=batch // devices,
         images_per_host=batch // hosts,
         learning_rates=learning_rates(config, derived),
-        parameters=count_parameters(state.params),
-        memory=plan_memory(config, dataset, state, devices),
+        parameters=count_parameters(learner.abstract_state().params),
+        memory=plan_memory(learner, dataset),
         forward_multiply_adds=forward,
         step_flops=2 * STEP_PER_FORWARD * forward * batch,
         images_per_core=images_per_core,
@@ -230,17 +229,14 @@ def learning_rates(config: Config, derived: Derived) -> tuple[Rate, ...]:
     )
 
 
-def plan_memory(
-    config: Config, dataset: Dataset, state: TrainState, devices: int
-) -> dict[str, int]:
-    """Bytes on each device, by part, for a run with this abstract state.
+def plan_memory(learner: Learner, dataset: Dataset) -> dict[str, int]:
+    """Bytes on each device of a run, by part.
 
     The gradients are those of all parameters. Two streamed batches are in memory: the
     step's and the next one. Activations and scratch memory are not included.
     """
-    mesh = AbstractMesh((devices,), ("data",))
-    shardings = state_shardings(state, mesh, config.parallel.fully_sharded)
-    leaves = jax.tree.map(_part_bytes, state, shardings)
+    config, state = learner.config, learner.abstract_state()
+    leaves = jax.tree.map(_part_bytes, state)
     names = {
         "parameters": "params",
         "batch statistics": "batch_stats",
@@ -256,14 +252,14 @@ def plan_memory(
         if split and is_resident(split, config.data, config.augmentation)
     ]
     parts["resident data"] = sum(split.nbytes + 4 * len(split) for split in resident)
-    images = config.training.global_batch_size // devices
+    images = config.training.global_batch_size // learner.mesh.size
     streamed = 2 * images * (math.prod(dataset.image_shape) + 4)
     parts["batches"] = 4 * images if dataset.train in resident else streamed
     return parts | {"total": sum(parts.values())}
 
 
-def _part_bytes(leaf: Any, sharding: Any) -> int:
-    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def _part_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def _sum(tree: Any) -> int:

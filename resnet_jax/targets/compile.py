@@ -21,11 +21,12 @@ from jax.sharding import Mesh
 
 from resnet_jax import parallel
 from resnet_jax.config import Config
+from resnet_jax.console import describe_seconds, say
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.data.feeds import is_resident
 from resnet_jax.errors import UserError
-from resnet_jax.training.progress import describe_seconds, say
-from resnet_jax.training.setup import prepare
+from resnet_jax.training.step import make_train_step
+from resnet_jax.training.train import learner_for
 
 GPUS = ("h100", "h200")
 VALID = "cpu, h100, h200 and TPU slices such as tpu:v5e:4x4, tpu:v6e:2x4, tpu:v5p:2x2x1"
@@ -192,15 +193,14 @@ def _topology(target: str, name: str, platform: str, **options: Any) -> list[Any
 
 def _lower_step(config: Config, dataset: Dataset, mesh: Mesh) -> jax.stages.Lowered:
     """The training step of a run on a mesh, lowered for the mesh's platform."""
-    setup = prepare(config, mesh, dataset)
+    learner = learner_for(config, dataset, mesh)
     platform = mesh.devices.flat[0].platform
-    if platform != "cpu" and getattr(setup.model, "conv_algorithm", None) == "auto":
+    if platform != "cpu" and getattr(learner.model, "conv_algorithm", None) == "auto":
         # "auto" depends on the backend of this process, not on the target.
-        setup = dataclasses.replace(
-            setup, model=setup.model.clone(conv_algorithm="xla")
-        )
+        model = learner.model.clone(conv_algorithm="xla")
+        learner = dataclasses.replace(learner, model=model)
     resident, batch = _abstract_batch(config, dataset, mesh)
-    traced = setup.train_step().trace(setup.abstract_state(), resident, batch)
+    traced = make_train_step(learner).trace(learner.abstract_state(), resident, batch)
     lowering = {"gpu": "cuda"}.get(platform, platform)
     return traced.lower(lowering_platforms=(lowering,))
 
