@@ -162,9 +162,10 @@ def plan(
     _check(devices, hosts, rate, images_per_core)
     chosen = find_chips(chips)
     dataset = paper_dataset(config, examples, classes, image_size)
+    mesh: Any = AbstractMesh((devices,), ("data",))
     learner = make_learner(
         config,
-        AbstractMesh((devices,), ("data",)),
+        mesh,
         num_examples=len(dataset.train),
         num_classes=dataset.num_classes,
         image_shape=dataset.image_shape,

@@ -28,7 +28,7 @@ def leaf(tree: Mapping[str, Any], path: Path) -> Any:
 
 
 def is_stacked(path: Path) -> bool:
-    """Whether a loop runs a module, so that its arrays have a leading axis of rounds."""
+    """Whether a module is in a loop, so that its arrays have an axis of rounds."""
     return STACKED in path
 
 

@@ -245,7 +245,7 @@ def benchmark_input(
             if number:
                 speeds.append(batches * size / (time.perf_counter() - began))
                 busy.append(batches * size / max(_cpu_seconds() - cpu, 1e-9))
-    result = {
+    result: dict[str, Any] = {
         "data": config.data.name,
         "examples": len(split),
         "image_shape": list(split.training_shape),
@@ -290,13 +290,18 @@ def benchmark_input(
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:
-    """Writes a measurement.
+    """Writes a measurement; see ``write_text``."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: it cannot be written.
     """
     try:
-        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+        Path(path).write_text(text)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from error
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from resnet_jax import parallel
 from resnet_jax.config import Config, Derived, build_model, derive
@@ -77,7 +77,7 @@ class Learner:
 
     config: Config
     derived: Derived
-    mesh: Mesh | AbstractMesh
+    mesh: Mesh
     model: nn.Module
     optimizer: optax.GradientTransformation
     schedule: Schedule
@@ -87,9 +87,10 @@ class Learner:
         """The state before the first step: a pure function of ``config.seed``."""
         init_key, rng = jax.random.split(jax.random.key(self.config.seed))
         image = jnp.zeros((1, *self.image_shape))
-        variables = self.model.init(init_key, image, train=False)
-        # Nets without batch normalisation have no batch_stats.
-        variables = {"batch_stats": {}} | variables
+        variables: dict[str, Any] = {
+            "batch_stats": {},  # Nets without batch normalisation have none.
+            **self.model.init(init_key, image, train=False),
+        }
         averaged = self.config.optimizer.ema_decay is not None
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -163,7 +164,7 @@ class Learner:
 
 def make_learner(
     config: Config,
-    mesh: Mesh | AbstractMesh,
+    mesh: Mesh,
     *,
     num_examples: int,
     num_classes: int,

@@ -6,6 +6,7 @@
 3. Update the parameters, their averages, the batch statistics and the metrics.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -206,7 +207,7 @@ def _accumulated(learner: Learner, count: int) -> Callable[..., _Gradients]:
             found = of_examples(params, batch_stats, images, targets, part_key)
             # Summed as changes, so that frozen statistics keep their very bits.
             changes = jax.tree.map(jnp.subtract, found.batch_stats, batch_stats)
-            return found.replace(batch_stats=changes)
+            return dataclasses.replace(found, batch_stats=changes)
 
         unit = len(images) // groups if groups > 1 else 1
         parts = micro_batches((images, targets), count, unit, learner.mesh)
@@ -226,14 +227,14 @@ def _accumulated(learner: Learner, count: int) -> Callable[..., _Gradients]:
 
 def _averaged(ema: Any, params: Any, batch_stats: Any, step: jax.Array, config: Config):
     """The moving averages after this step."""
-    if ema is None:
+    decay, every = config.optimizer.ema_decay, config.optimizer.ema_every_steps
+    if ema is None or decay is None:
         return None
     new = {"params": params, "batch_stats": batch_stats}
-    optimizer = config.optimizer
 
     def average():
-        return optax.incremental_update(new, ema, 1 - optimizer.ema_decay)
+        return optax.incremental_update(new, ema, 1 - decay)
 
-    if optimizer.ema_every_steps == 1:
-        return average()
-    return lax.cond(step % optimizer.ema_every_steps == 0, average, lambda: ema)
+    return (
+        average() if every == 1 else lax.cond(step % every == 0, average, lambda: ema)
+    )

@@ -309,15 +309,14 @@ class _Run:
                 length = call_length(self.next_due(step) - step, self.steps_per_call)
                 # Feed: the next batch, or the indices of the next batches.
                 with self.throughput.waiting():
+                    batch: Any
                     if self.steps_per_call == 1:
                         train, batch = one_step, next(batches)
                     else:
                         assert isinstance(self.train_feed, ResidentFeed)
-                        train, batch = (
-                            many_steps,
-                            self.train_feed.training_indices(
-                                step * batch_size, length, batch_size, seed
-                            ),
+                        train = many_steps
+                        batch = self.train_feed.training_indices(
+                            step * batch_size, length, batch_size, seed
                         )
                 # Step: one call, which the devices run while the host goes on.
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
