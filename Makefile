@@ -1,26 +1,26 @@
-# Each of these does all its set-up on a fresh machine: make demo, make test,
-# make degradation.
+# On a fresh machine each of these does its own set-up: make demo, make test, make
+# test-all, make degradation.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo degradation test slow-test lint clean
+.PHONY: demo degradation test test-all lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/resnet-jax train --config configs/digits.py --workdir runs/digits
 
-# Figures 1 and 6 of the paper in small: four runs, then their picture and report.
+# Figures 1 and 6 of the paper at small scale: four runs, their figure and report.
 degradation: $(VENV)/.demo
 	$(BIN)/resnet-jax paper run degradation --workdir runs/degradation
 	$(BIN)/resnet-jax paper report --workdir runs/degradation --figures runs/degradation
 
-# A worker that crashes ends the tests, for xdist can wait for ever behind a new one; so
-# does a test of a quarter of an hour, with the stacks of its threads.
+# A worker that crashes ends the tests, because xdist can wait for ever for a new one. A
+# test of 15 minutes ends them too, and prints the stacks of its threads.
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 \
 	  -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true -m "not slow"
 
-slow-test: $(VENV)/.test
+test-all: $(VENV)/.test lint
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.test
@@ -35,7 +35,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-# A stamp an environment: pip runs again only when the dependencies change.
+# A stamp per environment: pip runs again only when the dependencies change.
 $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	touch $@

@@ -13,27 +13,36 @@ import rich.console
 from resnet_jax.config import default_config
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Tests give eight devices one program after another, and do not wait in between as the
-# library does: twice the threads, lest collectives wait for each other's.
-# See ``resnet_jax.parallel.settled``.
+# Tests dispatch programs to eight devices without waiting in between, as the library
+# does. With twice the threads, collectives cannot block each other; see
+# ``resnet_jax.parallel.settled``.
 os.environ.setdefault("PJRT_NPROC", "16")
-# Most of the tests' time is LLVM's: unoptimised code halves it. Programs, and so what
-# is counted of them, are the same; the subprocesses of tests take this over.
+# LLVM takes most of the tests' time, and unoptimised code halves it. The programs and
+# their statistics stay the same. Subprocesses inherit this.
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
 ).strip()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Equal programs are compiled once a session, those of subprocesses included."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 REPOSITORY = Path(__file__).parent.parent
+
+# All workers, subprocesses and later runs share compiled programs.
+COMPILED = os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".pytest_cache" / "compiled")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs",
+    float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory():
+    """Frees the programs of a test file: a worker would gather gigabytes of them."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
