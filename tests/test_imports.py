@@ -1,5 +1,6 @@
-"""What an import needs: other projects take the blocks with two packages alone."""
+"""What imports need, and which way they go."""
 
+import ast
 import subprocess
 import sys
 
@@ -49,3 +50,45 @@ def test_public_names_are_there():
         assert getattr(resnet_jax, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = resnet_jax.trian
+
+
+ROOMS = (
+    ("errors", "machine", "distributed", "storage", "parallel", "console"),
+    ("environment",),
+    ("models",),
+    ("config",),
+    ("workdir", "checkpoints"),
+    ("data",),
+    ("weights", "prepare"),
+    ("evaluation",),
+    ("analysis",),
+    ("training",),
+    ("targets", "plan", "paper"),
+    ("cli",),
+)
+"""From the ground up: a module imports its own room and the rooms before it."""
+
+
+def test_imports_go_one_way():
+    """Imports inside functions count too, so no late import hides a cycle."""
+    rank = {name: index for index, rooms in enumerate(ROOMS) for name in rooms}
+    wrong = []
+    for file in sorted((REPOSITORY / "resnet_jax").rglob("*.py")):
+        here = file.relative_to(REPOSITORY / "resnet_jax").with_suffix("").parts[0]
+        if here in ("__init__", "__main__"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "resnet_jax":
+                rooms = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                rooms = str(node.module).split(".")[1:2] * node.module.startswith(
+                    "resnet_jax."
+                )
+            else:
+                continue
+            wrong += [
+                f"{file.name} of {here} imports {room}"
+                for room in rooms
+                if rank.get(room, 0) > rank[here]
+            ]
+    assert wrong == []
