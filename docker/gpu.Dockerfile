@@ -17,7 +17,7 @@ ENV PYTHONUNBUFFERED=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 WORKDIR /opt/resnet_jax
-COPY pyproject.toml setup.py README.md ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY resnet_jax ./resnet_jax
 RUN pip install ".[cuda13,gcs]" "jax[cuda13]==${JAX_VERSION}"
 COPY configs ./configs

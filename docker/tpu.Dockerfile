@@ -13,7 +13,7 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
 WORKDIR /opt/resnet_jax
-COPY pyproject.toml setup.py README.md ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY resnet_jax ./resnet_jax
 RUN pip install ".[tpu,gcs]" "jax[tpu]==${JAX_VERSION}"
 COPY configs ./configs

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from resnet_jax.errors import UserError
 from resnet_jax.models import create_model, list_models
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from resnet_jax.config import default_config, load_config
     from resnet_jax.evaluation.evaluate import evaluate

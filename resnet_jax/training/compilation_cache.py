@@ -1,4 +1,4 @@
-"""Compiled programs on the disk, so that a restart need not compile again."""
+"""Keeps compiled programs in a folder, so that a restart does not compile again."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @contextlib.contextmanager
 def compiled_programs_in(folder: Path | None) -> Iterator[None]:
-    """Keeps what is compiled meanwhile in a folder, and takes it from there.
+    """Uses a folder as jax's compilation cache within the block.
 
-    A folder that the process already has, such as JAX_COMPILATION_CACHE_DIR, stays.
+    A cache that the process already uses, such as JAX_COMPILATION_CACHE_DIR, stays.
 
     Args:
-      folder: made where it is missing; None: nothing is kept.
+      folder: made if it is missing; None means no cache.
     """
     if folder is None or jax.config.values["jax_compilation_cache_dir"]:
         yield

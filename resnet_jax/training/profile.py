@@ -1,4 +1,4 @@
-"""A profile of some steps, for xprof."""
+"""A profile of a range of steps, for xprof."""
 
 import contextlib
 from collections.abc import Callable
@@ -16,9 +16,9 @@ class Profile:
         mirror: Callable[[], contextlib.AbstractContextManager[Mirror]],
         steps: range | None,
     ):
-        """Traces ``steps`` into the folder that ``mirror`` opens; None: nothing.
+        """Traces ``steps`` into the folder that ``mirror`` opens; None traces nothing.
 
-        jax's profiler writes to disks; to a store only where TensorFlow's xprof does.
+        The folder is on the disk: jax's profiler needs TensorFlow to write to a store.
         """
         self._mirror, self._steps = mirror, steps or range(0)
         self._open = contextlib.ExitStack()
@@ -26,11 +26,11 @@ class Profile:
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The steps behind which it begins and ends: no call may run past them."""
+        """The steps after which it starts and ends: no call may run past them."""
         return (self._steps.start - 1, self._steps.stop - 1) if self._steps else ()
 
     def before(self, step: int) -> None:
-        """Begins where ``step`` is one to trace."""
+        """Starts the trace if ``step`` is in the range."""
         if step in self._steps and not self._tracing:
             options = jax.profiler.ProfileOptions()
             # One name for all hosts: xprof shows their traces together.
@@ -40,7 +40,7 @@ class Profile:
             self._tracing = True
 
     def after(self, step: int, state: object) -> bool:
-        """Ends behind the last step of the range; says whether it did."""
+        """Ends the trace after the last step of the range; returns whether it did."""
         if not self._tracing or step + 1 in self._steps:
             return False
         jax.block_until_ready(state)
@@ -48,7 +48,7 @@ class Profile:
         return True
 
     def close(self) -> None:
-        """Ends a trace that is under way."""
+        """Ends a trace that is running."""
         if self._tracing:
             self._tracing = False
             with self._open:

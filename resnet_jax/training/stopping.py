@@ -1,8 +1,8 @@
-"""SIGTERM: what a cluster sends before it takes a machine away.
+"""SIGTERM, which a cluster sends before it takes a machine away.
 
-The first one asks a run to finish its step and save; a second ends the process at
-once. A thread hears them, since Python's own handlers wait for the main thread, which
-may compile for minutes.
+The first SIGTERM makes a run finish its step and save; a second ends the process at
+once. A thread receives them, because Python runs its own handlers in the main thread,
+which may compile for minutes.
 """
 
 import collections
@@ -24,18 +24,18 @@ from resnet_jax import distributed, parallel
 _AT_ONCE = 128 + signal.SIGTERM
 _POLLS_IN_FLIGHT = 2
 _SAME_SECONDS = 0.2
-"""GNU timeout and some schedulers send one SIGTERM to a process and to its group."""
+"""GNU timeout and some schedulers send SIGTERM to a process and again to its group."""
 
 
 class StopSignal:
-    """SIGTERM heard, and agreed on by all processes; a context manager.
+    """Whether SIGTERM came, agreed on by all processes; a context manager.
 
-    Only where the process has no handler of its own, and in the main thread: an
-    application that embeds a run keeps its signals.
+    It handles SIGTERM only in the main thread, and only if the process has no handler
+    yet: an application that embeds a run keeps its signals.
     """
 
     def __init__(self, say: Callable[[str], None]):
-        """Prints what it hears with ``say``."""
+        """Reports signals with ``say``."""
         self._say = say
         self._heard = threading.Event()
         self._heard_at = 0.0
@@ -54,7 +54,7 @@ class StopSignal:
             self._previous_fd = signal.set_wakeup_fd(
                 self._writer, warn_on_full_buffer=False
             )
-            # A handler of Python's makes the signal arrive at the pipe.
+            # Only signals with a Python handler are written to the pipe.
             signal.signal(signal.SIGTERM, lambda *_: None)
             threading.Thread(target=self._listen, daemon=True).start()
         return self
@@ -66,20 +66,19 @@ class StopSignal:
             os.close(self._writer)
 
     def agree_over(self, mesh: Mesh) -> None:
-        """Lets ``asked`` speak for all processes of these devices."""
+        """Makes ``asked`` answer for all processes of these devices."""
         self._mesh = mesh
         self._any = jax.jit(jnp.max, out_shardings=parallel.replicated(mesh))
 
     def steps_were_made(self) -> None:
-        """From now on there is something to save."""
+        """Records that there is something to save."""
         self._nothing_to_save = False
 
     def asked(self) -> bool:
-        """Whether the run shall stop here; the same on all processes.
+        """Whether the run should stop here; the same on all processes.
 
-        With several processes, each calls it as often as the others: an all-reduce
-        carries the question, and is answered a few calls later, so that no step waits
-        for the one before it.
+        All processes must call it equally often. An all-reduce carries the question,
+        and its answer is read a few calls later: no step waits for the one before.
         """
         if self._mesh is None or distributed.process_count() == 1:
             return self._heard.is_set()
@@ -91,7 +90,7 @@ class StopSignal:
         return bool(self._answers.popleft())
 
     def _listen(self) -> None:
-        # The pipe's end is closed on leaving, and nothing more can be read.
+        # On exit, the other end of the pipe is closed and the read returns nothing.
         while number := os.read(self._reader, 1):
             if number[0] == signal.SIGTERM:
                 self._hear()
@@ -105,11 +104,11 @@ class StopSignal:
             _end("stopped at once by a second SIGTERM", _AT_ONCE)
         self._heard_at = now
         self._heard.set()
-        # Other processes would wait for one that leaves before the first step.
+        # With several processes, the others would wait for this one.
         if self._nothing_to_save and distributed.process_count() == 1:
             _end(
                 "stopped by SIGTERM before its first step, with nothing new to save; "
-                "the same command starts or goes on",
+                "the same command starts or resumes the run",
                 0,
             )
         self._say("SIGTERM: the run finishes its step and saves; a second one ends it")

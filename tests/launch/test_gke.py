@@ -168,10 +168,10 @@ def test_kubernetes_puts_no_variable_into_the_command():
 
 # A run that saves for half a second when it gets SIGTERM, and ends with a code.
 RUN = """
-import signal, sys, time
+import os, signal, sys, time
 def stop(*_):
     time.sleep(0.5)
-    print("saved", flush=True)
+    os.write(1, b"saved\\n")
     sys.exit({code})
 signal.signal(signal.SIGTERM, stop)
 print("ready", flush=True)

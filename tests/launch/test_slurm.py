@@ -94,7 +94,7 @@ exec {python} -c '
 import os, signal, sys, time
 def stop(*_):
     time.sleep(0.3)
-    print("saved", flush=True)
+    os.write(1, b"saved\\n")
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
 open("{folder}/pid", "w").write(str(os.getpid()))
