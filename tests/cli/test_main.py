@@ -120,11 +120,11 @@ def test_benchmark_step_prints_and_writes_its_figures(tmp_path, capsys):
     )  # fmt: skip
     assert status == 0
     for figure in (
-        "images a second",
-        "milliseconds a step",
+        "images per second",
+        "milliseconds per step",
         "compile time",
         "peak memory",
-        "multiply-adds a second",
+        "multiply-adds per second",
     ):
         assert figure in out
     result = json.loads(file.read_text())

@@ -8,7 +8,7 @@ from resnet_jax.errors import Preempted, UserError
 from resnet_jax.paper.report import report
 from resnet_jax.paper.run import run_experiment
 from resnet_jax.paper.settings import Setting
-from resnet_jax.training import train as train_module
+from resnet_jax.training.train import train_one
 from tests.conftest import make_console
 
 
@@ -88,7 +88,7 @@ def test_what_is_finished_is_not_run_again(finished, setting, monkeypatch):
     def never(*_):
         raise AssertionError("it was run again")
 
-    monkeypatch.setattr("resnet_jax.training.train.train_one", never)
+    monkeypatch.setattr("resnet_jax.paper.run.train_one", never)
     console = make_console()
     # Table 6 has the same run.
     run_experiment(
@@ -103,15 +103,15 @@ def test_what_is_finished_is_not_run_again(finished, setting, monkeypatch):
 
 
 def test_an_interrupted_experiment_goes_on(setting, tmp_path, monkeypatch):
-    train, calls = train_module.train_one, []
+    calls = []
 
     def stop_at_the_second(*arguments):
         calls.append(arguments[1])
         if len(calls) == 2:
             raise Preempted("stopped")
-        return train(*arguments)
+        return train_one(*arguments)
 
-    monkeypatch.setattr("resnet_jax.training.train.train_one", stop_at_the_second)
+    monkeypatch.setattr("resnet_jax.paper.run.train_one", stop_at_the_second)
     options = {"only": ["cifar_plain20", "cifar_plain56"], "setting": setting}
     with pytest.raises(Preempted):
         run_experiment("figure1", tmp_path, console=make_console(), **options)
