@@ -62,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not getattr(options, "takes_overrides", False):
         parser.error(f"unknown argument {rest[0]}")
     options.rest = rest
-    # Orbax logs the tracebacks of its threads beside the one sentence told here.
+    # Orbax logs the tracebacks of its threads beside the one sentence printed here.
     absl.logging.set_verbosity(absl.logging.FATAL)
     if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _but_for_late_answers
+        sys.unraisablehook = _hide_late_writes
     try:
         options.run(options)
     except UserError as error:
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         print(
-            "resnet-jax: stopped; the same command goes on from the last checkpoint "
+            "resnet-jax: stopped; the same command continues from the last checkpoint "
             "or shard, if there is one",
             file=sys.stderr,
         )
@@ -86,11 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _but_for_late_answers(unraisable: Any) -> None:
-    """What Python does by itself, but for one kind of traceback.
+def _hide_late_writes(unraisable: Any) -> None:
+    """Python's own hook, except for one kind of traceback.
 
-    Where a save fails, Orbax closes its event loop while TensorStore still writes other
-    arrays. Each of them then finds no loop to answer to, after the save's own error.
+    If a save fails, Orbax closes its event loop while TensorStore still writes other
+    arrays. Each of these writes then fails too, after the save's own error.
     """
     late = unraisable.object is None and str(unraisable.exc_value) == (
         "Event loop is closed"

@@ -12,7 +12,7 @@ _RUN = """Run an experiment: train what is missing, then analyse it.
       --workdir runs/paper --config.data.path=/data/cifar-10-batches-bin
   resnet-jax paper run figure6 --workdir runs/paper --dataset digits --scale small
 
-The same command goes on where it was stopped, and runs nothing again that is finished.
+The same command continues where it stopped and skips finished runs.
 Experiments in one folder share their runs. Any config field may be overridden.
 """
 
@@ -28,17 +28,20 @@ def add_parser(commands: Any) -> None:
 
     run = actions.add_parser(
         "run",
-        help="run an experiment, or go on with it",
+        help="run an experiment, or continue it",
         description=_RUN,
         epilog=fields_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     run.add_argument("experiment", help="a name of `resnet-jax paper list`")
-    run.add_argument("--workdir", required=True, metavar="DIR", help="of all runs")
+    run.add_argument("--workdir", required=True, metavar="DIR", help="holds all runs")
     run.add_argument("--only", metavar="RUN,RUN", help="some of its runs")
     run.add_argument(
-        "--seeds", type=int, metavar="N", help="of each run; default: as published"
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="number of seeds per run; default: as published",
     )
     run.add_argument(
         "--scale", default="paper", help="paper, small (1/100) or tiny (1/1000)"
@@ -52,9 +55,11 @@ def add_parser(commands: Any) -> None:
     run.set_defaults(run=_run, takes_overrides=True)
 
     report = actions.add_parser(
-        "report", help="published beside measured, as a page and as Markdown"
+        "report", help="published and measured numbers, as a page and as Markdown"
     )
-    report.add_argument("--workdir", required=True, metavar="DIR", help="of all runs")
+    report.add_argument(
+        "--workdir", required=True, metavar="DIR", help="holds all runs"
+    )
     report.add_argument("--only", metavar="EXPERIMENT,EXPERIMENT")
     report.add_argument("--figures", metavar="DIR", help="also draw PNG files there")
     report.set_defaults(run=_report)

@@ -1,4 +1,4 @@
-"""Published beside measured: one page and one Markdown file of all that was run."""
+"""Published and measured numbers of all experiments, as a page and as Markdown."""
 
 import os
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ DEEPENED_HEADER = (
     "test error (%)",
     "seed",
 )
-"""Columns of what identity layers do to a trained net."""
+"""Columns for trained nets deepened by identity layers."""
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
@@ -146,8 +146,8 @@ def _row(measured: Measured, section: Section) -> list[str]:
         published = f"{published} ({measured.entry.published.note})".strip()
     test, train = measured.spread("test_error"), measured.spread("train_error")
     if test is None or train is None:
-        told = "not measured" if measured.entry.run is not None else ""
-        return [measured.entry.label, published, told, *[""] * (len(HEADER) - 3)]
+        blank = "not measured" if measured.entry.run is not None else ""
+        return [measured.entry.label, published, blank, *[""] * (len(HEADER) - 3)]
     first = measured.results[0]
     seconds = [result["seconds"] for result in measured.results]
     return [

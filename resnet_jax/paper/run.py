@@ -1,4 +1,4 @@
-"""Runs what is missing of an experiment."""
+"""Runs the missing part of an experiment."""
 
 import os
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ def run_experiment(
 ) -> None:
     """Trains the runs of an experiment that are not finished, then analyses them.
 
-    Runs lie in ``workdir/DATASET[-SCALE]/RUN/seed-N``, each a workdir of ``train``;
-    experiments share them. All runs are made with the first seed before any is made
-    with the second, so that a call stopped early has something of each. The same call
-    goes on where it was stopped.
+    Each run has the folder ``workdir/DATASET[-SCALE]/RUN/seed-N``, a workdir of
+    ``train``; experiments share runs. All runs get their first seed before any gets its
+    second, so that a call stopped early has a result of each. The same call continues
+    where it stopped.
 
     Args:
       name: of ``experiments.EXPERIMENTS``.
-      workdir: of all experiments.
+      workdir: holds all experiments.
       only: names of some of its runs; all by default.
       seeds: runs of each; as many as were published by default.
       setting: data set, scale and overrides; the published ones by default.
@@ -68,7 +68,7 @@ def run_experiment(
 def _members(
     runs: Sequence[PaperRun], setting: Setting, seeds: int | None
 ) -> list[Member]:
-    """Every run with its first seed, then those that have a second with that, ..."""
+    """Every run with its first seed, then every run with its second, and so on."""
     of_runs = [setting.members(run, seeds or run.seeds) for run in runs]
     most = max(len(members) for members in of_runs)
     return [

@@ -1,4 +1,4 @@
-"""What is there of experiments in a folder: runs on one data set at one scale."""
+"""A folder of experiments: runs on one data set at one scale."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ class Section:
 
     @property
     def setting(self) -> Setting:
-        """With which the runs here are made."""
+        """The setting of all runs here."""
         content = self._read() or {}
         return Setting(content["dataset"], content["scale"], content["overrides"])
 
@@ -40,7 +40,7 @@ class Section:
         return (self._read() or {"experiments": []})["experiments"]
 
     def note(self, setting: Setting, experiment: str) -> None:
-        """Writes down that an experiment is run here.
+        """Records that an experiment runs here.
 
         Raises:
           UserError: the runs here are made with other overrides.
@@ -66,7 +66,7 @@ class Section:
         Workdir(self.path).write(self._file, json.dumps(content, indent=2) + "\n")
 
     def outcomes(self, run: PaperRun) -> list[Outcome]:
-        """How the seeds of a run stand, those that were begun."""
+        """The outcome of each seed that was started."""
         folder = self.path / run.name
         if not folder.is_dir():
             return []
@@ -84,7 +84,7 @@ class Section:
         return found
 
     def analysis(self, kind: str, run: PaperRun, seed: int) -> Any | None:
-        """What an analysis found, or None; see ``analyses``."""
+        """The result of an analysis, or None; see ``analyses``."""
         text = storage.read_text(analysis_file(self.path, kind, run.name, seed))
         return None if text is None else json.loads(text)
 
@@ -117,7 +117,7 @@ def analysis_file(section: Path, kind: str, run: str, seed: int) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What was measured of an entry.
+    """The measurements of a table row.
 
     Attributes:
       entry: of the experiment.
