@@ -1,15 +1,21 @@
-"""One short run on one GPU: the cases that matter most, in their order.
+"""One short run on one GPU, the most important cases first.
 
-    python -m benchmarks.gpu --minutes 7 --out FOLDER
-    python -m benchmarks.gpu --out FOLDER --tiny       # a trial on the CPU
+    python -m benchmarks.gpu --minutes 9 --out FOLDER
+    python -m benchmarks.gpu --out FOLDER --tiny         # a trial on the CPU
+    python -m benchmarks.gpu --out FOLDER --paper --data "FOLDER/CIFAR-10 (JPEG q75)"
 
-ResNet-50's training step in bfloat16, ours in several forms, Flax's example and torch;
-then ResNet-20 on small images that lie on the device, beside torch; then inference.
-Each case is a process of its own. The next one imports its libraries while a case is
-measured, and touches the device only when its turn has come. The JSON is written after
-each case; what does not fit into --minutes is recorded as not measured.
+Cases: ResNet-50's training step in bfloat16, ours in several forms, Flax's example's
+and torch's; ResNet-20 on small images on the device, beside torch; inference. Each case
+has its own process, because XLA reads its flags once. The next process imports its
+libraries while a case is measured and waits. Windows last about a second; the figure is
+their median. FOLDER/gpu.json is written after each case; cases that do not fit into
+--minutes are recorded as not measured.
 
-Of the first two forms the compiled program and the trace of three steps come along.
+Of our steps of ResNet-50 the compiled program is kept, and of two forms a trace of
+three steps with the time and traffic of each operation.
+
+--paper trains ResNet-20 and plain-20, then the nets of 56 layers, at the paper's length
+(table6, one seed), and prints ``resnet-jax paper report``. The same command continues.
 """
 
 import argparse
@@ -17,80 +23,119 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import math
 import os
+import re
 import signal
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_small_images, gpu_training, hlo, record
-from benchmarks.gpu_contenders import SWITCHES, prepared
-from benchmarks.gpu_contenders import Case as Step
+from benchmarks import hlo, record
 
-CANDIDATE = (("fused_norm", True), ("norm_variance", "fast"))
+CANDIDATE = {"fused_norm": True, "norm_variance": "fast"}
+GRAPHS = "--xla_gpu_enable_command_buffer=+CONVOLUTION"
 TRACED = ("default", "candidate")
+STEPS_PER_CALL = 128
+_MATMUL = {"tf32": "tensorfloat32", "bfloat16": "bfloat16"}
 
 
-def plan(tiny: bool) -> list[dict[str, Any]]:
-    """The cases, in the order of what matters."""
-    model, batch = ("cifar_resnet8", 4) if tiny else ("resnet50", 256)
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What one process measures.
 
-    def step(framework: str, way: str) -> dict[str, Any]:
-        return dataclasses.asdict(Step(framework, model, batch, way))
+    Attributes:
+      kind: ceilings, step, resident (images on the device, many steps per call) or
+        inference.
+      framework: ours, flax or torch.
+      name: of the form. Torch's says whether it is "compiled" or "eager".
+      model: of ``peers.LAYOUTS``.
+      batch: images per step.
+      precision: bfloat16, or tf32: float32 whose products may round their factors.
+      options: of our net.
+      flags: of XLA.
+    """
 
-    def small(framework: str, precision: str, **rest: Any) -> dict[str, Any]:
-        rest.setdefault("calls", (128,) if framework == "jax" else ("compiled",))
-        depth = 20
-        if tiny:
-            depth, rest["calls"] = 8, (2,) if framework == "jax" else ("eager",)
-        case = gpu_small_images.Case(framework, depth, precision, **rest)
-        return dataclasses.asdict(case)
+    kind: str
+    framework: str = "ours"
+    name: str = ""
+    model: str = ""
+    batch: int = 0
+    precision: str = "bfloat16"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    flags: str = ""
 
-    return [
-        {"ceilings": True, "framework": "jax"},
-        step("ours", "default"),
-        step("ours", "candidate"),
-        step("flax", "jitted"),
-        step("ours", "fast variance"),
-        step("torch", "eager" if tiny else "compiled"),
-        step("ours", "fused, fast"),
-        small("jax", "tf32", flags="graphs"),
-        small("jax", "bfloat16", flags="graphs", options=CANDIDATE),
-        small("torch", "bfloat16"),
-        small("jax", "bfloat16"),
-        step("torch", "eager"),
-        small("torch", "tf32"),
-        small("jax", "bfloat16", flags="graphs"),
-        step("ours", "fast, pool"),
-        small("jax", "tf32"),
-        step("ours", "folded"),
-        step("torch", "folded, eager" if tiny else "folded, compiled"),
-        step("ours", "inference"),
-        small("jax", "bfloat16", options=CANDIDATE),
-        step("ours", "candidate, pointwise"),
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    warm: int = 3
+    window_seconds: float = 1.0
+    windows: int = 4
+    num_images: int = 50_000
+    steps_per_call: int = STEPS_PER_CALL
+
+
+TINY = Size(warm=1, window_seconds=0.01, windows=2, num_images=40, steps_per_call=2)
+
+
+def plan(tiny: bool) -> list[Case]:
+    """The cases, the most important first."""
+    large = {"model": "resnet50", "batch": 256}
+    small = {"model": "cifar_resnet20", "batch": 128}
+    compiled = "compiled"
+    if tiny:
+        large = small = {"model": "cifar_resnet8", "batch": 4}
+        compiled = "eager"
+    graphs = {"name": "candidate, graphs", "options": CANDIDATE, "flags": GRAPHS}
+    cases = [
+        Case("ceilings"),
+        Case("step", "ours", "default", **large),
+        Case("step", "ours", "candidate", options=CANDIDATE, **large),
+        Case("step", "flax", "jitted", **large),
+        Case("step", "ours", "fast", options={"norm_variance": "fast"}, **large),
+        Case("step", "torch", compiled, **large),
+        Case("resident", "ours", **graphs, **small),
+        Case("resident", "torch", compiled, **small),
+        Case("resident", "ours", "default", **small),
+        Case("step", "torch", "eager", **large),
+        Case("resident", "ours", precision="tf32", **graphs, **small),
+        Case("resident", "torch", compiled, precision="tf32", **small),
+        Case("inference", "ours", "folded", **large),
+        Case("inference", "torch", compiled, **large),
+        Case("inference", "ours", "default", **large),
+        Case("resident", "ours", "candidate", options=CANDIDATE, **small),
+        Case("resident", "ours", "default", precision="tf32", **small),
+        Case(
+            "step",
+            "ours",
+            "candidate, pointwise",
+            options=CANDIDATE | {"conv_algorithm": "pointwise"},
+            **large,
+        ),
+        # Fails on an H200 with jax 0.11.2: cuDNN's status 5003.
+        Case("resident", "ours", "default, graphs", flags=GRAPHS, **small),
     ]
-
-
-def flags_of(case: dict[str, Any]) -> str:
-    """XLA's flags of a case."""
-    if "depth" in case:
-        return gpu_small_images.FLAGS[case["flags"]]
-    way = case.get("way")
-    return SWITCHES[way].flags if way in SWITCHES else ""
+    if tiny:
+        # One of each kind and framework; a CPU compiles for long.
+        chosen = {(case.kind, case.framework): case for case in reversed(cases)}
+        cases = [case for case in cases if case in chosen.values()]
+    return cases
 
 
 class Worker:
-    """A process that has its libraries and waits for its case."""
+    """A process that has imported its libraries and waits for its case."""
 
-    def __init__(self, case: dict[str, Any], out: str, tiny: bool):
+    def __init__(self, case: Case, out: str, tiny: bool):
         self.case = case
-        before = os.environ.get("XLA_FLAGS", "")
-        flags = f"{before} {flags_of(case)}".strip()
-        library = "torch" if case["framework"] == "torch" else "jax"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {case.flags}".strip()
+        library = "torch" if case.framework == "torch" else "jax"
         command = [sys.executable, "-m", "benchmarks.gpu", "--worker", library]
         self._process = subprocess.Popen(
             [*command, "--out", out, *(["--tiny"] if tiny else [])],
@@ -101,7 +146,7 @@ class Worker:
             text=True,
             start_new_session=True,
         )
-        # Filled pipes would stop it while it waits.
+        # A full pipe would block it.
         self._errors: list[str] = []
         self._reader = threading.Thread(target=self._read_errors, daemon=True)
         self._reader.start()
@@ -111,260 +156,348 @@ class Worker:
         self._errors.extend(self._process.stderr)
 
     def measure(self, seconds: float) -> list[dict[str, Any]]:
-        """The case's rows; it is stopped after so many seconds."""
+        """The rows of the case; the process is killed after ``seconds``."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         timer = threading.Timer(seconds, self.stop)
         timer.start()
         with contextlib.suppress(OSError):
-            self._process.stdin.write(json.dumps(self.case) + "\n")
+            self._process.stdin.write(json.dumps(dataclasses.asdict(self.case)) + "\n")
             self._process.stdin.close()
-        lines = [line for line in self._process.stdout if line[:1] == "{"]
+        rows = [json.loads(line) for line in self._process.stdout if line[:1] == "{"]
         in_time = timer.is_alive()
         timer.cancel()
         self._process.wait()
         self._reader.join(2)
-        rows = [json.loads(line) for line in lines]
         if not rows:
-            fault = "".join(self._errors).strip()[-1500:]
-            rows = [{"status": fault if in_time else "out of time"}]
-        return [self.case | row for row in rows]
+            fault = fault_line("".join(self._errors)) if in_time else "out of time"
+            rows = [{"status": f"not measured: {fault}"}]
+        return [dataclasses.asdict(self.case) | row for row in rows]
 
     def stop(self) -> None:
-        """Ends it, and all that it has started."""
+        """Kills it and everything it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def work(library: str, out: str, tiny: bool) -> None:
-    """A worker's life: imports, one case, its rows."""
+def fault_line(text: str) -> str:
+    """The last error of a process in one line, without paths."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    last = (errors or lines or ["no output"])[-1]
+    return re.sub(r"\S*/\S*/\S*", "...", last)[:200]
+
+
+def work(library: str, out: Path, tiny: bool) -> None:
+    """The life of a worker: imports, one case, its rows."""
+    from benchmarks import contenders  # noqa: F401
+
     if library == "torch":
         import torch._dynamo
         import torch._inductor.compile_fx
         import torch.fx.experimental.optimization  # noqa: F401
-    else:
-        import benchmarks.train_step  # noqa: F401
-        import resnet_jax.training.benchmark  # noqa: F401
-    case = json.loads(sys.stdin.readline())
-    if "ceilings" in case:
+    case = Case(**json.loads(sys.stdin.readline()))
+    if case.kind == "ceilings":
         print(json.dumps(ceilings(out, tiny)), flush=True)
-    elif "depth" in case:
-        size = gpu_small_images.TINY if tiny else gpu_small_images.Size()
-        given = case | {
-            "calls": tuple(case["calls"]),
-            "options": tuple((name, value) for name, value in case["options"]),
-        }
-        gpu_small_images.run_case(gpu_small_images.Case(**given), size)
-    else:
-        _step(Step(**case), Path(out), tiny)
-
-
-def _step(case: Step, out: Path, tiny: bool) -> None:
+        return
+    size = TINY if tiny else Size()
     start = time.perf_counter()
-    running = prepared(case)
-    size = gpu_training.TINY if tiny else gpu_training.Size(windows=4)
-    row = gpu_training.measured(case, size, running, start)
-    print(json.dumps(row), flush=True)
-    if running.program is None or case.framework != "ours":
-        return
-    text = running.program.as_text()
-    name = case.way.replace(", ", "_").replace(" ", "_")
-    (out / f"hlo_{name}.txt.gz").write_bytes(gzip.compress(text.encode()))
-    if case.way not in TRACED:
-        return
-    import jax
-
-    folder = out / f"trace_{name}"
-    with jax.profiler.trace(str(folder)):
-        running.run(3)
-    traces = sorted(folder.rglob("*.xplane.pb"))
-    rows = traced_operations(str(traces[-1]), text, steps=3)
-    (out / f"operations_{name}.json").write_text(json.dumps(rows, indent=0))
-    print(json.dumps({"status": "traced", "kinds": by_kind(rows)}), flush=True)
+    contender = prepared(case, size)
+    row = measured(contender, case.batch, size, start)
+    print(json.dumps(row | {"peak_bytes": _peak(library)}), flush=True)
+    if contender.program is not None:
+        name = re.sub(r"\W+", "_", case.name)
+        text = contender.program.as_text() or ""
+        (out / f"hlo_{name}.txt.gz").write_bytes(gzip.compress(text.encode()))
+        if case.name in TRACED:
+            rows = traced(contender, text, out / f"trace_{name}")
+            (out / f"operations_{name}.json").write_text(json.dumps(rows, indent=0))
+            print(json.dumps({"status": "traced", "kinds": by_kind(rows)}), flush=True)
 
 
-def traced_operations(path: str, text: str, steps: int) -> list[dict[str, Any]]:
-    """What the device ran, by operation of the program, the longest first.
+def prepared(case: Case, size: Size) -> Any:
+    """Builds the contender of a case."""
+    from benchmarks import contenders
 
-    A row has the operation, its kind and bytes (None where the program has no such
-    operation), how often it ran a step, and microseconds a step.
-    """
-    import jax
+    model, batch, name = case.model, case.batch, case.name
+    if case.framework == "torch":
+        import torch
 
-    known = {
-        _plain(operation.name): operation
-        for operation in hlo.operations(hlo.read(text))
-    }
-    times: dict[str, list[float]] = {}
-    kernels: dict[str, str] = {}
-    for plane in jax.profiler.ProfileData.from_file(path).planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                stats = {key: value for key, value in event.stats if key}
-                name = _plain(str(stats.get("hlo_op", event.name)))
-                kernels.setdefault(name, event.name)
-                times.setdefault(name, []).append(event.duration_ns / 1000)
-    rows = []
-    for name, durations in times.items():
-        operation = known.get(name)
-        total = sum(durations) / steps
-        rows.append(
-            {
-                "operation": name,
-                "kernel": kernels[name][:80],
-                "kind": None if operation is None else operation.kind,
-                "count": len(durations) / steps,
-                "microseconds": total,
-                "bytes": None if operation is None else operation.nbytes,
-                "multiply_adds": None if operation is None else operation.multiply_adds,
-            }
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        where: dict[str, Any] = {"device": device, "compiled": name == "compiled"}
+        if case.kind == "step":
+            return contenders.torch_step(model, batch, case.precision, **where)
+        if case.kind == "inference":
+            return contenders.torch_inference(model, batch, **where)
+        return contenders.torch_resident_steps(
+            model, batch, case.precision, num_images=size.num_images, **where
         )
-    return sorted(rows, key=lambda row: -row["microseconds"])
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", _MATMUL[case.precision])
+    dtype = "bfloat16" if case.precision == "bfloat16" else "float32"
+    if case.framework == "flax":
+        return contenders.flax_step(model, batch, dtype)
+    if case.kind == "step":
+        return contenders.our_step(model, batch, dtype, name, **case.options)
+    if case.kind == "inference":
+        return contenders.our_inference(model, batch, name == "folded")
+    return contenders.our_resident_steps(
+        model,
+        batch,
+        dtype,
+        steps=size.steps_per_call,
+        num_images=size.num_images,
+        **case.options,
+    )
+
+
+def measured(contender: Any, batch: int, size: Size, start: float) -> dict[str, Any]:
+    """The row of a contender that was begun at ``start``."""
+    # The first call compiles; the others fill caches and choose algorithms.
+    finite = contender.run(1)
+    ready = time.perf_counter() - start
+    warm = size.warm * contender.unit
+    contender.run(warm)
+    start = time.perf_counter()
+    contender.run(warm)
+    each = (time.perf_counter() - start) / size.warm
+    steps = contender.unit * max(1, math.ceil(size.window_seconds / each))
+    seconds = []
+    for _ in range(size.windows):
+        start = time.perf_counter()
+        finite &= contender.run(steps)
+        seconds.append(time.perf_counter() - start)
+    milliseconds = [1000 * window / steps for window in seconds]
+    median = statistics.median(milliseconds)
+    return {
+        "status": "measured",
+        "finite": finite,
+        "ready_seconds": ready,
+        "milliseconds": median,
+        "milliseconds_min": min(milliseconds),
+        "milliseconds_max": max(milliseconds),
+        "images_per_second": 1000 * batch / median,
+        "steps_a_window": steps,
+        "window_seconds": seconds,
+        **contender.facts,
+    }
+
+
+def traced(contender: Any, text: str, folder: Path) -> list[dict[str, Any]]:
+    """The operations of three steps on the device; see ``attributed``."""
+    import jax
+
+    with jax.profiler.trace(str(folder)):
+        contender.run(3)
+    path = max(folder.rglob("*.xplane.pb"))
+    launches = []
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        if plane.name.startswith("/device:GPU"):
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        stats = {key: value for key, value in event.stats if key}
+                        name = str(stats.get("hlo_op", event.name))
+                        launches.append((name, event.name, event.duration_ns / 1000))
+    return attributed(launches, hlo.operations(hlo.read(text)), steps=3)
+
+
+def attributed(
+    launches: Iterable[tuple[str, str, float]],
+    operations: Iterable[hlo.Operation],
+    steps: int,
+) -> list[dict[str, Any]]:
+    """Count, microseconds and bytes per step of each operation, the longest first.
+
+    Inside a CUDA graph the trace names the graph instead of the operation. Then the
+    kernel's name tells the fusion; equal fusions share a kernel, and their bytes are
+    equal too.
+
+    Args:
+      launches: operation, kernel and microseconds of each.
+      operations: of the program.
+      steps: that the launches made.
+    """
+    known = {_plain(operation.name): operation for operation in operations}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, kernel, microseconds in launches:
+        in_graph = _plain(name) not in known
+        key = _plain(kernel) if in_graph else _plain(name)
+        operation = known.get(key)
+        if key not in rows:
+            rows[key] = {
+                "operation": key,
+                "kind": operation.kind if operation else "unknown",
+                "count": 0.0,
+                "microseconds": 0.0,
+                "bytes": operation.nbytes if operation and not in_graph else 0.0,
+            }
+        rows[key]["count"] += 1 / steps
+        rows[key]["microseconds"] += microseconds / steps
+        if operation and in_graph:
+            rows[key]["bytes"] += operation.nbytes / steps
+    return sorted(rows.values(), key=lambda row: -row["microseconds"])
 
 
 def by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Sums of the operations of each kind."""
+    """The sums over the operations of each kind, and their GB/s."""
     kinds: dict[str, dict[str, float]] = {}
     for row in rows:
-        of_kind = kinds.setdefault(str(row["kind"]), {})
-        for field in ("count", "microseconds", "bytes", "multiply_adds"):
-            of_kind[field] = of_kind.get(field, 0) + (row[field] or 0)
-    for of_kind in kinds.values():
-        of_kind["gigabytes_a_second"] = (
-            of_kind["bytes"] / of_kind["microseconds"] / 1000
-            if of_kind["microseconds"]
-            else 0
-        )
+        sums = kinds.setdefault(row["kind"], {})
+        for field in ("count", "microseconds", "bytes"):
+            sums[field] = sums.get(field, 0.0) + row[field]
+    for sums in kinds.values():
+        sums["gigabytes_per_second"] = sums["bytes"] / sums["microseconds"] / 1000
     return kinds
 
 
 def _plain(name: str) -> str:
     """A name as both HLO and kernels may write it."""
-    return name.lstrip("%").replace(".", "_").replace("-", "_")
+    return re.sub(r"[.\-]", "_", name.lstrip("%"))
 
 
-def ceilings(out: str, tiny: bool) -> dict[str, Any]:
-    """What a large copy and a large product reach, and how XLA describes the device."""
+def ceilings(out: Path, tiny: bool) -> dict[str, Any]:
+    """The rates of a large copy and a large product, and XLA's device description."""
     import jax
     import jax.numpy as jnp
 
     def seconds(function: Any, *arguments: Any) -> float:
         compiled = jax.jit(function)
-        for _ in range(3):
-            jax.block_until_ready(compiled(*arguments))
         times = []
-        for _ in range(5):
+        for _ in range(6):
             start = time.perf_counter()
             for _ in range(10):
                 result = compiled(*arguments)
             jax.block_until_ready(result)
             times.append((time.perf_counter() - start) / 10)
-        return sorted(times)[2]
+        return statistics.median(times[1:])
 
     words, side = (2**20, 128) if tiny else (2**29, 8192)
-    row: dict[str, Any] = {"status": "measured"}
     array = jnp.arange(words, dtype=jnp.uint32)
-    row["copy_gigabytes_a_second"] = 8 * words / seconds(lambda x: x ^ 1, array) / 1e9
+    copy = seconds(lambda x: x ^ 1, array)
     del array
-    a, b = (
-        jax.random.normal(jax.random.key(seed), (side, side), jnp.bfloat16)
-        for seed in (0, 1)
-    )
-    duration = seconds(lambda a, b: a @ b, a, b)
-    row["product_teraflops"] = 2 * side**3 / duration / 1e12
-    row["jax"], row["device"] = jax.__version__, jax.devices()[0].device_kind
-    try:
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (side, side), jnp.bfloat16) for key in keys)
+    product = seconds(lambda a, b: a @ b, a, b)
+    with contextlib.suppress(Exception):  # the library's internals may move
         from jax._src.lib import xla_client
 
-        topology = xla_client.get_topology_for_devices(jax.devices())
-        Path(out, "target_config.txt").write_text(str(topology.target_config))
-    except Exception as error:
-        row["target_config"] = f"{type(error).__name__}: {error}"
-    return row
+        topology: Any = xla_client.get_topology_for_devices(jax.devices())
+        (out / "target_config.txt").write_text(str(topology.target_config))
+    return {
+        "status": "measured",
+        "copy_gigabytes_per_second": 8 * words / copy / 1e9,
+        "product_teraflops": 2 * side**3 / product / 1e12,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _peak(library: str) -> int | None:
+    """Bytes on the device at the fullest moment; None if unknown."""
+    if library == "torch":
+        import torch
+
+        available = torch.cuda.is_available()
+        return torch.cuda.max_memory_allocated() if available else None
+    import jax
+
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def paper(options: argparse.Namespace) -> None:
+    """Table 6's nets of 20 and 56 layers; SIGTERM after --minutes makes a run save."""
+    from resnet_jax.errors import Preempted
+    from resnet_jax.paper.report import report
+    from resnet_jax.paper.run import run_experiment
+    from resnet_jax.paper.settings import Setting
+
+    folder = Path(options.out) / "table6"
+    overrides = {"model.dtype": "bfloat16"}
+    scale = "tiny"
+    if not options.tiny:
+        scale = "paper"
+        overrides |= {
+            "evaluation.every_steps": "640",
+            "checkpoint.every_steps": "6400",
+            "training.log_every_steps": "640",
+        }
+    setting = Setting(options.data, scale, overrides | dict(options.override))
+    stop = threading.Timer(60 * options.minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    stop.daemon = True
+    stop.start()
+    with contextlib.suppress(Preempted):
+        for depth in (20,) if options.tiny else (20, 56):
+            only = [f"cifar_resnet{depth}", f"cifar_plain{depth}"]
+            run_experiment("table6", folder, only=only, seeds=1, setting=setting)
+    stop.cancel()
+    report(folder)
+    print((folder / "report.md").read_text())
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """Prints a line."""
-    if "depth" in row:
-        options = "candidate" if row["options"] else ""
-        what = (
-            f"resnet{row['depth']} b128 {row['framework']:<6}{row['precision']:<9}"
-            f"{row['call']!s:<9}{row['flags']:<9}{options}"
-        )
-    elif "ceilings" in row:
-        what = "ceilings"
-    else:
-        what = f"{row['model']} b{row['batch']} {row['framework']:<6}{row['way']}"
+    """Prints one line per row; of a trace one per kind."""
     if row["status"] == "traced":
         for kind, sums in row["kinds"].items():
             print(
                 f"    {kind:<12}{sums['count']:>7.0f}{sums['microseconds']:>10.0f} us"
-                f"{sums['bytes'] / 1e9:>8.1f} GB{sums['gigabytes_a_second']:>8.0f} GB/s"
+                f"{sums['bytes'] / 1e9:>8.1f} GB"
+                f"{sums['gigabytes_per_second']:>8.0f} GB/s"
             )
         return
-    figures = row["status"][-300:]
+    what = " ".join(
+        str(row[key])
+        for key in ("kind", "model", "batch", "precision", "framework", "name")
+    )
+    figures = row["status"]
     if "images_per_second" in row:
-        peak = row.get("peak_bytes")
-        ready = row.get("ready_seconds", row.get("first_call_seconds", 0))
         figures = (
             f"{row['milliseconds']:>9.3f} ms{row['images_per_second']:>11,.0f} images/s"
-            f"{'' if peak is None else f'{peak / 2**30:>6.1f} GiB'}"
-            f"  ready {ready:.1f} s"
+            f"  ready {row['ready_seconds']:.1f} s"
             f"{'' if row['finite'] else '  NOT FINITE'}"
         )
-    elif "ceilings" in row and row["status"] == "measured":
+    elif "product_teraflops" in row:
         figures = (
-            f"copy {row['copy_gigabytes_a_second']:,.0f} GB/s, product "
+            f"copy {row['copy_gigabytes_per_second']:,.0f} GB/s, product "
             f"{row['product_teraflops']:,.0f} TFLOP/s"
         )
-    print(f"{what:<50}{figures}", flush=True)
+    print(f"{what:<62}{figures}", flush=True)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures the cases that fit into the time, and prints the table at the end."""
+    """Measures the cases that fit into the time."""
     options = _parse(arguments)
     if options.worker is not None:
-        work(options.worker, options.out, options.tiny)
+        work(options.worker, Path(options.out), options.tiny)
+        return
+    if options.paper:
+        paper(options)
         return
     start = time.monotonic()
     end = start + 60 * options.minutes
     Path(options.out).mkdir(parents=True, exist_ok=True)
     cases = plan(options.tiny)
     rows: list[dict[str, Any]] = []
-    content = {
-        "benchmark": "gpu",
-        "arguments": list(arguments),
-        "nvidia_smi": _nvidia_smi(),
-    }
+    content = {"benchmark": "gpu", "nvidia_smi": _nvidia_smi(), "rows": rows}
     worker: Worker | None = Worker(cases[0], options.out, options.tiny)
     for index, case in enumerate(cases):
-        following = cases[index + 1 : index + 2]
         left = min(end - time.monotonic(), 60 * options.case_minutes)
         ready = None
-        if following and end - time.monotonic() > 30:
-            ready = Worker(following[0], options.out, options.tiny)
+        if index + 1 < len(cases) and end - time.monotonic() > 30:
+            ready = Worker(cases[index + 1], options.out, options.tiny)
         if worker is None or left < 10:
-            new = [case | {"status": "not measured: out of time"}]
+            new = [dataclasses.asdict(case) | {"status": "not measured: out of time"}]
             if worker is not None:
                 worker.stop()
         else:
             new = worker.measure(left)
-        if "depth" in case:
-            for row in new:
-                row.setdefault("call", case["calls"][0])
         for row in new:
             row["at_second"] = round(time.monotonic() - start, 1)
             print_row(row)
         rows += new
         worker = ready
-        record.write(f"{options.out}/gpu.json", content | {"rows": rows})
-    print("\nsummary")
-    for row in rows:
-        print_row(row)
+        record.write(f"{options.out}/gpu.json", content)
 
 
 def _nvidia_smi() -> str:
@@ -383,9 +516,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", required=True, metavar="FOLDER")
-    parser.add_argument("--minutes", type=float, default=7)
+    parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--case-minutes", type=float, default=1.7)
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a trial on the CPU")
+    parser.add_argument("--paper", action="store_true", help="train table6")
+    parser.add_argument("--data", metavar="FOLDER", help="data set for --paper")
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        type=lambda text: tuple(text.split("=", 1)),
+        metavar="FIELD=VALUE",
+        help="of the config, for --paper",
+    )
     parser.add_argument("--worker", choices=("jax", "torch"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
