@@ -39,6 +39,7 @@ import rich.console
 from benchmarks import contenders, peers, record
 from benchmarks.contenders import OURS, Contender
 from benchmarks.hlo import parse_options
+from resnet_jax import parallel
 from resnet_jax.config import Config, load_config
 from resnet_jax.data.dataset import open_dataset
 from resnet_jax.data.feeds import ResidentFeed, make_feed
@@ -69,7 +70,7 @@ def train_step(options: argparse.Namespace) -> Times:
 def forward_backward(options: argparse.Namespace) -> Times:
     """Loss and gradients of the three nets."""
     model, batch, dtype = options.model, options.batch, jnp.dtype(options.dtype)
-    nets = {
+    nets: dict[str, tuple[Any, str]] = {
         OURS: (create_model(model, dtype=dtype), "resnet_jax"),
         f"{OURS}_xla": (
             create_model(model, dtype=dtype, conv_algorithm="xla"),
@@ -106,7 +107,7 @@ def _torch(options: argparse.Namespace, updates: bool) -> list[Contender]:
         print("torch is not installed")
         return []
     on_gpu = jax.default_backend() == "gpu"
-    forms = {
+    forms: dict[str, dict[str, bool]] = {
         "torch": {"channels_last": False},
         "torch_channels_last": {},
         "torch_compiled": {"compiled": True},
@@ -184,12 +185,13 @@ def loop(options: argparse.Namespace) -> Times:
 def bare_step(config: Config) -> Callable[[int], float]:
     """A function of a number of steps: seconds that the jitted step takes for them."""
     dataset = open_dataset(config)
-    learner = learner_for(config, dataset)
-    feed = make_feed(dataset.train, learner.mesh, config.data, config.augmentation)
+    mesh = parallel.data_mesh()
+    learner = learner_for(config, dataset, mesh)
+    feed = make_feed(dataset.train, mesh, config.data, config.augmentation)
     assert isinstance(feed, ResidentFeed), "the loop is compared on resident data"
     size, most = (
         config.training.global_batch_size,
-        steps_per_call(config, dataset, learner.mesh),
+        steps_per_call(config, dataset, mesh),
     )
     one_step, many_steps = make_train_step(learner), make_train_steps(learner)
     batch = next(feed.training_batches(0, size, config.seed))

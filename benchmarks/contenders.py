@@ -141,7 +141,7 @@ def our_resident_steps(
 
 def our_inference(model: str, batch: int, folded: bool, name: str = OURS) -> Contender:
     """The forward pass of evaluation in bfloat16."""
-    net: nn.Module = create_model(model, dtype=jnp.bfloat16)
+    net: Any = create_model(model, dtype=jnp.bfloat16)
     images = jax.device_put(synthetic(model, batch)[0])
     init = functools.partial(net.init, train=False)
     variables = jax.jit(init)(jax.random.key(0), jnp.zeros(images.shape))
@@ -287,7 +287,8 @@ def torch_resident_steps(
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = True
-    net = TorchResNet(LAYOUTS[model]).to(device, memory_format=torch.channels_last)
+    net: Any = TorchResNet(LAYOUTS[model])
+    net = net.to(device, memory_format=torch.channels_last)
     host_images, host_labels = synthetic(model, num_images)
     images = torch.from_numpy(host_images).to(device)
     labels = torch.from_numpy(host_labels).long().to(device)

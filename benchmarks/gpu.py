@@ -32,7 +32,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,17 @@ TINY = Size(warm=1, window_seconds=0.01, windows=2, num_images=40, steps_per_cal
 
 def plan(tiny: bool) -> list[Case]:
     """The cases, the most important first."""
-    large = {"model": "resnet50", "batch": 256}
-    small = {"model": "cifar_resnet20", "batch": 128}
+    large: dict[str, Any] = {"model": "resnet50", "batch": 256}
+    small: dict[str, Any] = {"model": "cifar_resnet20", "batch": 128}
     compiled = "compiled"
     if tiny:
         large = small = {"model": "cifar_resnet8", "batch": 4}
         compiled = "eager"
-    graphs = {"name": "candidate, graphs", "options": CANDIDATE, "flags": GRAPHS}
+    graphs: dict[str, Any] = {
+        "name": "candidate, graphs",
+        "options": CANDIDATE,
+        "flags": GRAPHS,
+    }
     cases = [
         Case("ceilings"),
         Case("step", "ours", "default", **large),
@@ -212,7 +216,10 @@ def work(library: str, out: Path, tiny: bool) -> None:
         if case.name in TRACED:
             rows = traced(contender, text, out / f"trace_{name}")
             (out / f"operations_{name}.json").write_text(json.dumps(rows, indent=0))
-            print(json.dumps({"status": "traced", "kinds": by_kind(rows)}), flush=True)
+            print(
+                json.dumps({"status": "traced", "kinds": hlo.sums_by_kind(rows)}),
+                flush=True,
+            )
 
 
 def prepared(case: Case, size: Size) -> Any:
@@ -285,7 +292,7 @@ def measured(contender: Any, batch: int, size: Size, start: float) -> dict[str, 
 
 
 def traced(contender: Any, text: str, folder: Path) -> list[dict[str, Any]]:
-    """The operations of three steps on the device; see ``attributed``."""
+    """The operations of three steps on the device; see ``hlo.attributed``."""
     import jax
 
     with jax.profiler.trace(str(folder)):
@@ -300,61 +307,7 @@ def traced(contender: Any, text: str, folder: Path) -> list[dict[str, Any]]:
                         stats = {key: value for key, value in event.stats if key}
                         name = str(stats.get("hlo_op", event.name))
                         launches.append((name, event.name, event.duration_ns / 1000))
-    return attributed(launches, hlo.operations(hlo.read(text)), steps=3)
-
-
-def attributed(
-    launches: Iterable[tuple[str, str, float]],
-    operations: Iterable[hlo.Operation],
-    steps: int,
-) -> list[dict[str, Any]]:
-    """Count, microseconds and bytes per step of each operation, the longest first.
-
-    Inside a CUDA graph the trace names the graph instead of the operation. Then the
-    kernel's name tells the fusion; equal fusions share a kernel, and their bytes are
-    equal too.
-
-    Args:
-      launches: operation, kernel and microseconds of each.
-      operations: of the program.
-      steps: that the launches made.
-    """
-    known = {_plain(operation.name): operation for operation in operations}
-    rows: dict[str, dict[str, Any]] = {}
-    for name, kernel, microseconds in launches:
-        in_graph = _plain(name) not in known
-        key = _plain(kernel) if in_graph else _plain(name)
-        operation = known.get(key)
-        if key not in rows:
-            rows[key] = {
-                "operation": key,
-                "kind": operation.kind if operation else "unknown",
-                "count": 0.0,
-                "microseconds": 0.0,
-                "bytes": operation.nbytes if operation and not in_graph else 0.0,
-            }
-        rows[key]["count"] += 1 / steps
-        rows[key]["microseconds"] += microseconds / steps
-        if operation and in_graph:
-            rows[key]["bytes"] += operation.nbytes / steps
-    return sorted(rows.values(), key=lambda row: -row["microseconds"])
-
-
-def by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The sums over the operations of each kind, and their GB/s."""
-    kinds: dict[str, dict[str, float]] = {}
-    for row in rows:
-        sums = kinds.setdefault(row["kind"], {})
-        for field in ("count", "microseconds", "bytes"):
-            sums[field] = sums.get(field, 0.0) + row[field]
-    for sums in kinds.values():
-        sums["gigabytes_per_second"] = sums["bytes"] / sums["microseconds"] / 1000
-    return kinds
-
-
-def _plain(name: str) -> str:
-    """A name as both HLO and kernels may write it."""
-    return re.sub(r"[.\-]", "_", name.lstrip("%"))
+    return hlo.attributed(launches, hlo.operations(hlo.read(text)), steps=3)
 
 
 def ceilings(out: Path, tiny: bool) -> dict[str, Any]:

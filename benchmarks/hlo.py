@@ -18,6 +18,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 _SIZES = {"pred": 8, "token": 0, "opaque": 0}
 """Bits of the types whose names do not end with their size."""
@@ -123,6 +124,60 @@ def by_kind(found: Iterable[Operation]) -> dict[str, tuple[int, int]]:
     return kinds
 
 
+def attributed(
+    launches: Iterable[tuple[str, str, float]],
+    operations: Iterable[Operation],
+    steps: int,
+) -> list[dict[str, Any]]:
+    """Count, microseconds and bytes per step of each operation, the longest first.
+
+    Inside a CUDA graph the trace names the graph instead of the operation. Then the
+    kernel's name tells the fusion; equal fusions share a kernel, and their bytes are
+    equal too.
+
+    Args:
+      launches: operation, kernel and microseconds of each.
+      operations: of the program.
+      steps: that the launches made.
+    """
+    known = {_plain(operation.name): operation for operation in operations}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, kernel, microseconds in launches:
+        in_graph = _plain(name) not in known
+        key = _plain(kernel) if in_graph else _plain(name)
+        operation = known.get(key)
+        if key not in rows:
+            rows[key] = {
+                "operation": key,
+                "kind": operation.kind if operation else "unknown",
+                "count": 0.0,
+                "microseconds": 0.0,
+                "bytes": operation.nbytes if operation and not in_graph else 0.0,
+            }
+        rows[key]["count"] += 1 / steps
+        rows[key]["microseconds"] += microseconds / steps
+        if operation and in_graph:
+            rows[key]["bytes"] += operation.nbytes / steps
+    return sorted(rows.values(), key=lambda row: -row["microseconds"])
+
+
+def sums_by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The sums over the operations of each kind, and their GB/s."""
+    kinds: dict[str, dict[str, float]] = {}
+    for row in rows:
+        sums = kinds.setdefault(row["kind"], {})
+        for field in ("count", "microseconds", "bytes"):
+            sums[field] = sums.get(field, 0.0) + row[field]
+    for sums in kinds.values():
+        sums["gigabytes_per_second"] = sums["bytes"] / sums["microseconds"] / 1000
+    return kinds
+
+
+def _plain(name: str) -> str:
+    """A name as both HLO and kernels may write it."""
+    return re.sub(r"[.\-]", "_", name.lstrip("%"))
+
+
 def _parts(computations: Computations, whole: Instruction) -> Iterator[Instruction]:
     """The instruction, or the instructions that it fuses."""
     if whole.opcode != "fusion":
@@ -180,7 +235,9 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"no closing parenthesis in {text[:80]!r}")
 
 
-def compiled_step(model: str, target: str, batch: int, dtype: str, **options) -> str:
+def compiled_step(
+    model: str, target: str, batch: int, dtype: str, **options: Any
+) -> str:
     """The optimised HLO of a training step; see ``targets.compile.target_mesh``."""
     from resnet_jax.targets.compile import target_mesh
     from resnet_jax.training.benchmark import abstract_batch, synthetic_learner
@@ -214,15 +271,16 @@ def main(arguments: Sequence[str]) -> None:
     options = parse_options(given.options)
     text = compiled_step(given.model, given.target, given.batch, given.dtype, **options)
     kinds = by_kind(operations(read(text)))
-    kinds["all"] = tuple(map(sum, zip(*kinds.values(), strict=True)))  # type: ignore[assignment]
+    counts, sizes = zip(*kinds.values(), strict=True)
+    kinds["all"] = sum(counts), sum(sizes)
     print(f"{'kind':<12}{'operations':>11}{'MB/image':>10}")
     for kind, (count, nbytes) in kinds.items():
         print(f"{kind:<12}{count:>11,}{nbytes / 1e6 / given.batch:>10.2f}")
 
 
-def parse_options(pairs: Iterable[str]) -> dict[str, object]:
+def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     """Options of the net from OPTION=VALUE; values as in JSON, else text."""
-    options = {}
+    options: dict[str, Any] = {}
     for pair in pairs:
         name, _, text = pair.partition("=")
         try:

@@ -153,7 +153,7 @@ def test_a_trace_is_attributed_also_inside_graphs():
         ("command_buffer.8", "input_reduce_fusion_2", 0.7),
         ("command_buffer.8", "memcpy128", 0.1),
     ]
-    kinds = gpu.by_kind(gpu.attributed(2 * launches, operations, steps=2))
+    kinds = hlo.sums_by_kind(hlo.attributed(2 * launches, operations, steps=2))
     assert list(kinds) == ["convolution", "reduction", "unknown"]
     assert kinds["convolution"]["bytes"] == 1000
     assert kinds["convolution"]["gigabytes_per_second"] == pytest.approx(1000 / 4 / 1e3)
