@@ -90,6 +90,7 @@ def test_options_side_by_side(one_device, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_loop_beside_its_bare_step(one_device, tfds_dir, tmp_path, capsys):
     arguments = [*SMALL, "--data-dir", tfds_dir, "--rounds", "2", "--steps", "2"]
+    arguments += ["--batch", "8"]  # divides over the simulated devices
     rows = run_compare(tmp_path, capsys, "loop", *arguments)
     assert list(rows) == ["bare_step", "train"]
     assert len(rows["train"]["milliseconds_of_rounds"]) == 2
@@ -199,7 +200,11 @@ def test_a_gpu_trial_measures_every_case(tmp_path):
 @pytest.mark.slow
 def test_the_paper_s_nets_train_and_are_reported(tfds_dir, tmp_path, capsys):
     arguments = ["--paper", "--tiny", "--data", "digits", "--out", str(tmp_path)]
-    gpu.main([*arguments, "--override", f"data.data_dir={tfds_dir}"])
+    overrides = {"data.data_dir": tfds_dir, "training.steps": 2}
+    overrides |= {"training.global_batch_size": 8, "model.name": "cifar_resnet8"}
+    for field, value in overrides.items():
+        arguments += ["--override", f"{field}={value}"]
+    gpu.main(arguments)
     assert "| plain-20 |" in capsys.readouterr().out
 
 
