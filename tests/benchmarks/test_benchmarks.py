@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import compare, gpu, hlo, peers
+from benchmarks import compare, gpu, hlo, input_pipeline, peers
 from resnet_jax.analysis.complexity import (
     abstract_variables,
     count_multiply_adds,
@@ -272,3 +273,21 @@ def test_a_training_step_is_counted(capsys):
     printed = capsys.readouterr().out
     assert "convolution" in printed
     assert float(printed.split()[-1]) > 0
+
+
+def test_input_pipelines_side_by_side(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        folder = tmp_path / "data" / "val" / name
+        folder.mkdir(parents=True)
+        for index in range(6):
+            pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index}.jpg")
+    file = tmp_path / "result.json"
+    arguments = f"--images {folder.parent} --batch 4 --rounds 1 --batches 1 --json"
+    input_pipeline.main([*arguments.split(), str(file)])
+    rows = {row["name"]: row for row in json.loads(file.read_text())["contenders"]}
+    assert rows["resnet_jax"]["ours_over_this"] == 1
+    assert "resnet_jax, prepared" in rows
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
