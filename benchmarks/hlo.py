@@ -1,69 +1,40 @@
-"""Work and traffic of a compiled program, read from its optimised HLO.
+"""Memory traffic of a compiled program, operation by operation.
 
-XLA's own cost analysis gives one sum for a program; here every operation that a device
-is given counts apart: its multiply-adds, and the bytes of its operands and results. A
-fusion is one operation. Custom calls to cuDNN and cuBLAS are read like the convolutions
-and products that they stand for.
+    JAX_PLATFORMS=cpu python -m benchmarks.hlo resnet50 --target h200 --batch 256
+    python -m benchmarks.hlo cifar_resnet20 fused_norm=true norm_variance=fast
+
+prints the operations of a training step by kind, counted in XLA's optimised HLO. The
+target need not be here (``resnet-jax plan --compile`` says which wheels it needs).
+
+XLA's cost analysis gives one sum for a program. Here each operation that the device
+launches counts on its own: the bytes of its operands and results. A fusion is one
+operation.
 """
 
+import argparse
 import dataclasses
+import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
+_SIZES = {"pred": 8, "token": 0, "opaque": 0}
+"""Bits of the types whose names do not end with their size."""
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0} | {
-    f"{kind}{bits}": bits
-    for kind, sizes in {
-        "s": (2, 4, 8, 16, 32, 64),
-        "u": (2, 4, 8, 16, 32, 64),
-        "f": (16, 32, 64),
-        "bf": (16,),
-        "c": (64, 128),
-    }.items()
-    for bits in sizes
-}
-_FREE = frozenset(
-    {
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "after-all",
-        "partition-id",
-        "replica-id",
-    }
-)
-"""What moves nothing."""
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+_FREE |= {"after-all", "partition-id", "replica-id"}
+"""Instructions that move nothing."""
 
-_MOVES = frozenset(
-    {
-        "bitcast",
-        "broadcast",
-        "concatenate",
-        "constant",
-        "convert",
-        "copy",
-        "iota",
-        "pad",
-        "parameter",
-        "reshape",
-        "slice",
-        "transpose",
-        "tuple",
-    }
-)
+_MOVES = {"bitcast", "broadcast", "concatenate", "constant", "convert", "copy"}
+_MOVES |= {"iota", "pad", "parameter", "reshape", "slice", "transpose", "tuple"}
 """A fusion of these alone computes nothing."""
 
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<= ]*)\]")
 _COMMENT = re.compile(r"/\*.*?\*/")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
-_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-
-Shape = tuple[str, tuple[int, ...]]
-"""Element type and dimensions."""
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,41 +43,31 @@ class Instruction:
 
     Attributes:
       name: of the result.
-      shapes: the result's arrays: one, or those of a tuple.
-      opcode: what it does.
+      nbytes: size of the result.
+      opcode: such as "fusion".
       operands: names.
       attributes: the rest of the line.
     """
 
     name: str
-    shapes: tuple[Shape, ...]
+    nbytes: int
     opcode: str
     operands: tuple[str, ...]
     attributes: str
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the result."""
-        return sum(
-            math.prod(shape) * _BITS.get(kind, 8) // 8 for kind, shape in self.shapes
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """What the device runs as one.
+    """One launch on the device.
 
     Attributes:
-      kind: convolution, product, pooling, reduction, elementwise, copy, or other.
+      kind: convolution, product, pooling, reduction, elementwise, copy or other.
       name: of the instruction.
-      multiply_adds: of the convolutions and products in it, without the taps on
-        padding and on the zeros of a dilated input.
-      nbytes: of its operands and results.
+      nbytes: of its operands and results, over all iterations of a loop around it.
     """
 
     kind: str
     name: str
-    multiply_adds: int
     nbytes: int
 
 
@@ -132,68 +93,107 @@ def read(text: str) -> Computations:
 
 
 def operations(computations: Computations, name: str = "") -> Iterator[Operation]:
-    """What a computation runs, in order; a loop's body once for each of its turns.
+    """The operations of a computation, in order.
 
-    A loop whose turns the compiler does not tell counts once, and of a conditional's
-    branches only the operands.
+    A loop without a known trip count counts once. Of a conditional only the operands
+    count.
     """
     inside = computations[name]
     for instruction in inside.values():
         if instruction.opcode in ("while", "call"):
-            body = [
-                operation
-                for called in _CALLED.findall(instruction.attributes)
-                for operation in operations(computations, called)
-            ]
-            turns = _TURNS.search(instruction.attributes)
-            for operation in body:
-                yield _repeated(operation, int(turns[1]) if turns else 1)
+            trips = _TRIPS.search(instruction.attributes)
+            for called in _CALLED.findall(instruction.attributes):
+                for operation in operations(computations, called):
+                    nbytes = operation.nbytes * (int(trips[1]) if trips else 1)
+                    yield dataclasses.replace(operation, nbytes=nbytes)
         elif instruction.opcode not in _FREE and not instruction.opcode.endswith(
             "-done"
         ):
-            yield _operation(computations, inside, instruction)
+            operands = {name for name in instruction.operands if name in inside}
+            nbytes = instruction.nbytes + sum(inside[name].nbytes for name in operands)
+            kind = _kind(list(_parts(computations, instruction)))
+            yield Operation(kind, instruction.name, nbytes)
 
 
-def _repeated(operation: Operation, times: int) -> Operation:
-    return dataclasses.replace(
-        operation,
-        multiply_adds=times * operation.multiply_adds,
-        nbytes=times * operation.nbytes,
-    )
+def by_kind(found: Iterable[Operation]) -> dict[str, tuple[int, int]]:
+    """The number of operations of each kind, and their bytes."""
+    kinds: dict[str, tuple[int, int]] = {}
+    for operation in found:
+        count, nbytes = kinds.get(operation.kind, (0, 0))
+        kinds[operation.kind] = count + 1, nbytes + operation.nbytes
+    return kinds
 
 
-def _operation(
-    computations: Computations, inside: dict[str, Instruction], own: Instruction
-) -> Operation:
-    parts = list(_parts(computations, inside, own))
-    read = sum(inside[name].nbytes for name in set(own.operands) if name in inside)
-    return Operation(
-        _kind([part for _, part in parts]),
-        own.name,
-        sum(_multiply_adds(around, part) for around, part in parts),
-        read + own.nbytes,
-    )
+def attributed(
+    launches: Iterable[tuple[str, str, float]],
+    operations: Iterable[Operation],
+    steps: int,
+) -> list[dict[str, Any]]:
+    """Count, microseconds and bytes per step of each operation, the longest first.
+
+    Inside a CUDA graph the trace names the graph instead of the operation. Then the
+    kernel's name tells the fusion; equal fusions share a kernel, and their bytes are
+    equal too.
+
+    Args:
+      launches: operation, kernel and microseconds of each.
+      operations: of the program.
+      steps: that the launches made.
+    """
+    known = {_plain(operation.name): operation for operation in operations}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, kernel, microseconds in launches:
+        in_graph = _plain(name) not in known
+        key = _plain(kernel) if in_graph else _plain(name)
+        operation = known.get(key)
+        if key not in rows:
+            rows[key] = {
+                "operation": key,
+                "kind": operation.kind if operation else "unknown",
+                "count": 0.0,
+                "microseconds": 0.0,
+                "bytes": operation.nbytes if operation and not in_graph else 0.0,
+            }
+        rows[key]["count"] += 1 / steps
+        rows[key]["microseconds"] += microseconds / steps
+        if operation and in_graph:
+            rows[key]["bytes"] += operation.nbytes / steps
+    return sorted(rows.values(), key=lambda row: -row["microseconds"])
 
 
-def _parts(
-    computations: Computations, inside: dict[str, Instruction], own: Instruction
-) -> Iterator[tuple[dict[str, Instruction], Instruction]]:
-    """The instruction, or what it fuses, each with those around it."""
-    if own.opcode != "fusion":
-        yield inside, own
+def sums_by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The sums over the operations of each kind, and their GB/s."""
+    kinds: dict[str, dict[str, float]] = {}
+    for row in rows:
+        sums = kinds.setdefault(row["kind"], {})
+        for field in ("count", "microseconds", "bytes"):
+            sums[field] = sums.get(field, 0.0) + row[field]
+    for sums in kinds.values():
+        sums["gigabytes_per_second"] = sums["bytes"] / sums["microseconds"] / 1000
+    return kinds
+
+
+def _plain(name: str) -> str:
+    """A name as both HLO and kernels may write it."""
+    return re.sub(r"[.\-]", "_", name.lstrip("%"))
+
+
+def _parts(computations: Computations, whole: Instruction) -> Iterator[Instruction]:
+    """The instruction, or the instructions that it fuses."""
+    if whole.opcode != "fusion":
+        yield whole
         return
-    for called in _CALLED.findall(own.attributes):
-        fused = computations[called]
-        for part in fused.values():
-            yield from _parts(computations, fused, part)
+    for called in _CALLED.findall(whole.attributes):
+        for part in computations[called].values():
+            yield from _parts(computations, part)
 
 
 def _kind(parts: Sequence[Instruction]) -> str:
     opcodes = {part.opcode for part in parts}
-    calls = [part for part in parts if part.opcode == "custom-call"]
-    if "convolution" in opcodes or any(_labels(part) for part in calls):
+    calls = " ".join(p.attributes for p in parts if p.opcode == "custom-call")
+    if "convolution" in opcodes or "dim_labels=" in calls:
         return "convolution"
-    if "dot" in opcodes or any(_contracted(part) for part in calls):
+    if "dot" in opcodes or "lhs_contracting_dimensions" in calls:
         return "product"
     if opcodes & {"reduce-window", "select-and-scatter"}:
         return "pooling"
@@ -204,82 +204,6 @@ def _kind(parts: Sequence[Instruction]) -> str:
     return "copy" if opcodes <= _MOVES else "elementwise"
 
 
-def _multiply_adds(inside: dict[str, Instruction], own: Instruction) -> int:
-    given = [inside[name].shapes[0][1] for name in own.operands if name in inside]
-    result = own.shapes[0][1]
-    if _labels(own):
-        if "convBackwardInput" in own.attributes:
-            return _convolved(own.attributes, result, given[1], given[0])
-        if "convBackwardFilter" in own.attributes:
-            return _convolved(own.attributes, given[0], result, given[1])
-        return _convolved(own.attributes, given[0], given[1], result)
-    contracted = _contracted(own)
-    if contracted is None:
-        return 0
-    return math.prod(result) * math.prod(given[0][axis] for axis in contracted)
-
-
-def _labels(own: Instruction) -> re.Match[str] | None:
-    """Of a convolution's dimensions: those of input, kernel and output."""
-    if own.opcode not in ("convolution", "custom-call"):
-        return None
-    return re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", own.attributes)
-
-
-def _contracted(own: Instruction) -> list[int] | None:
-    """The axes of a product's first factor over which it sums."""
-    if own.opcode == "dot":
-        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", own.attributes)
-    elif own.opcode == "custom-call":
-        found = re.search(r'"lhs_contracting_dimensions":\[([\d,"]*)\]', own.attributes)
-    else:
-        return None
-    if found is None:
-        return None
-    return [int(axis) for axis in re.findall(r"\d+", found[1])]
-
-
-def _convolved(
-    attributes: str,
-    image: Sequence[int],
-    kernel: Sequence[int],
-    output: Sequence[int],
-) -> int:
-    """Multiply-adds of a convolution, the taps on zeros left out."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
-    assert labels is not None
-    of_image, of_kernel, of_output = labels.groups()
-    window = _window(attributes)
-    total = image[of_image.index("b")] * kernel[of_kernel.index("i")]
-    total *= kernel[of_kernel.index("o")]
-    groups = re.search(r"batch_group_count=(\d+)", attributes)
-    total //= int(groups[1]) if groups else 1
-    for axis in sorted(set(of_output) - {"b", "f"}):
-        total *= _taps(
-            image[of_image.index(axis)],
-            kernel[of_kernel.index(axis)],
-            output[of_output.index(axis)],
-            {name: values[int(axis)] for name, values in window.items()},
-        )
-    return total
-
-
-def _window(attributes: str) -> dict[str, list[str]]:
-    """Each field of a window, by axis."""
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    fields = [field.split("=") for field in (found[1] if found else "").split()]
-    return {name: values.split("x") for name, values in fields}
-
-
-def _taps(size: int, taps: int, outputs: int, window: dict[str, str]) -> int:
-    """Pairs of an output and a tap, along one axis, that meet a pixel."""
-    low = int(window.get("pad", "0_0").split("_")[0])
-    holes = int(window.get("lhs_dilate", 1))
-    at = np.arange(outputs)[:, None] * int(window.get("stride", 1)) - low
-    at = at + np.arange(taps) * int(window.get("rhs_dilate", 1))
-    return int(((at >= 0) & (at % holes == 0) & (at // holes < size)).sum())
-
-
 def _instruction(line: str) -> Instruction:
     name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
@@ -288,21 +212,83 @@ def _instruction(line: str) -> Instruction:
     end = _closing(rest, start)
     return Instruction(
         name.lstrip("%"),
-        tuple(
-            (kind, tuple(int(size) for size in re.findall(r"\d+", sizes)))
-            for kind, sizes in _ARRAY.findall(shape)
-        ),
+        sum(_nbytes(kind, sizes) for kind, sizes in _ARRAY.findall(shape)),
         rest[:start],
         tuple(re.findall(r"%([\w.\-]+)", rest[start:end])),
         rest[end + 1 :],
     )
 
 
+def _nbytes(kind: str, sizes: str) -> int:
+    bits = re.search(r"\d+", kind)
+    size = int(bits[0]) if bits else _SIZES.get(kind, 8)
+    return math.prod(int(size) for size in re.findall(r"\d+", sizes)) * size // 8
+
+
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis at ``start`` closes."""
+    """The index of the parenthesis that closes the one at ``start``."""
     depth = 0
     for index in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)
         if not depth:
             return index
     raise ValueError(f"no closing parenthesis in {text[:80]!r}")
+
+
+def compiled_step(
+    model: str, target: str, batch: int, dtype: str, **options: Any
+) -> str:
+    """The optimised HLO of a training step; see ``targets.compile.target_mesh``."""
+    from resnet_jax.targets.compile import target_mesh
+    from resnet_jax.training.benchmark import abstract_batch, synthetic_learner
+    from resnet_jax.training.step import make_train_step
+
+    platform = "cpu" if target == "cpu" else "cuda"
+    if target != "cpu":
+        # "auto" depends on the backend of this process, not on the target.
+        options = {"conv_algorithm": "xla"} | options
+    mesh = target_mesh(target)
+    learner = synthetic_learner(model, batch, dtype=dtype, mesh=mesh, **options)
+    traced = make_train_step(learner).trace(
+        learner.abstract_state(), None, abstract_batch(learner)
+    )
+    text = traced.lower(lowering_platforms=(platform,)).compile().as_text()
+    assert text is not None
+    return text
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("options", nargs="*", metavar="OPTION=VALUE")
+    parser.add_argument("--target", default="cpu", choices=("cpu", "h100", "h200"))
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--dtype", default="bfloat16")
+    given = parser.parse_args(arguments)
+    options = parse_options(given.options)
+    text = compiled_step(given.model, given.target, given.batch, given.dtype, **options)
+    kinds = by_kind(operations(read(text)))
+    counts, sizes = zip(*kinds.values(), strict=True)
+    kinds["all"] = sum(counts), sum(sizes)
+    print(f"{'kind':<12}{'operations':>11}{'MB/image':>10}")
+    for kind, (count, nbytes) in kinds.items():
+        print(f"{kind:<12}{count:>11,}{nbytes / 1e6 / given.batch:>10.2f}")
+
+
+def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """Options of the net from OPTION=VALUE; values as in JSON, else text."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        try:
+            options[name] = json.loads(text)
+        except json.JSONDecodeError:
+            options[name] = text
+    return options
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

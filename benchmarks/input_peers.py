@@ -1,12 +1,11 @@
-"""The input pipelines that ``input_pipeline`` compares, each in a process of its own.
+"""The input pipelines that ``input_pipeline`` compares, each in its own process.
 
     python -m benchmarks.input_peers NAME IMAGES BATCH_SIZE
 
-reads lines ``N`` from standard input, makes N more batches, and answers each with one
-line of JSON: images, seconds, CPU seconds of the process and its children, and the
-most memory it had. All do the same work: a random Inception crop (area 8 to 100 %,
-aspect 3:4 to 4:3) of every JPEG under IMAGES, in random order, resized to 224 x 224
-and mirrored half of the time, in batches.
+For each line N of standard input it makes N batches and answers with one line of JSON:
+images, seconds, and peak memory in MiB. All pipelines take a random Inception crop
+(area 8 to 100 %, aspect 3:4 to 4:3) of every JPEG under IMAGES, in random order, resize
+it to 224 x 224 and mirror half of them.
 """
 
 import json
@@ -31,7 +30,7 @@ def jpeg_files(images: str) -> list[str]:
 
 
 def ours(images: str, batch_size: int) -> Iterator[Any]:
-    """This library's, on a folder of files or on what ``prepare`` made."""
+    """This library's, on a folder of files or on prepared data."""
     from resnet_jax.config import default_config, resolve
     from resnet_jax.data.chunks import Layout, TrainingChunks
     from resnet_jax.data.feeds import host_batches, training_order
@@ -213,40 +212,22 @@ PEERS = {
 }
 
 
-def _cpu_seconds() -> float:
-    """Of this process and of its children, living ones included."""
-    total = 0.0
-    ticks = os.sysconf("SC_CLK_TCK")
-    group = os.getpgrp()
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group:
-            total += (int(fields[11]) + int(fields[12])) / ticks
-    return total
-
-
 def main() -> None:
     """Answers each line of standard input; ends with it."""
     name, images, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
     batches = PEERS[name](images, batch_size)
     for line in sys.stdin:
         count = int(line)
-        start, busy = time.perf_counter(), _cpu_seconds()
+        start = time.perf_counter()
         for _ in range(count):
             next(batches)
         answer = {
             "images": count * batch_size,
             "seconds": time.perf_counter() - start,
-            "cpu_seconds": _cpu_seconds() - busy,
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         print(json.dumps(answer), flush=True)
-    # Worker threads of tf.data and grain need not be waited for.
+    # Do not wait for the worker threads of tf.data and grain.
     os._exit(0)
 
 

@@ -1,15 +1,14 @@
-"""The input pipeline beside Flax's example's, tf.data's and torch's, on one core.
+"""Our input pipeline beside Flax's example's, tf.data's and torch's, on one core.
 
     python -m benchmarks.input_pipeline --images FOLDER/val --json FILE
 
-FOLDER/val holds CLASS/IMAGE.jpg; it is read again and again. Every contender is a
-process of its own that may run on one core alone, and all but the one whose turn it is
-are stopped, so that nobody fills its buffers in another's time. A turn makes a few
-batches of 128; the turns of a round follow each other, and ratios are medians of the
-rounds' ratios. The peers are in ``input_peers.py``.
+FOLDER/val holds CLASS/IMAGE.jpg and is read again and again. Each contender is a
+process on one core; all but the one whose turn it is are stopped, so that none fills
+its buffers in another's time. A turn makes a few batches of 128. Ratios are medians of
+the rounds' ratios. The contenders are in ``input_peers.py``.
 
-Beside them: this library on two cores, and on the same images as ``resnet-jax prepare
---shorter-side 480 --quality 90`` leaves them.
+Also measured: ours on two cores, and on the same images after ``resnet-jax prepare
+--shorter-side 480 --quality 90``.
 """
 
 import argparse
@@ -139,9 +138,6 @@ def summarize(turns: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
                 "images_per_second": statistics.median(speeds),
                 "images_per_second_min": min(speeds),
                 "images_per_second_max": max(speeds),
-                "images_per_cpu_second": statistics.median(
-                    turn["images"] / turn["cpu_seconds"] for turn in own
-                ),
                 "ours_over_this": statistics.median(
                     a / b for a, b in zip(ours, speeds, strict=True)
                 ),
@@ -155,7 +151,7 @@ def summarize(turns: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Prints a line a contender."""
     print(
-        f"{'contender':<24}{'images/s':>10}  {'(min .. max)':<18}{'per CPU s':>10}"
+        f"{'contender':<24}{'images/s':>10}  {'(min .. max)':<18}"
         f"{'ours/this':>11}{'MiB':>8}"
     )
     for row in rows:
@@ -165,7 +161,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         )
         print(
             f"{row['name']:<24}{row['images_per_second']:>10.0f}  {spread:<18}"
-            f"{row['images_per_cpu_second']:>10.0f}{row['ours_over_this']:>11.2f}"
+            f"{row['ours_over_this']:>11.2f}"
             f"{row['peak_mib']:>8.0f}"
         )
 

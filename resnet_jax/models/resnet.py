@@ -24,6 +24,7 @@ from resnet_jax.models.normalization import (
     is_frozen,
     norm_act,
 )
+from resnet_jax.models.pooling import max_pool_3x3
 from resnet_jax.models.regularization import StochasticDepth, linear_rates
 from resnet_jax.models.shortcuts import Projection, Shortcut
 from resnet_jax.models.stages import Stage
@@ -98,7 +99,13 @@ class CifarStem(nn.Module):
         return c1, c1
 
 
+POOLS_BY_HAND = False
+"""Whether the stem's pooling has a gradient of its own, see ``models.pooling``."""
+
+
 def _max_pool(x):
+    if POOLS_BY_HAND:
+        return max_pool_3x3(x)
     return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
 
