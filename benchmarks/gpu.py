@@ -186,8 +186,8 @@ def _step(case: Step, out: Path, tiny: bool) -> None:
 def traced_operations(path: str, text: str, steps: int) -> list[dict[str, Any]]:
     """What the device ran, by operation of the program, the longest first.
 
-    A row has the operation, its kind and bytes (None where the program has no such
-    operation), how often it ran a step, and microseconds a step.
+    A row has the operation and its kind; its kernels, microseconds, bytes and
+    multiply-adds a step. A kernel that is no operation of the program has no bytes.
     """
     import jax
 
@@ -196,33 +196,35 @@ def traced_operations(path: str, text: str, steps: int) -> list[dict[str, Any]]:
         for operation in hlo.operations(hlo.read(text))
     }
     times: dict[str, list[float]] = {}
-    kernels: dict[str, str] = {}
+    graphed: set[str] = set()
     for plane in jax.profiler.ProfileData.from_file(path).planes:
         if not plane.name.startswith("/device:GPU"):
             continue
         for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
             for event in line.events:
-                stats = {key: value for key, value in event.stats if key}
-                name = _plain(str(stats.get("hlo_op", event.name)))
-                kernels.setdefault(name, event.name)
-                times.setdefault(name, []).append(event.duration_ns / 1000)
+                name = str(dict(event.stats).get("hlo_op", event.name))
+                # A graph's kernels bear their own names, and equal ones share one.
+                if name.startswith("command_buffer"):
+                    name = event.name
+                    graphed.add(_plain(name))
+                times.setdefault(_plain(name), []).append(event.duration_ns / 1000)
     rows = []
     for name, durations in times.items():
         operation = known.get(name)
-        total = sum(durations) / steps
-        rows.append(
-            {
-                "operation": name,
-                "kernel": kernels[name][:80],
-                "kind": None if operation is None else operation.kind,
-                "count": len(durations) / steps,
-                "microseconds": total,
-                "bytes": None if operation is None else operation.nbytes,
-                "multiply_adds": None if operation is None else operation.multiply_adds,
-            }
-        )
+        count = len(durations) / steps
+        row = {
+            "operation": name[:80],
+            "kind": "unknown" if operation is None else operation.kind,
+            "kernels": round(count, 2),
+            "microseconds": round(sum(durations) / steps, 1),
+            "bytes": 0,
+            "multiply_adds": 0,
+        }
+        if operation is not None:
+            times_run = count if name in graphed else 1
+            row["bytes"] = round(operation.nbytes * times_run)
+            row["multiply_adds"] = operation.multiply_adds
+        rows.append(row)
     return sorted(rows, key=lambda row: -row["microseconds"])
 
 
@@ -231,8 +233,8 @@ def by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     kinds: dict[str, dict[str, float]] = {}
     for row in rows:
         of_kind = kinds.setdefault(str(row["kind"]), {})
-        for field in ("count", "microseconds", "bytes", "multiply_adds"):
-            of_kind[field] = of_kind.get(field, 0) + (row[field] or 0)
+        for field in ("kernels", "microseconds", "bytes", "multiply_adds"):
+            of_kind[field] = of_kind.get(field, 0) + row[field]
     for of_kind in kinds.values():
         of_kind["gigabytes_a_second"] = (
             of_kind["bytes"] / of_kind["microseconds"] / 1000
@@ -302,7 +304,7 @@ def print_row(row: dict[str, Any]) -> None:
     if row["status"] == "traced":
         for kind, sums in row["kinds"].items():
             print(
-                f"    {kind:<12}{sums['count']:>7.0f}{sums['microseconds']:>10.0f} us"
+                f"    {kind:<12}{sums['kernels']:>7.0f}{sums['microseconds']:>10.0f} us"
                 f"{sums['bytes'] / 1e9:>8.1f} GB{sums['gigabytes_a_second']:>8.0f} GB/s"
             )
         return
