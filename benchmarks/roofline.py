@@ -47,8 +47,8 @@ from resnet_jax.data.transforms import to_unit
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.models import catalog_entry, create_model, fold_batch_norm
 from resnet_jax.models.blocks import ResidualBlock
-from resnet_jax.models.convolution import Conv
-from resnet_jax.models.normalization import BatchNorm
+from resnet_jax.models.conv import Conv
+from resnet_jax.models.norm import BatchNorm
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.planning.chips import CHIPS, Chip, find_chips
 from resnet_jax.planning.memory import ACCELERATOR, REDUCTIONS, Memory

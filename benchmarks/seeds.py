@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from benchmarks import record
 from benchmarks.contest import Contender, measure
-from resnet_jax.models.convolution import ALGORITHMS
+from resnet_jax.models.conv import ALGORITHMS
 from resnet_jax.training.benchmark import synthetic_step
 from resnet_jax.training.state import TrainState
 

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from resnet_jax.analysis.convolutions import Path, is_convolution, leaf, unrolled
 from resnet_jax.errors import UserError
-from resnet_jax.models.normalization import BatchNorm
+from resnet_jax.models.norm import BatchNorm
 
 _NORMALIZATIONS = (
     BatchNorm,

@@ -14,8 +14,8 @@ from flax import linen as nn
 
 from resnet_jax.errors import UserError
 from resnet_jax.models.blocks import BasicBlock
-from resnet_jax.models.factories import class_of
-from resnet_jax.models.normalization import NoNorm
+from resnet_jax.models.factories import class_of, option_of
+from resnet_jax.models.norm import NoNorm
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.shortcuts import NoShortcut, Projection, ZeroPad
 from resnet_jax.models.stages import Stage
@@ -76,7 +76,7 @@ def deepen(
             for number in range(before + 1, after + 1):
                 block = tree[stage][f"block{number}"]
                 if isinstance(model.shortcut, NoShortcut):
-                    block = _identity(block, model.batch_norm_epsilon)
+                    block = _identity(block, option_of(model.norm, "epsilon"))
                 elif collection == "params":
                     block = _silenced(block, _ends_with(model))
                 new[collection][stage][f"block{number}"] = block
@@ -85,7 +85,7 @@ def deepen(
 
 def _ends_with(model: ResNet) -> str:
     """The kind of layer that a residual function ends with."""
-    bare = model.preactivation or model.normalization == "none"
+    bare = model.preactivation or class_of(model.norm) is NoNorm
     return "conv" if bare else "norm"
 
 

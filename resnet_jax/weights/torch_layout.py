@@ -16,6 +16,7 @@ from flax import linen as nn
 from resnet_jax.errors import UserError
 from resnet_jax.models.blocks import BasicBlock, BottleneckBlock
 from resnet_jax.models.factories import class_of
+from resnet_jax.models.norm import BatchNorm
 from resnet_jax.models.resnet import CifarStem, DeepStem, ImageNetStem, ResNet
 from resnet_jax.models.shortcuts import NoShortcut, Projection, ZeroPad
 from resnet_jax.models.stages import Stage
@@ -167,7 +168,7 @@ def _refuse_foreign(model: nn.Module) -> None:
         ]
         if model.preactivation:
             odd.append("with pre-activation")
-        if model.normalization == "none":
+        if class_of(model.norm) is not BatchNorm:
             odd.append("without normalisation")
     elif type(model) is not VGG:
         odd.append(f"like {type(model).__name__}")
@@ -205,8 +206,8 @@ def _vgg_modules(model: VGG) -> dict[str, str]:
     for stage, size in enumerate(model.stage_convs, start=1):
         for index in range(1, size + 1):
             names[f"stage{stage}/conv{index}"] = f"features.{number}"
-            if model.batch_norm:
+            if class_of(model.norm) is BatchNorm:
                 names[f"stage{stage}/norm{index}"] = f"features.{number + 1}"
-            number += 3 if model.batch_norm else 2
+            number += 3 if class_of(model.norm) is BatchNorm else 2
         number += 1
     return names

@@ -11,7 +11,7 @@ from benchmarks import hlo, roofline
 from resnet_jax.analysis.complexity import count_multiply_adds
 from resnet_jax.errors import UserError
 from resnet_jax.models import create_model
-from resnet_jax.models.convolution import convolve
+from resnet_jax.models.conv import convolve
 from resnet_jax.planning.chips import Chip
 
 CHIP = Chip("chip", 2.0, 1.0, 1.0, 10.0, 1.0, "none")
