@@ -253,6 +253,3 @@ def _bottleneck_strides(block):
 
 def _scale(starts_at_zero):
     return {"scale_init": nn.initializers.zeros} if starts_at_zero else {}
-
-
-PREACTIVATED = {BasicBlock: PreActBasicBlock, BottleneckBlock: PreActBottleneckBlock}

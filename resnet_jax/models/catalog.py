@@ -27,7 +27,6 @@ from resnet_jax.models.blocks import (
 )
 from resnet_jax.models.highway import HighwayNet
 from resnet_jax.models.mlp import HighwayMLP, PlainMLP
-from resnet_jax.models.norm import BatchNorm, NoNorm
 from resnet_jax.models.resnet import CifarStem, DeepStem, ResNet
 from resnet_jax.models.stages import OverlappingStage
 from resnet_jax.models.vgg import VGG
@@ -187,8 +186,7 @@ def _highway(
 def _vgg(
     parameters: int, multiply_adds: int, convs: Sequence[int], batch_norm: bool = False
 ) -> Entry:
-    norm = BatchNorm if batch_norm else NoNorm
-    net = VGG(stage_convs=tuple(convs), norm=norm)
+    net = VGG(stage_convs=tuple(convs), batch_norm=batch_norm)
     return Entry(net, 224, SIMONYAN, parameters, multiply_adds)
 
 

@@ -81,7 +81,8 @@ def create_model(
         for key, value in options.items()
         if value is not None
     }
-    _refuse_unnormalized(given)
+    frozen = {"batch_norm_frozen": batch_norm_frozen or False}
+    _refuse_unnormalized(given | frozen)
     fields = _as_fields(name, net, given)
     if batch_norm_frozen is not None:
         fields["batch_norm_frozen"] = batch_norm_frozen
@@ -128,10 +129,9 @@ def _as_fields(name: str, net: Any, options: dict[str, Any]) -> dict[str, Any]:
     block = {key: value for key, value in options.items() if key in _BLOCK_FIELDS}
     if "norm" not in field_names(net):
         _refuse_unknown(name, norm, ())
-    elif fields.pop("normalization", None) == "none":
-        _refuse_unknown(name, () if isinstance(net, ResNet) else ["normalization"], ())
+    elif isinstance(net, ResNet) and fields.pop("normalization", None) == "none":
         fields["norm"] = NoNorm
-    elif class_of(net.norm) is BatchNorm:
+    elif class_of(net.norm) is BatchNorm and getattr(net, "batch_norm", True):
         values = {_NORM_FIELDS[key]: value for key, value in norm.items()}
         fields["norm"] = functools.partial(net.norm, **values) if values else net.norm
     else:
@@ -161,7 +161,7 @@ def _with_options(name: str, block: Any, options: dict[str, Any]) -> Any:
 def _refuse_unnormalized(options: dict[str, Any]) -> None:
     if options.get("normalization") != "none":
         return
-    for option in (*_NORM_FIELDS, "zero_init_last"):
+    for option in (*_NORM_FIELDS, "batch_norm_frozen", "zero_init_last"):
         if options.get(option, False) is not False:
             raise UserError(
                 f"{option}={options[option]} acts on batch normalisation, but "

@@ -68,8 +68,10 @@ def _shapes(model: ResNet | VGG, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_norms(model: ResNet | VGG) -> ResNet | VGG:
-    if isinstance(model, (ResNet, VGG)) and class_of(model.norm) is BatchNorm:
-        if isinstance(model, ResNet) and model.preactivation:
+    if isinstance(model, VGG) and model.batch_norm:
+        return model.clone(batch_norm=False)
+    if isinstance(model, ResNet) and class_of(model.norm) is BatchNorm:
+        if model.preactivation:
             raise UserError(
                 "batch normalisation cannot be folded in a pre-activation net: what it "
                 "normalises is a sum, and not a convolution's output"

@@ -219,7 +219,7 @@ def _converted(annotation: Any, value: Any) -> Any:
         items = [_converted(typing.get_args(annotation)[0], item) for item in value]
         return _WRONG if _WRONG in items else tuple(items)
     if annotation in (bool, str) or isinstance(value, bool):
-        return value if isinstance(value, annotation) else _WRONG
+        return value if type(value) is annotation else _WRONG
     kind = numbers.Integral if annotation is int else numbers.Real
     return annotation(value) if isinstance(value, kind) else _WRONG
 

@@ -142,7 +142,7 @@ class OverlappingStage(nn.Module):
 def _carries(shortcut: Shortcut, source: jax.Array, strides: int) -> Shortcut:
     """The shortcut from ``source``, at ``strides`` from there, whatever x is."""
 
-    def call(x, features, _, conv, norm, dilation):
+    def call(x, features, _, conv, norm, dilation=(1, 1)):
         return shortcut(source, features, strides, conv, norm, dilation)
 
     return call

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resnet_jax.models.conv import Conv
-from resnet_jax.models.factories import ModuleFactory, field_names
-from resnet_jax.models.norm import NoNorm, is_frozen, norm_act
+from resnet_jax.models.factories import ModuleFactory
+from resnet_jax.models.norm import BatchNorm, NoNorm, is_frozen, norm_act
 from resnet_jax.models.resnet import FeatureMap
 
 POOLED_SIZE = 7
@@ -71,8 +71,8 @@ class VGG(nn.Module):
       num_classes: classes of the classifier; None leaves out all dense layers.
       hidden_features: features of ``fc1`` and ``fc2``.
       dropout_rate: rate behind ``fc1`` and ``fc2``.
-      norm: factory of the normalisations after the convolutions: ``NoNorm`` or
-        ``BatchNorm``, or a partial of it with options.
+      batch_norm: whether a batch normalisation follows each convolution.
+      norm: its factory: ``BatchNorm``, or a partial of it with options.
       batch_norm_frozen: see ``ResNet``.
       dtype: dtype of all layers but ``head``; bfloat16 on accelerators.
     """
@@ -82,7 +82,8 @@ class VGG(nn.Module):
     num_classes: int | None = 1000
     hidden_features: int = 4096
     dropout_rate: float = 0.5
-    norm: ModuleFactory = NoNorm
+    batch_norm: bool = False
+    norm: ModuleFactory = BatchNorm
     batch_norm_frozen: bool | Sequence[str] = False
     dtype: Any = jnp.float32
 
@@ -130,15 +131,12 @@ class VGG(nn.Module):
         stages = zip(self.stage_convs, self.widths, strict=True)
         for index, (size, width) in enumerate(stages):
             name = f"stage{index + 1}"
-            options = {
-                "use_running_average": not train
-                or is_frozen(self.batch_norm_frozen, name),
-                "dtype": self.dtype,
-            }
-            known = field_names(self.norm)
-            norm = functools.partial(
-                self.norm, **{key: options[key] for key in options if key in known}
-            )
+            average = not train or is_frozen(self.batch_norm_frozen, name)
+            norm: ModuleFactory = NoNorm
+            if self.batch_norm:
+                norm = functools.partial(
+                    self.norm, use_running_average=average, dtype=self.dtype
+                )
             x = VGGStage(size, width, norm, self.dtype, name=name)(x)
             maps.append(FeatureMap(x, f"C{index + 1}", 2**index))
             x = nn.max_pool(x, (2, 2), (2, 2))

@@ -206,8 +206,8 @@ def _vgg_modules(model: VGG) -> dict[str, str]:
     for stage, size in enumerate(model.stage_convs, start=1):
         for index in range(1, size + 1):
             names[f"stage{stage}/conv{index}"] = f"features.{number}"
-            if class_of(model.norm) is BatchNorm:
+            if model.batch_norm:
                 names[f"stage{stage}/norm{index}"] = f"features.{number + 1}"
-            number += 3 if class_of(model.norm) is BatchNorm else 2
+            number += 3 if model.batch_norm else 2
         number += 1
     return names
