@@ -1,23 +1,22 @@
-"""The error that a user can mend, and the end that is none."""
+"""User-fixable errors, and a requested stop."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A fault in what the user gave: its message is one clear sentence.
+    """Invalid input. The message is one sentence: the fault, and how to fix it.
 
-    It names the thing, what was expected and what to do. The commands print it
-    without a traceback; callers of the library may catch it.
+    Commands print it without a traceback; library callers may catch it.
     """
 
 
-class Preempted(Exception):  # noqa: N818 - it is none
-    """A run was asked to stop, by SIGTERM, and has saved: the same call goes on."""
+class Preempted(Exception):  # noqa: N818 - not an error
+    """A run stopped on SIGTERM after saving; the same call continues it."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint for a misspelt ``name``: the nearest valid one, or all of them."""
+    """A hint for a misspelt name: the nearest valid name, or all of them."""
     valid = list(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:

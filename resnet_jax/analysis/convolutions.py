@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from resnet_jax.models.convolution import Conv
+from resnet_jax.models.conv import Conv
 from resnet_jax.models.trees import STACKED
 
 Path = tuple[str, ...]

@@ -16,7 +16,7 @@ from resnet_jax.data.transforms import normalize, to_unit
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import evaluation_batch_size, jit_over_batch
 from resnet_jax.evaluation.saved_run import load_run
-from resnet_jax.models.normalization import BatchNorm
+from resnet_jax.models.norm import BatchNorm
 
 _NORMALIZATIONS = (
     BatchNorm,

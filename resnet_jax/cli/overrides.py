@@ -1,4 +1,4 @@
-"""``--config.FIELD=VALUE`` on a command line, and the fields' help."""
+"""``--config.FIELD=VALUE`` arguments, and their help."""
 
 import textwrap
 from collections.abc import Sequence
@@ -10,10 +10,13 @@ _PREFIX = "--config."
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """Dotted field name to text, from what argparse left over.
+    """Parses the arguments that argparse did not recognise.
+
+    Returns:
+      Dotted field name to text.
 
     Raises:
-      UserError: an argument is no override, or has no value.
+      UserError: an argument is not an override, or lacks a value.
     """
     overrides = {}
     waiting = list(arguments)
@@ -31,7 +34,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def fields_help() -> str:
-    """Every field with its type, default and meaning, for --help."""
+    """The --help text: every field with its type, default and meaning."""
     lines = ["config fields (--config.FIELD=VALUE):"]
     for field in fields().values():
         kind = describe_type(field.annotation)

@@ -2,21 +2,15 @@
 
 A config file's ``get_config(arg)`` starts from ``default_config()``, an
 ``ml_collections.ConfigDict``, and sets what differs. ``resolve`` turns it into a
-``Config`` of frozen dataclasses, or says in one sentence what is wrong with it. The
-rest of the library reads ``Config`` alone.
+``Config`` of frozen dataclasses, or raises a one-sentence UserError. The rest of the
+library reads only ``Config``.
 """
 
 from resnet_jax.config.build import build_model
 from resnet_jax.config.derive import Derived, derive
 from resnet_jax.config.resolve import load_config, model_options, resolve
-from resnet_jax.config.schema import (
-    Config,
-    Field,
-    default_config,
-    describe_type,
-    fields,
-    flatten,
-)
+from resnet_jax.config.schema import Config, default_config, fields, flatten
+from resnet_jax.models.options import Field, describe_type
 
 __all__ = [
     "Config",

@@ -1,6 +1,6 @@
-"""From a config file, a command line or a dictionary to a valid ``Config``.
+"""Resolves a config file, command line or dictionary to a valid ``Config``.
 
-Whatever is wrong is said in one sentence, before any device is touched.
+Every error is one sentence, raised before any device is touched.
 """
 
 import ast
@@ -8,9 +8,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
-import math
 import traceback
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +18,13 @@ from resnet_jax.config.checks import refuse_training_contradictions
 from resnet_jax.config.schema import (
     Config,
     DataConfig,
-    Field,
     ModelConfig,
-    describe_type,
     fields,
     flatten,
 )
 from resnet_jax.errors import UserError
-from resnet_jax.models.catalog import create_model
+from resnet_jax.models import create_model
+from resnet_jax.models.options import Field, check
 
 
 def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
@@ -55,13 +52,22 @@ def resolve(config: Any) -> Config:
     """The typed, valid config of a run.
 
     Args:
-      config: a ConfigDict, a nested dictionary or a Config.
+      config: a ConfigDict, a nested dictionary, or a Config, which is returned as
+        it is.
 
     Raises:
       UserError: an unknown field, a wrong type, a value out of range or a
         contradiction, in one sentence.
     """
+    if isinstance(config, Config):
+        return config
     given = flatten(config)
+    for name, default in _REMOVED.items():
+        if given.pop(name, default) != default:
+            raise UserError(
+                f"config field {name} no longer exists; only its old default, "
+                f"{default!r}, can be loaded"
+            )
     for name in given:
         _known_field(name)
     values = {
@@ -71,6 +77,14 @@ def resolve(config: Any) -> Config:
     resolved = _build(Config, values)
     _refuse_contradictions(resolved)
     return resolved
+
+
+_REMOVED = {"model.norm_arithmetic": "wide", "model.stem_form": "conv"}
+"""Fields of older runs and their defaults."""
+
+
+def _checked(field: Field, value: Any) -> Any:
+    return check(dataclasses.replace(field, name=f"config field {field.name}"), value)
 
 
 def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
@@ -148,7 +162,7 @@ def _known_field(name: str) -> Field:
 
 
 def _parse(field: Field, text: str) -> Any:
-    """A value of the command line; only its text form is resolved here."""
+    """A command-line value, converted from text but not checked."""
     if text == "None":
         return None
     if "bool" in str(field.annotation) and text.lower() in ("true", "false"):
@@ -169,67 +183,15 @@ def _parse(field: Field, text: str) -> Any:
 
 
 def _integral(value: Any) -> Any:
-    """64e3, which Python reads as a float, as the integer it is."""
+    """Converts a whole float such as 64e3 to an integer."""
     if isinstance(value, (tuple, list)):
         return tuple(_integral(item) for item in value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _checked(field: Field, value: Any) -> Any:
-    converted = _converted(field.annotation, value)
-    if converted is _WRONG:
-        raise UserError(
-            f"config field {field.name} takes {describe_type(field.annotation)}, "
-            f"not {value!r}"
-        )
-    if field.choices and converted is not None and converted not in field.choices:
-        close = difflib.get_close_matches(str(converted), field.choices, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(
-            f"config field {field.name} is one of {', '.join(field.choices)}, "
-            f"not {converted!r}{hint}"
-        )
-    if isinstance(converted, (int, float)) and not isinstance(converted, bool):
-        if not math.isfinite(converted):
-            raise UserError(f"config field {field.name} must be finite, not {value}")
-        if field.at_least is not None and converted < field.at_least:
-            raise UserError(
-                f"config field {field.name} must be at least {field.at_least}, "
-                f"not {converted}"
-            )
-        if field.below is not None and converted >= field.below:
-            raise UserError(
-                f"config field {field.name} must be below {field.below}, "
-                f"not {converted}"
-            )
-    return converted
-
-
-_WRONG = object()
-
-
-def _converted(annotation: Any, value: Any) -> Any:
-    """The value in the annotated type, or _WRONG; nothing is guessed."""
-    if isinstance(annotation, types.UnionType):
-        inner, _ = typing.get_args(annotation)
-        return None if value is None else _converted(inner, value)
-    if typing.get_origin(annotation) is tuple:
-        if not isinstance(value, (tuple, list)):
-            return _WRONG
-        items = [_converted(typing.get_args(annotation)[0], item) for item in value]
-        return _WRONG if _WRONG in items else tuple(items)
-    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, annotation) and (
-        annotation is bool or not isinstance(value, bool)
-    ):
-        return value
-    return _WRONG
-
-
 def _refuse_contradictions(config: Config) -> None:
     """Raises UserError where fields contradict each other."""
-    # Unknown names and options are the catalog's to refuse.
+    # Refuses unknown models and options that the model lacks.
     create_model(config.model.name, **model_options(config.model))
     if config.model.new_head and config.model.weights is None:
         raise UserError(
@@ -242,8 +204,8 @@ def _refuse_contradictions(config: Config) -> None:
         )
     if config.model.initialization is not None and config.model.weights is not None:
         raise UserError(
-            f"model.initialization={config.model.initialization} is of fresh weights, "
-            "and model.weights gives others: set one of both to None"
+            f"model.initialization={config.model.initialization} applies only to fresh "
+            "weights, but model.weights is set: set one of them to None"
         )
     _refuse_durations(config)
     _refuse_schedule(config)
@@ -266,7 +228,7 @@ def _refuse_contradictions(config: Config) -> None:
 
 
 def _refuse_cut_groups(config: Config) -> None:
-    """Micro-batches hold whole groups of batch normalisation, or there is just one."""
+    """Refuses micro-batches that would split batch normalisation groups."""
     parts, groups = config.training.micro_batches, config.model.batch_norm_groups
     if groups == 1 or groups % parts == 0:
         return
@@ -279,15 +241,14 @@ def _refuse_cut_groups(config: Config) -> None:
 
 
 def _holds_out(config: Config) -> bool:
-    """Whether there is a held-out part to choose by."""
+    """Whether the run holds out examples for choosing."""
     return bool(config.data.holdout_examples or config.data.holdout_split)
 
 
 def model_options(config: ModelConfig) -> dict[str, Any]:
     """The keyword arguments of ``create_model`` that a config sets.
 
-    Normalisation, loops and convolutions are named only where they differ from the
-    default: not every net has them.
+    Options at their default are left out: not every net has all of them.
     """
     not_the_nets = {"name", "dtype", "weights", "new_head", "frozen"}
     default = ModelConfig()

@@ -1,68 +1,47 @@
-"""Building blocks: y = F(x, {W_i}) + shortcut(x), then ReLU (equations 1 and 2).
+"""Residual blocks: y = relu(F(x) + shortcut(x)), equations 1 and 2 of He et al. 2015.
 
-A block is its list of convolutions (``layers``) in one of two orders: convolution,
-normalisation, ReLU (He et al. 2015), or normalisation, ReLU, convolution (the
-pre-activation of He et al. 2016).
+``BasicBlock`` and ``BottleneckBlock`` are the blocks of the paper's Fig. 5: F applies
+convolution, normalisation, ReLU. ``PreActBasicBlock`` and ``PreActBottleneckBlock`` are
+the pre-activation blocks of He et al. 2016: F applies normalisation, ReLU, convolution,
+and nothing follows the addition.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 from flax import linen as nn
 
-from resnet_jax.models.convolution import Conv
+from resnet_jax.models.conv import Conv
 from resnet_jax.models.factories import ModuleFactory
-from resnet_jax.models.normalization import fuses, norm_act
-from resnet_jax.models.shortcuts import Added, Projection, Shortcut
+from resnet_jax.models.norm import norm_act
+from resnet_jax.models.shortcuts import Projection, Shortcut
 
 STRIDE_VERSIONS = ("v1", "v1.5")
 
-
-class Layer(NamedTuple):
-    """One convolution of a block."""
-
-    size: int
-    features: int
-    groups: int = 1
-
-
-class Branch(NamedTuple):
-    """Where a shortcut leaves, if not at the block's own input.
-
-    ``strides`` is the stride from there to the block's output.
-    """
-
-    x: jax.Array
-    strides: int
+Activation = Callable[[jax.Array], jax.Array]
 
 
 class ResidualBlock(nn.Module):
-    """What all blocks share; a subclass says its ``layers`` and which of them strides.
+    """The fields and helpers that all blocks share.
+
+    A block maps (n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), features
+    times ``expansion``). Call it as ``block(x, drop_rate)``, where ``drop_rate`` is the
+    probability with which ``stochastic_depth`` drops F(x).
 
     Attributes:
       features: channels of the block before any expansion.
-      strides: of the block and of the shortcut.
+      strides: stride of the block and of its shortcut.
       norm: factory of the normalisations, ``norm(name=...)``.
-      shortcut: how the block's input is joined to the residual function.
+      shortcut: carries x to the addition, see ``models.shortcuts``.
       conv: factory of the convolutions.
-      activation: after each normalisation, and after the addition.
-      dilation: spacing of taps at the block's input and behind the convolution that
-        would stride; they differ where dilation stands for a stride.
-      preactivation: normalisation and activation come before each convolution, and
-        nothing after the addition.
-      position: "net" is the first block of a net, "stage" that of another stage,
-        "inner" any other. With pre-activation the shortcut of a stage's first block
-        leaves after the first activation, and the net's first block is given an
-        activated map (He et al. 2016, appendix).
-      zero_init_last: the last normalisation's scale starts at zero, so that the block
-        starts as its shortcut (Goyal et al. 2017).
-      squeeze_excite: factory of a gate on the residual function.
-      dropout: factory of a dropout between the convolutions (Zagoruyko & Komodakis
-        2016).
-      stochastic_depth: factory of a module ``(y, rate)`` that drops the residual
-        function in training.
-      train: whether a shortcut that acts at random does so.
+      activation: follows each normalisation, and the addition.
+      dilation: spacing of the taps up to and including the convolution that strides,
+        and after it. They differ where dilation replaces a stride.
+      squeeze_excite: factory of a gate on F(x).
+      stochastic_depth: factory of a module ``(y, drop_rate)`` that drops F(x).
+      position: "net" for the first block of a net, "stage" for the first block of
+        another stage, "inner" for any other. Only pre-activation depends on it.
     """
 
     features: int
@@ -70,165 +49,207 @@ class ResidualBlock(nn.Module):
     norm: ModuleFactory
     shortcut: Shortcut = Projection()
     conv: ModuleFactory = Conv
-    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    activation: Activation = nn.relu
     dilation: tuple[int, int] = (1, 1)
-    preactivation: bool = False
-    position: Literal["net", "stage", "inner"] = "inner"
-    zero_init_last: bool = False
     squeeze_excite: ModuleFactory | None = None
-    dropout: ModuleFactory | None = None
     stochastic_depth: ModuleFactory | None = None
-    train: bool = False
+    position: Literal["net", "stage", "inner"] = "inner"
 
-    def layers(self) -> list[Layer]:
-        """The convolutions of the residual function, in order."""
-        raise NotImplementedError
+    preactivation = False
 
-    @property
-    def strided_layer(self) -> int:
-        """Index of the convolution that strides."""
-        raise NotImplementedError
+    def convolve(self, name: str, x: jax.Array, features: int, size: int, **options):
+        """Convolves with a size x size kernel; options equal to 1 are left out."""
+        options = {key: value for key, value in options.items() if value != 1}
+        return self.conv(features, (size, size), name=name, **options)(x)
 
-    @nn.compact
-    def __call__(
+    def norm_relu(self, name: str, x: jax.Array) -> jax.Array:
+        """relu(norm(x))."""
+        return norm_act(self.norm(name=name), x, self.activation)
+
+    def add(
         self,
         x: jax.Array,
-        drop_rate: float | jax.Array = 0.0,
-        branch: Branch | None = None,
+        y: jax.Array,
+        drop_rate: float | jax.Array,
+        last: Callable[..., jax.Array] = lambda y: y,
+        activation: Activation | None = None,
     ) -> jax.Array:
-        """The block's output.
+        """activation(F(x) + shortcut(x)), where F(x) = last(y).
 
-        Args:
-          x: (n, h, w, c).
-          drop_rate: with which ``stochastic_depth`` drops the residual function.
-          branch: where the shortcut leaves, if not at ``x``.
-
-        Returns:
-          (n, ceil(h / strides), ceil(w / strides), channels of the last layer).
+        Squeeze-and-excitation, stochastic depth and gates act on F(x).
         """
-        if self.preactivation:
-            if self.zero_init_last:
-                raise ValueError(
-                    "zero_init_last needs a normalisation at the block's end, which "
-                    "pre-activation has not"
-                )
-            y, leaves = self._preactivated(x)
-        else:
-            y, leaves = self._postactivated(x), x
-        branch = branch or Branch(leaves, self.strides)
-        options = (branch.strides, self.conv, self.norm, self.dilation)
-        if not self.preactivation:
-            norm = self._last_norm()
-            # Where only the addition stands between it and the activation.
-            bare = self.squeeze_excite is None and self.stochastic_depth is None
-            fused = bare and fuses(norm, self.activation)
-            if fused and isinstance(self.shortcut, Added):
-                added = self.shortcut.addend(branch.x, y.shape, *options)
-                return norm(y, added, relu=True)
-            y = norm(y)
+        carried, gate = self.shortcut(
+            x, y.shape[-1], self.strides, self.conv, self.norm, self.dilation
+        )
         if self.squeeze_excite is not None:
-            y = self.squeeze_excite(name="squeeze_excite")(y)
+            last = _then(last, self.squeeze_excite(name="squeeze_excite"))
         if self.stochastic_depth is not None:
-            y = self.stochastic_depth(name="stochastic_depth")(y, drop_rate)
-        y = self.shortcut(branch.x, y, *options, self.train)
-        return y if self.preactivation else self.activation(y)
-
-    def _postactivated(self, x):
-        """Convolutions; between them normalisation and activation."""
-        y = self._convolve(0, x)
-        for index in range(1, len(self.layers())):
-            norm = self.norm(name=f"norm{index}")
-            y = self._drop(norm_act(norm, y, self.activation))
-            y = self._convolve(index, y)
-        return y
-
-    def _last_norm(self):
-        options = {"scale_init": nn.initializers.zeros} if self.zero_init_last else {}
-        return self.norm(name=f"norm{len(self.layers())}", **options)
-
-    def _preactivated(self, x):
-        """Normalisation, activation and convolution in turn; also the branch."""
-        y, leaves = x, x
-        for index in range(len(self.layers())):
-            if index > 0 or self.position != "net":
-                norm = self.norm(name=f"norm{index + 1}")
-                y = norm_act(norm, y, self.activation)
-            if index > 0:
-                y = self._drop(y)
-            elif self.position == "stage":
-                leaves = y
-            y = self._convolve(index, y)
-        return y, leaves
-
-    def _convolve(self, index, x):
-        layer, strided = self.layers()[index], self.strided_layer
-        # Up to the convolution that would stride, taps have the input's spacing.
-        options = {
-            "strides": self.strides if index == strided else 1,
-            "dilation": self.dilation[0] if index <= strided else self.dilation[1],
-            "groups": layer.groups,
-        }
-        # A factory needs to know only what is asked of it.
-        asked = {name: value for name, value in options.items() if value != 1}
-        size = (layer.size, layer.size)
-        name = f"conv{index + 1}"
-        return self.conv(layer.features, size, name=name, **asked)(x)
-
-    def _drop(self, y):
-        return y if self.dropout is None else self.dropout()(y)
+            drop = self.stochastic_depth(name="stochastic_depth")
+            last = _then(last, lambda y: drop(y, drop_rate))
+        if gate is not None:
+            last = _then(last, lambda y: gate * y)
+        return norm_act(last, y, activation, carried)
 
 
 class BasicBlock(ResidualBlock):
-    """3x3 convolutions: two of them in the paper (Fig. 5 left).
+    """3x3 convolutions: two in the paper (Fig. 5 left).
 
     Attributes:
-      num_convs: how many; Zagoruyko & Komodakis 2016 compare 1 to 4.
+      num_convs: the number of convolutions; Zagoruyko & Komodakis 2016 compare 1 to 4.
+      zero_init_last: start with a scale of zero in the last normalisation, so that
+        F(x) = 0 (Goyal et al. 2017).
     """
 
     num_convs: int = 2
+    zero_init_last: bool = False
     expansion = 1
 
-    def layers(self) -> list[Layer]:
-        """See ``ResidualBlock``."""
-        return [Layer(3, self.features)] * self.num_convs
-
-    @property
-    def strided_layer(self) -> int:
-        """The first convolution strides."""
-        return 0
+    @nn.compact
+    def __call__(self, x: jax.Array, drop_rate: float | jax.Array = 0.0) -> jax.Array:
+        """relu(F(x) + shortcut(x)); see ``ResidualBlock``."""
+        before, after = self.dilation
+        y = self.convolve(
+            "conv1", x, self.features, 3, strides=self.strides, dilation=before
+        )
+        for i in range(1, self.num_convs):
+            y = self.norm_relu(f"norm{i}", y)
+            y = self.convolve(f"conv{i + 1}", y, self.features, 3, dilation=after)
+        norm = self.norm(name=f"norm{self.num_convs}", **_scale(self.zero_init_last))
+        return self.add(x, y, drop_rate, norm, self.activation)
 
 
 class BottleneckBlock(ResidualBlock):
     """1x1, 3x3 and 1x1 convolutions; the last is four times as wide (Fig. 5 right).
 
     Attributes:
-      stride_version: "v1" strides the first 1x1, as the paper and its released
-        models do; "v1.5" strides the 3x3, as torchvision does.
-      groups: of the 3x3 (ResNeXt, Xie et al. 2017).
-      base_width: channels of a group of the 3x3 in the stage of 64 features; 128 with
-        one group is twice as wide a bottleneck (wide_resnet50_2).
+      stride_version: "v1" strides the first 1x1, as the paper and its released models
+        do; "v1.5" strides the 3x3, as torchvision does.
+      groups: groups of the 3x3 (ResNeXt, Xie et al. 2017).
+      base_width: channels of each group of the 3x3 in a stage of 64 features; 128 with
+        one group doubles the bottleneck's width (wide_resnet50_2).
+      zero_init_last: see ``BasicBlock``.
+    """
+
+    stride_version: str = "v1.5"
+    groups: int = 1
+    base_width: int = 64
+    zero_init_last: bool = False
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array, drop_rate: float | jax.Array = 0.0) -> jax.Array:
+        """relu(F(x) + shortcut(x)); see ``ResidualBlock``."""
+        width = _bottleneck_width(self)
+        first, second, dilation = _bottleneck_strides(self)
+        y = self.convolve("conv1", x, width, 1, strides=first)
+        y = self.norm_relu("norm1", y)
+        y = self.convolve(
+            "conv2",
+            y,
+            width,
+            3,
+            strides=second,
+            dilation=dilation,
+            groups=self.groups,
+        )
+        y = self.norm_relu("norm2", y)
+        y = self.convolve("conv3", y, self.features * self.expansion, 1)
+        norm = self.norm(name="norm3", **_scale(self.zero_init_last))
+        return self.add(x, y, drop_rate, norm, self.activation)
+
+
+class PreActBasicBlock(ResidualBlock):
+    """3x3 convolutions, each after its normalisation and ReLU (He et al. 2016).
+
+    Attributes:
+      num_convs: see ``BasicBlock``.
+    """
+
+    num_convs: int = 2
+    expansion = 1
+    preactivation = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, drop_rate: float | jax.Array = 0.0) -> jax.Array:
+        """F(x) + shortcut(x); see ``ResidualBlock``."""
+        before, after = self.dilation
+        y, x = _preactivate(self, x)
+        y = self.convolve(
+            "conv1", y, self.features, 3, strides=self.strides, dilation=before
+        )
+        for i in range(2, self.num_convs + 1):
+            y = self.norm_relu(f"norm{i}", y)
+            y = self.convolve(f"conv{i}", y, self.features, 3, dilation=after)
+        return self.add(x, y, drop_rate)
+
+
+class PreActBottleneckBlock(ResidualBlock):
+    """1x1, 3x3 and 1x1 convolutions, each after its normalisation and ReLU.
+
+    Attributes:
+      stride_version, groups, base_width: see ``BottleneckBlock``.
     """
 
     stride_version: str = "v1.5"
     groups: int = 1
     base_width: int = 64
     expansion = 4
+    preactivation = True
 
-    def layers(self) -> list[Layer]:
-        """See ``ResidualBlock``."""
-        width = self.features * self.base_width // 64 * self.groups
-        return [
-            Layer(1, width),
-            Layer(3, width, self.groups),
-            Layer(1, self.features * self.expansion),
-        ]
+    @nn.compact
+    def __call__(self, x: jax.Array, drop_rate: float | jax.Array = 0.0) -> jax.Array:
+        """F(x) + shortcut(x); see ``ResidualBlock``."""
+        width = _bottleneck_width(self)
+        first, second, dilation = _bottleneck_strides(self)
+        y, x = _preactivate(self, x)
+        y = self.convolve("conv1", y, width, 1, strides=first)
+        y = self.norm_relu("norm2", y)
+        y = self.convolve(
+            "conv2",
+            y,
+            width,
+            3,
+            strides=second,
+            dilation=dilation,
+            groups=self.groups,
+        )
+        y = self.norm_relu("norm3", y)
+        y = self.convolve("conv3", y, self.features * self.expansion, 1)
+        return self.add(x, y, drop_rate)
 
-    @property
-    def strided_layer(self) -> int:
-        """The 1x1 or the 3x3 strides."""
-        if self.stride_version not in STRIDE_VERSIONS:
-            raise ValueError(
-                f"stride_version is one of {', '.join(STRIDE_VERSIONS)}, "
-                f"not {self.stride_version!r}"
-            )
-        return STRIDE_VERSIONS.index(self.stride_version)
+
+def _preactivate(block, x):
+    """relu(norm1(x)), and the array that the shortcut starts from.
+
+    The first block of a net receives an activated map; the shortcut of another stage's
+    first block starts after the activation (He et al. 2016, appendix).
+    """
+    if block.position == "net":
+        return x, x
+    y = block.norm_relu("norm1", x)
+    return y, y if block.position == "stage" else x
+
+
+def _then(first, second):
+    """The function second(first(y))."""
+    return lambda y: second(first(y))
+
+
+def _bottleneck_width(block):
+    return block.features * block.base_width // 64 * block.groups
+
+
+def _bottleneck_strides(block):
+    """Strides of the first 1x1 and of the 3x3, and the dilation of the 3x3."""
+    if block.stride_version not in STRIDE_VERSIONS:
+        raise ValueError(
+            f"stride_version is one of {', '.join(STRIDE_VERSIONS)}, "
+            f"not {block.stride_version!r}"
+        )
+    if block.stride_version == "v1":
+        return block.strides, 1, block.dilation[1]
+    return 1, block.strides, block.dilation[0]
+
+
+def _scale(starts_at_zero):
+    return {"scale_init": nn.initializers.zeros} if starts_at_zero else {}

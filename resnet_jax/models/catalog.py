@@ -12,29 +12,25 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Container, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 
-from resnet_jax.errors import UserError, nearest
+from resnet_jax.errors import UserError
 from resnet_jax.models import shortcuts
-from resnet_jax.models.attention import SqueezeExcite
-from resnet_jax.models.blocks import STRIDE_VERSIONS, BasicBlock, BottleneckBlock
-from resnet_jax.models.convolution import (
-    ALGORITHMS,
-    INITIALIZATIONS,
-    STEM_ALGORITHMS,
+from resnet_jax.models.blocks import (
+    BasicBlock,
+    BottleneckBlock,
+    PreActBasicBlock,
+    PreActBottleneckBlock,
 )
-from resnet_jax.models.factories import class_of
-from resnet_jax.models.fused import ARITHMETICS, VARIANCES
 from resnet_jax.models.highway import HighwayNet
 from resnet_jax.models.mlp import HighwayMLP, PlainMLP
-from resnet_jax.models.normalization import NORMALIZATIONS
-from resnet_jax.models.resnet import CifarStem, DeepStem, ResNet, plan_strides
+from resnet_jax.models.resnet import CifarStem, DeepStem, ResNet
 from resnet_jax.models.stages import OverlappingStage
 from resnet_jax.models.vgg import VGG
+from resnet_jax.models.wrappers import SqueezeExcite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +72,7 @@ SIMONYAN = "Simonyan & Zisserman 2014"
 OVERLAPPING = "not published: section 4.2 with other shortcuts"
 
 BOTTLENECK_V1 = functools.partial(BottleneckBlock, stride_version="v1")
+PREACT_V1 = functools.partial(PreActBottleneckBlock, stride_version="v1")
 SE_BASIC = functools.partial(BasicBlock, squeeze_excite=SqueezeExcite)
 SE_BOTTLENECK = functools.partial(BottleneckBlock, squeeze_excite=SqueezeExcite)
 S_STEM: dict[str, Any] = {
@@ -118,10 +115,8 @@ def _resnet_d(
 def _preact_imagenet(
     parameters: int, multiply_adds: int, stage_sizes: Sequence[int]
 ) -> Entry:
-    block, fields = BottleneckBlock, {"preactivation": True}
-    return _imagenet(
-        parameters, multiply_adds, stage_sizes, block, BARE, HE2016, **fields
-    )
+    block = PreActBottleneckBlock
+    return _imagenet(parameters, multiply_adds, stage_sizes, block, BARE, HE2016)
 
 
 def _seresnet(
@@ -158,19 +153,18 @@ def _bottleneck(parameters: int | None, multiply_adds: int | None, n: int) -> En
 
 
 def _preact(parameters: int | None, multiply_adds: int | None, n: int) -> Entry:
-    return _cifar(parameters, multiply_adds, n, source=HE2016, preactivation=True)
+    return _cifar(parameters, multiply_adds, n, "A", PreActBasicBlock, HE2016)
 
 
 def _preact_bottleneck(
     parameters: int | None, multiply_adds: int | None, n: int
 ) -> Entry:
-    block, fields = BOTTLENECK_V1, {"preactivation": True}
-    return _cifar(parameters, multiply_adds, n, BARE, block, HE2016, **fields)
+    return _cifar(parameters, multiply_adds, n, BARE, PREACT_V1, HE2016)
 
 
 def _wide(parameters: int | None, multiply_adds: int | None, n: int, k: int) -> Entry:
-    fields: dict[str, Any] = {"width": 16 * k, "stem_width": 16, "preactivation": True}
-    return _cifar(parameters, multiply_adds, n, BARE, BasicBlock, WIDE, **fields)
+    block, fields = PreActBasicBlock, {"width": 16 * k, "stem_width": 16}
+    return _cifar(parameters, multiply_adds, n, BARE, block, WIDE, **fields)
 
 
 def _overlapping(n: int) -> Entry:
@@ -389,269 +383,3 @@ def _blocks(name: str, depth: int, layers: int, others: int) -> int:
         f"model {name}: the depth of such a net is {layers}n+{others} "
         f"({examples}, ...), not {depth}"
     )
-
-
-def create_model(
-    name: str,
-    *,
-    num_classes: int | Literal["published"] | None = "published",
-    shortcut: str | None = None,
-    stride_version: str | None = None,
-    block_convs: int | None = None,
-    squeeze_excite: bool | None = None,
-    zero_init_last: bool | None = None,
-    stochastic_depth_rate: float | None = None,
-    dropout_rate: float | None = None,
-    gate_bias: float | None = None,
-    normalization: str | None = None,
-    initialization: str | None = None,
-    output_stride: int | None = None,
-    batch_norm_groups: int | None = None,
-    batch_norm_momentum: float | None = None,
-    batch_norm_epsilon: float | None = None,
-    batch_norm_frozen: bool | Sequence[str] | None = None,
-    norm_variance: str | None = None,
-    norm_arithmetic: str | None = None,
-    fused_norm: bool | None = None,
-    stem_form: str | None = None,
-    scan: bool | None = None,
-    remat: bool | None = None,
-    conv_algorithm: str | None = None,
-    dtype: Any = jnp.float32,
-) -> Any:
-    """A Linen module by its name in the catalog.
-
-    An option left at None is the net's own, as published.
-
-    Args:
-      name: one of ``list_models()``, for example "resnet50" or "cifar_resnet56", or a
-        depth of ``FAMILIES``.
-      num_classes: classes of the classifier; None for pooled features; "published"
-        for those of the data set the net was published for.
-      shortcut: a name of ``shortcuts.BY_NAME``: "A", "B", "C", "pooled" (ResNet-D) or
-        "none"; "scaled", "scaled_both", "exclusive_gate", "shortcut_gate" or "dropout"
-        (He et al. 2016, Table 1, where "C" is the 1x1 convolution).
-      stride_version: where a bottleneck strides: "v1" (the paper) or "v1.5".
-      block_convs: 3x3 convolutions of a basic block.
-      squeeze_excite: whether the residual functions are gated by their channels' means.
-      zero_init_last: whether a block's last normalisation starts with scale zero.
-      stochastic_depth_rate: with which the last block is dropped in training.
-      dropout_rate: of the net's own kind of dropout.
-      gate_bias: the first bias of the gates of a highway net or gated shortcut.
-      normalization: "batch", or "none" for a residual or plain net without; its
-        convolutions have biases then.
-      initialization: of the kernels, a name of ``INITIALIZATIONS``: "he" (fan-out),
-        "he_fan_in", "xavier" or "normal_0.01". A residual or plain net's classifier
-        keeps its own.
-      output_stride: 8, 16 or 32 of an ImageNet net; below 32 the last stages dilate.
-      batch_norm_groups: parts of the batch with statistics of their own.
-      batch_norm_momentum: decay of the running statistics; torch's 0.1 is 0.9 here.
-      batch_norm_epsilon: added to the variance.
-      batch_norm_frozen: True, or the parts ("stem", "stage1") whose normalisation
-        keeps its running statistics in training.
-      norm_variance: how the batch's variance is computed: "two_pass", or "fast", which
-        reads the map once and is wrong where the mean is large beside the deviation.
-      norm_arithmetic: of normalised maps in training: "wide" (float32) or "narrow"
-        (``dtype``, which rounds more); statistics are float32 in both.
-      fused_norm: normalisation, addition and ReLU as one function with a gradient that
-        keeps less; the same to rounding (``models.fused``).
-      stem_form: how an ImageNet net's 7x7 convolution is computed: "conv",
-        "space_to_depth" or "four_channels"; the same to rounding.
-      scan: run equal blocks as one loop; None: where unrolling would take minutes to
-        compile (``scans_by_default``).
-      remat: compute a block's inside again for the gradient, to save memory.
-      conv_algorithm: how convolutions are computed, see ``models.convolution``.
-      dtype: dtype of convolutions and maps; parameters, statistics and logits are
-        float32 always.
-
-    Raises:
-      UserError: an unknown name or option.
-    """
-    entry = catalog_entry(name)
-    net: Any = entry.net
-    if num_classes == "published":
-        num_classes = entry.num_classes
-    options = {
-        "shortcut": _shortcut(shortcut),
-        "stochastic_depth_rate": stochastic_depth_rate,
-        "dropout_rate": dropout_rate,
-        "gate_bias": gate_bias,
-        "normalization": normalization,
-        "initialization": initialization,
-        "output_stride": output_stride,
-        "batch_norm_groups": batch_norm_groups,
-        "batch_norm_momentum": batch_norm_momentum,
-        "batch_norm_epsilon": batch_norm_epsilon,
-        "batch_norm_frozen": batch_norm_frozen,
-        "norm_variance": norm_variance,
-        "norm_arithmetic": norm_arithmetic,
-        "fused_norm": fused_norm,
-        "stem_form": stem_form,
-        "scan": scan,
-        "remat": remat,
-        "conv_algorithm": conv_algorithm,
-    }
-    block_options = {
-        "stride_version": stride_version,
-        "block_convs": block_convs,
-        "squeeze_excite": squeeze_excite,
-        "zero_init_last": zero_init_last,
-    }
-    given = {key: value for key, value in options.items() if value is not None}
-    given_block = {k: value for k, value in block_options.items() if value is not None}
-    _check_values({"num_classes": num_classes} | given | given_block)
-    _refuse_unnormalized(given | given_block)
-    _refuse_narrow_fused(given)
-    given = _as_fields(net, given)
-    fields = _field_names(net)
-    _refuse_unknown(name, given, fields)
-    if isinstance(net, ResNet):
-        _check_output_stride(net, output_stride)
-        overlapping = class_of(net.stage) is OverlappingStage
-        if overlapping:
-            _refuse_overlapping(name, given | given_block)
-        given["block"] = _with_options(name, net.block, given_block)
-        if scan is None and not overlapping:
-            given["scan"] = scans_by_default(sum(net.stage_sizes))
-    else:
-        _refuse_unknown(name, given_block, fields)
-    return net.clone(num_classes=num_classes, dtype=dtype, **given)
-
-
-def scans_by_default(blocks: int) -> bool:
-    """Whether a net of so many blocks runs them as loops unless told otherwise.
-
-    The time to compile an unrolled net grows faster than its depth: on a CPU 22 s for
-    110 layers (54 blocks) and more than 120 s for 302 (150 blocks), against 9 s as a
-    loop. A step of depth 110 takes about as long in a loop at batch 8, and 1.4 (with
-    remat) to 2.5 times as long at batch 128 (benchmarks/results/deep_nets*.json; with
-    convolutions as ``loop_algorithm`` says). Accelerators: not measured. The rule is
-    one for all of them, since a run's checkpoints hold the tree that it chooses.
-    """
-    return blocks > 100
-
-
-def _as_fields(net: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Options by the names of the module's fields, where these differ."""
-    fields = dict(options)
-    if "initialization" in fields:
-        fields["kernel_init"] = INITIALIZATIONS[fields.pop("initialization")]
-    stem: Any = getattr(net, "stem", None)
-    if "stem_form" in fields and "form" in _field_names(class_of(stem)):
-        form = fields.pop("stem_form")
-        fields["stem"] = stem if form == "conv" else functools.partial(stem, form=form)
-    shortcut = fields.get("shortcut", getattr(net, "shortcut", None))
-    if isinstance(shortcut, shortcuts.Gated) and "gate_bias" in fields:
-        bias = fields.pop("gate_bias")
-        fields["shortcut"] = dataclasses.replace(shortcut, bias=bias)
-    return fields
-
-
-_ACT_ON_NORMALIZATION = (
-    "zero_init_last",
-    "norm_variance",
-    "norm_arithmetic",
-    "fused_norm",
-)
-
-
-def _refuse_unnormalized(options: dict[str, Any]) -> None:
-    """Raises UserError where what acts on normalisations is asked of a net of none."""
-    if options.get("normalization") != "none":
-        return
-    for option, value in options.items():
-        acts = option.startswith("batch_norm_") or option in _ACT_ON_NORMALIZATION
-        if acts and value is not False:
-            raise UserError(
-                f"{option}={value} acts on batch normalisation, and normalization is "
-                f"none: leave {option} out, or in a config at its default"
-            )
-
-
-def _refuse_narrow_fused(options: dict[str, Any]) -> None:
-    """Raises UserError where the fused normalisation is asked to be narrow."""
-    if options.get("fused_norm") and options.get("norm_arithmetic") == "narrow":
-        raise UserError(
-            "fused_norm computes in float32: leave out fused_norm, or norm_arithmetic"
-        )
-
-
-def _refuse_overlapping(name: str, options: dict[str, Any]) -> None:
-    """Raises UserError for options of blocks: single layers have no inside."""
-    of_blocks = ("scan", "remat", "stochastic_depth_rate", "dropout_rate")
-    for option in (*of_blocks, "block_convs", "zero_init_last"):
-        if options.get(option):
-            raise UserError(f"model {name} has no option {option}")
-
-
-def _with_options(name: str, block: Any, options: dict[str, Any]) -> Any:
-    """The block with options of its own set; the same object where there are none."""
-    names = {"block_convs": "num_convs"}
-    values = {names.get(key, key): value for key, value in options.items()}
-    if "squeeze_excite" in values:
-        values["squeeze_excite"] = SqueezeExcite if values["squeeze_excite"] else None
-    fields = _field_names(class_of(block))
-    if "stride_version" not in fields:
-        # A basic block has one convolution that can stride: both versions are it.
-        values.pop("stride_version", None)
-    _refuse_unknown(name, values, fields)
-    return functools.partial(block, **values) if values else block
-
-
-def _field_names(module: Any) -> set[str]:
-    """The fields of a dataclass; none of what is no dataclass."""
-    if not dataclasses.is_dataclass(module):
-        return set()
-    return {field.name for field in dataclasses.fields(module)}
-
-
-def _refuse_unknown(name: str, options: Iterable[str], valid: Container[str]) -> None:
-    for option in options:
-        if option not in valid:
-            names = {"num_convs": "block_convs", "kernel_init": "initialization"}
-            option = names.get(option, option)
-            raise UserError(f"model {name} has no option {option}")
-
-
-def _shortcut(letter: str | None) -> shortcuts.Shortcut | None:
-    if letter is None:
-        return None
-    if letter not in shortcuts.BY_NAME:
-        raise UserError(
-            f"unknown shortcut {letter!r}; {nearest(letter, shortcuts.BY_NAME)}"
-        )
-    return shortcuts.BY_NAME[letter]
-
-
-def _check_output_stride(net: ResNet, output_stride: int | None) -> None:
-    try:
-        plan_strides(len(net.stage_sizes), class_of(net.stem).strides[1], output_stride)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _check_values(options: dict[str, Any]) -> None:
-    """Raises UserError where an option's value can be none of its kind."""
-    for option in ("num_classes", "batch_norm_groups", "block_convs"):
-        value = options.get(option)
-        if value is not None and value < 1:
-            raise UserError(f"{option} must be at least 1, not {value}")
-    for option in ("dropout_rate", "stochastic_depth_rate"):
-        if not 0 <= options.get(option, 0) < 1:
-            raise UserError(
-                f"{option} must be at least 0 and below 1, not {options[option]}"
-            )
-    choices: dict[str, Iterable[str]] = {
-        "stride_version": STRIDE_VERSIONS,
-        "conv_algorithm": ALGORITHMS,
-        "norm_variance": VARIANCES,
-        "norm_arithmetic": ARITHMETICS,
-        "stem_form": ("conv", *STEM_ALGORITHMS),
-        "normalization": NORMALIZATIONS,
-        "initialization": INITIALIZATIONS,
-    }
-    for option, valid in choices.items():
-        if option in options and options[option] not in tuple(valid):
-            raise UserError(
-                f"unknown {option} {options[option]!r}; valid are {', '.join(valid)}"
-            )

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from resnet_jax.errors import UserError
+from resnet_jax.models.factories import class_of, option_of
+from resnet_jax.models.norm import BatchNorm, NoNorm
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.trees import input_channels
 from resnet_jax.models.vgg import VGG
@@ -49,7 +51,8 @@ def fold_batch_norm(
             f"the variables are not those of this {type(model).__name__}: give the "
             "model that they were made with"
         )
-    folded = _folded(given["params"], given["batch_stats"], model.batch_norm_epsilon)
+    epsilon = option_of(model.norm, "epsilon")
+    folded = _folded(given["params"], given["batch_stats"], epsilon)
     return folded_model, {"params": folded}
 
 
@@ -67,13 +70,13 @@ def _shapes(model: ResNet | VGG, params: Mapping[str, Any]) -> dict[str, Any]:
 def _without_norms(model: ResNet | VGG) -> ResNet | VGG:
     if isinstance(model, VGG) and model.batch_norm:
         return model.clone(batch_norm=False)
-    if isinstance(model, ResNet) and model.normalization == "batch":
+    if isinstance(model, ResNet) and class_of(model.norm) is BatchNorm:
         if model.preactivation:
             raise UserError(
                 "batch normalisation cannot be folded in a pre-activation net: what it "
                 "normalises is a sum, and not a convolution's output"
             )
-        return model.clone(normalization="none")
+        return model.clone(norm=NoNorm)
     raise UserError(
         f"there is no batch normalisation to fold in this {type(model).__name__}: it "
         "takes a ResNet, or a VGG with batch normalisation"

@@ -1,16 +1,14 @@
 """y = relu(batch_norm(x) + shortcut): plainly, and with a gradient that reads less.
 
-Both forms normalise each group of the batch by its own statistics. The plain one is
-left to automatic differentiation; it says what the other computes, and tests hold the
-two together.
+Both forms normalise each group of the batch by its own statistics. The plain form uses
+automatic differentiation. It defines the result, and tests compare the fused form with
+it.
 
-The fused one keeps the convolution's output x and numbers per channel, and normalises x
-again in the backward pass. What ReLU let through is taken from what is read anyway or
-kept anyway: without a shortcut the sign is computed again from x, and no other map is
-read; with one it is the sign of y, which lives on as the next convolution's input and
-is one map to read, as the shortcut would be. The backward pass goes over the maps
-twice, which is the least: both sums over a group have to be known before the first
-element of the gradient is.
+The fused form keeps the convolution's output x and a few numbers per channel, and
+normalises x again in the backward pass. The mask of the ReLU needs no further map:
+without a shortcut it is recomputed from x; with one it is the sign of y, which is kept
+anyway as the input of the next convolution. The backward pass reads the maps twice, the
+minimum: both sums over a group must be known before any element of the gradient.
 """
 
 import functools
@@ -22,29 +20,22 @@ import jax.numpy as jnp
 from jax import lax
 
 VARIANCES = ("two_pass", "fast")
-ARITHMETICS = ("wide", "narrow")
-
-RECOMPUTES_MASK = False
-"""Whether the fused gradient without a shortcut computes ReLU's mask twice."""
 
 
 class Form(NamedTuple):
-    """What is computed, beside the arrays.
+    """The options of the computation.
 
     Attributes:
       epsilon: added to the variance.
       variance: "two_pass" or "fast", see ``batch_moments``.
       relu: whether negative values become zero, after the addition.
       dtype: of y.
-      arithmetic: of maps: "wide" is float32 at least, see ``normalize``; "narrow" is
-        the dtype of y, see ``normalize_narrow``. Statistics are float32 in both.
     """
 
     epsilon: float = 1e-5
     variance: str = "two_pass"
     relu: bool = False
     dtype: Any = jnp.float32
-    arithmetic: str = "wide"
 
 
 def batch_moments(
@@ -52,11 +43,11 @@ def batch_moments(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and biased variance of each group and channel, in float32 at least.
 
-    "two_pass" is the mean of squared deviations: never negative, and right whatever the
-    mean. "fast" is E[x^2] - E[x]^2, at least zero: both moments come from one pass over
-    x instead of two. It loses as many digits as the squared mean is larger than the
-    variance: a mean of 100 and a standard deviation of 0.01, a ratio of 10^8, are more
-    than float32's seven digits, and nothing of the variance is left.
+    "two_pass" is the mean of squared deviations: never negative, and accurate for any
+    mean. "fast" is E[x^2] - E[x]^2, clipped at zero: both moments come from one pass
+    over x instead of two. It loses the digits by which the squared mean exceeds the
+    variance: at a mean of 100 and a standard deviation of 0.01 the ratio is 10^8, more
+    than the seven digits of float32, and nothing of the variance remains.
 
     Args:
       x: (groups, n, ..., c).
@@ -92,30 +83,6 @@ def normalize(
     return (widen(x) - mean) * (lax.rsqrt(var + epsilon) * scale) + bias
 
 
-def normalize_narrow(
-    x: jax.Array,
-    mean: jax.Array,
-    var: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    epsilon: float,
-    dtype: Any,
-) -> jax.Array:
-    """``normalize`` as x a + b in ``dtype``, a and b computed in float32 and rounded.
-
-    In bfloat16 a, b, the product and the sum are each rounded to eight bits: the result
-    is off by up to 2^-7 of the mean's size in standard deviations, beside its own
-    rounding.
-    """
-    slope = lax.rsqrt(var + epsilon) * scale
-    offset = bias - mean * slope
-    # Repeated before they are rounded, so that their gradients are summed in float32.
-    slope, offset = (
-        jnp.broadcast_to(number, x.shape).astype(dtype) for number in (slope, offset)
-    )
-    return x.astype(dtype) * slope + offset
-
-
 def widen(x: jax.Array) -> jax.Array:
     """``x`` in float32, or in its own dtype if that is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -128,11 +95,11 @@ def plain_batch_norm(
     bias: jax.Array,
     form: Form,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Batch normalisation by the groups' own statistics, addition and ReLU.
+    """Batch normalisation by each group's statistics, addition and ReLU.
 
     Args:
       x: (groups, n, ..., c).
-      shortcut: what is added, of the shape of x; None: nothing.
+      shortcut: added, same shape as x; None adds nothing.
       scale: (c,).
       bias: (c,).
       form: see ``Form``.
@@ -140,17 +107,8 @@ def plain_batch_norm(
     Returns:
       y, of the shape of x; the mean and the biased variance, (groups, 1, ..., c).
     """
-    if form.arithmetic not in ARITHMETICS:
-        raise ValueError(
-            f"the arithmetic is one of {', '.join(ARITHMETICS)}, not "
-            f"{form.arithmetic!r}"
-        )
     mean, var = batch_moments(x, form.variance)
-    numbers = (mean, var, scale, bias, form.epsilon)
-    if form.arithmetic == "narrow":
-        y = normalize_narrow(x, *numbers, form.dtype)
-    else:
-        y = normalize(x, *numbers).astype(form.dtype)
+    y = normalize(x, mean, var, scale, bias, form.epsilon).astype(form.dtype)
     y = y if shortcut is None else y + shortcut
     return jax.nn.relu(y) if form.relu else y, mean, var
 
@@ -163,13 +121,11 @@ def fused_batch_norm(
     bias: jax.Array,
     form: Form,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``plain_batch_norm`` with a gradient of its own; see the module.
+    """``plain_batch_norm`` with a custom gradient; see the module.
 
-    Its arithmetic is the wide one.
-
-    In float32 both are equal to rounding. In bfloat16 the sum with the shortcut is
-    rounded once here, at the end, and twice there. Its gradient can be differentiated
-    again; forward mode (``jax.jvp`` of the function itself) has it not.
+    In float32 both are equal up to rounding. In bfloat16 the sum with the shortcut is
+    rounded once here and twice there. The gradient can be differentiated again; forward
+    mode (``jax.jvp`` of the function itself) is not supported.
     """
     mean, var = batch_moments(x, form.variance)
     y = normalize(x, mean, var, scale, bias, form.epsilon)
@@ -187,13 +143,13 @@ def _forward(x, shortcut, scale, bias, form):
 def _backward(form, saved, cotangents):
     """The gradient with respect to x, shortcut, scale and bias.
 
-    With d = x - mean, s = 1 / sqrt(var + epsilon), g the gradient behind the ReLU and
-    m the values of a group, that of x is
+    With d = x - mean, s = 1 / sqrt(var + epsilon), g the gradient of the ReLU's input
+    and m values in a group, the gradient of x is
 
         scale s (g - sum(g) / m - d s^2 sum(g d) / m)
 
-    to which those of the mean and the variance, 1 / m and 2 d / m, are added: a
-    combination of g and d whose coefficients are numbers per channel.
+    plus the gradients that arrive through the mean and the variance, 1 / m and 2 d / m:
+    a combination of g and d with coefficients per channel.
     """
     x, joined, mean, var, scale, bias = saved
     gradient, mean_gradient, var_gradient = cotangents
@@ -201,28 +157,29 @@ def _backward(form, saved, cotangents):
     slope = inverse * scale
 
     def read(x, gradient):
-        """The deviations and the gradient before the ReLU, from the maps."""
+        """The deviations, and the gradient before the ReLU."""
         deviation = widen(x) - mean
         if form.relu:
             sign = deviation * slope + bias if joined is None else joined
-            # Before it is widened: what is kept of it, for several readers, is narrow.
+            # Mask before widening: several consumers then share the narrow array.
             gradient = jnp.where(sign > 0, gradient, 0)
         return deviation, gradient
 
     deviation, masked = read(x, gradient)
     shortcut_gradient = None if joined is None else masked.astype(joined.dtype)
-    wide = widen(masked)
+    masked = widen(masked)
     axes = _reduced(x)
-    total = wide.sum(axes, keepdims=True)
-    moment = (wide * deviation).sum(axes, keepdims=True)
+    total = masked.sum(axes, keepdims=True)
+    moment = (masked * deviation).sum(axes, keepdims=True)
     count = math.prod(x.shape[axis] for axis in axes)
     along = (2 * var_gradient - slope * jnp.square(inverse) * moment) / count
     constant = (mean_gradient - slope * total) / count
-    if RECOMPUTES_MASK and joined is None:
-        # XLA would write the masked gradient for its two readers: three more passes.
+    if form.relu and joined is None:
+        # Compute the mask again: XLA would write the masked gradient to memory for its
+        # two consumers, three more passes over the map.
         deviation, masked = read(*lax.optimization_barrier((x, gradient)))
-        wide = widen(masked)
-    x_gradient = slope * wide + along * deviation + constant
+        masked = widen(masked)
+    x_gradient = slope * masked + along * deviation + constant
     others = tuple(range(x.ndim - 1))
     return (
         x_gradient.astype(x.dtype),

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from resnet_jax.models.convolution import Conv
-from resnet_jax.models.features import FeatureMap
+from resnet_jax.models.conv import Conv
 from resnet_jax.models.residual import Highway
+from resnet_jax.models.resnet import FeatureMap
 
 
 class HighwayLayer(nn.Module):

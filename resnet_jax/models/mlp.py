@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from resnet_jax.models.convolution import INITIALIZATIONS
+from resnet_jax.models.conv import INITIALIZATIONS
 from resnet_jax.models.residual import Highway
 
 

@@ -1,4 +1,4 @@
-"""The stem's max-pooling, with a gradient that reads the map once."""
+"""The stem's max-pooling with a gradient by hand, for ``BatchNorm.fused``."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,10 @@ _TAPS = [(row, column) for row in range(3) for column in range(3)]
 def max_pool_3x3(x: jax.Array) -> jax.Array:
     """3x3 max-pooling of stride 2, padded by one pixel on every side.
 
-    Values and gradients equal those of ``lax.reduce_window``: of equal values in a
-    window, the first gets the gradient. The backward pass needs one byte per output,
-    which value was the largest, where XLA's own searches the map again and scatters.
+    Values and gradients equal XLA's: the first of equal values in a window gets the
+    gradient. The forward pass keeps one byte per output, the place of the largest
+    value. XLA's gradient keeps the map, searches it again and scatters. Forward mode
+    (``jax.jvp``) is not supported.
 
     Args:
       x: (n, h, w, c).
@@ -25,7 +26,7 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
 
 
 def _largest(x):
-    """The largest value of each window, and which of its nine it was (uint8)."""
+    """The largest value of each window, and its place among the nine (uint8)."""
     height, width = (-(-size // 2) for size in x.shape[1:3])
     lowest = jnp.array(-jnp.inf, x.dtype)
     padded = lax.pad(x, lowest, ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
@@ -41,7 +42,7 @@ def _largest(x):
     largest, place = values[0], jnp.zeros(values[0].shape, jnp.uint8)
     for index, value in enumerate(values[1:], start=1):
         place = jnp.where(value > largest, jnp.uint8(index), place)
-        largest = jnp.maximum(largest, value)  # which keeps NaN
+        largest = jnp.maximum(largest, value)  # Keeps NaN.
     return largest, place
 
 
@@ -51,14 +52,14 @@ def _forward(x):
 
 
 def _backward(saved, gradient):
-    """Each input's gradient: a sum over the four windows at most that hold it."""
+    """The gradient of each input: a sum over the windows that hold it, at most four."""
     place, shape = saved
     wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
     zero = jnp.zeros((), wide.dtype)
     total = jnp.zeros(shape, wide.dtype)
     for index, (row, column) in enumerate(_TAPS):
         part = jnp.where(place == index, wide, 0)
-        # Every second pixel, from the tap's place on; what falls outside is padding.
+        # Every second pixel from the tap's place on; pixels outside are padding.
         around = [
             (tap - 1, size + 2 - tap - 2 * outputs, 1)
             for tap, size, outputs in zip(

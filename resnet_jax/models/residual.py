@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from resnet_jax.models.convolution import he_normal
+from resnet_jax.models.conv import he_normal
 from resnet_jax.models.factories import ModuleFactory
 
 

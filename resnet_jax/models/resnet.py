@@ -1,62 +1,75 @@
 """The residual net: a stem, stages of blocks, global average pooling and a classifier.
 
-One module serves the ImageNet nets (Table 1), the CIFAR nets (section 4.2), the plain
-nets they are compared with, and their relatives: a variant is a choice of stem, stage,
-block and shortcut.
+One module builds the ImageNet nets (Table 1), the CIFAR nets (section 4.2), the plain
+nets of the paper, and their relatives: a variant is a choice of stem, stage, block,
+shortcut and normalisation.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from resnet_jax.models.blocks import BasicBlock
-from resnet_jax.models.convolution import Conv, he_normal, loop_algorithm
-from resnet_jax.models.factories import ModuleFactory
-from resnet_jax.models.features import FeatureMap
-from resnet_jax.models.normalization import (
-    NORMALIZATIONS,
-    BatchNorm,
-    NoNorm,
-    is_frozen,
-    norm_act,
+from resnet_jax.models.conv import Conv, he_normal, loop_algorithm
+from resnet_jax.models.factories import (
+    ModuleFactory,
+    class_of,
+    field_names,
+    option_of,
 )
+from resnet_jax.models.norm import BatchNorm, NoNorm, is_frozen, norm_act
 from resnet_jax.models.pooling import max_pool_3x3
-from resnet_jax.models.regularization import StochasticDepth, linear_rates
-from resnet_jax.models.shortcuts import Projection, Shortcut
+from resnet_jax.models.shortcuts import Dropped, Projection, Shortcut
 from resnet_jax.models.stages import Stage
+from resnet_jax.models.wrappers import StochasticDepth, dropout_between, linear_rates
 
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform in +-1/sqrt(fan-in): the classifier of the released Torch nets."""
 
 
+@flax.struct.dataclass
+class FeatureMap:
+    """One map of a net; a pytree whose name and stride are static.
+
+    Attributes:
+      array: (n, ceil(h / stride), ceil(w / stride), c).
+      name: "C1" to "C5", the notation of the detection literature.
+      stride: pixels of the image between neighbours on the map.
+    """
+
+    array: jax.Array
+    name: str = flax.struct.field(pytree_node=False)
+    stride: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return self.array.shape
+
+
 class ImageNetStem(nn.Module):
     """7x7 convolution of stride 2, normalisation, ReLU and 3x3 max-pooling of stride 2.
 
-    The pooling pads one pixel on every side, as Torch's does.
-
-    Attributes:
-      form: how the convolution is computed, with the same parameters and, to rounding,
-        the same results: "conv" as all others, or one of ``STEM_ALGORITHMS``, see
-        ``models.convolution.convolve``.
+    The pooling pads one pixel on every side, as in Torch.
     """
 
     features: int
     conv: ModuleFactory
     norm: ModuleFactory
-    form: str = "conv"
     strides = (2, 4)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns C1, the map before the pooling (stride 2), and the pooled map."""
-        options = {} if self.form == "conv" else {"algorithm": self.form}
-        c1 = self.conv(self.features, (7, 7), strides=2, name="conv", **options)(x)
-        c1 = norm_act(self.norm(name="norm"), c1, nn.relu)
-        return c1, _max_pool(c1)
+        c1 = self.conv(self.features, (7, 7), strides=2, name="conv")(x)
+        c1 = norm_act(self.norm(name="norm"), c1)
+        return c1, _max_pool(c1, self.norm)
 
 
 class DeepStem(nn.Module):
@@ -79,8 +92,8 @@ class DeepStem(nn.Module):
         for index, features in enumerate((*self.inner, self.features), start=1):
             strides = 2 if index == 1 else 1
             conv = self.conv(features, (3, 3), strides=strides, name=f"conv{index}")
-            x = norm_act(self.norm(name=f"norm{index}"), conv(x), nn.relu)
-        return x, _max_pool(x)
+            x = norm_act(self.norm(name=f"norm{index}"), conv(x))
+        return x, _max_pool(x, self.norm)
 
 
 class CifarStem(nn.Module):
@@ -95,16 +108,13 @@ class CifarStem(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns C1 twice: there is no pooling."""
         x = self.conv(self.features, (3, 3), name="conv")(x)
-        c1 = norm_act(self.norm(name="norm"), x, nn.relu)
+        c1 = norm_act(self.norm(name="norm"), x)
         return c1, c1
 
 
-POOLS_BY_HAND = False
-"""Whether the stem's pooling has a gradient of its own, see ``models.pooling``."""
-
-
-def _max_pool(x):
-    if POOLS_BY_HAND:
+def _max_pool(x, norm):
+    """3x3 max-pooling of stride 2; its gradient is by hand if the norm's is."""
+    if "fused" in field_names(norm) and option_of(norm, "fused"):
         return max_pool_3x3(x)
     return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
@@ -112,67 +122,62 @@ def _max_pool(x):
 class ResNet(nn.Module):
     """A residual or plain net of section 3.3 or 4.2, or a relative.
 
-    Variables: ``params`` and ``batch_stats``, float32 for every ``dtype``, under
-    names that speak: ``stem/conv``, ``stage2/block3/conv2``, ``head``. Dropout and
-    stochastic depth draw from the rng "dropout" in training.
+    Variables: ``params`` and ``batch_stats``, float32 for every ``dtype``, named
+    ``stem/conv``, ``stage2/block3/conv2``, ``head``. Dropout and stochastic depth draw
+    from the rng "dropout" in training.
 
     Attributes:
-      stage_sizes: blocks in each stage.
-      block: BasicBlock or BottleneckBlock, or a partial of one with its own options.
+      stage_sizes: the number of blocks in each stage.
+      block: a class of ``models.blocks``, or a partial of one with its own options.
       shortcut: a value from ``models.shortcuts``.
       stem: ImageNetStem, DeepStem or CifarStem.
       stage: Stage, or a partial of OverlappingStage.
       width: ``features`` of the first stage; doubled at every further stage.
-      stem_width: channels of the stem; None: ``width``.
-      num_classes: classes of the classifier; None leaves it out.
-      preactivation: blocks normalise and activate before they convolve; one more
-        normalisation and activation follow the last.
-      output_stride: pixels of the image between neighbours on the last map; below the
-        net's own, the last stages dilate their taps in place of striding. None: the
-        net's own, 32 of an ImageNet net.
-      normalization: "batch", or "none": nothing is normalised, and every convolution
-        has a bias, which starts at zero, as those of nets before batch normalisation.
+      stem_width: channels of the stem; None uses ``width``.
+      num_classes: classes of the classifier; None omits it.
+      output_stride: pixels of the image between neighbours on the last map. Below the
+        net's own stride (32 for an ImageNet net) the last stages dilate their taps
+        instead of striding. None is the net's own.
+      norm: factory of the normalisations: ``BatchNorm``, or a partial of it with
+        options, or any Linen normalisation. The net sets ``use_running_average`` and
+        ``dtype`` if the class has them. With ``NoNorm`` every convolution gets a bias.
+      batch_norm_frozen: normalise by the running statistics in training too, without
+        updating them: True everywhere, or names of parts, ``("stem", "stage1")``.
       kernel_init: initialiser of the convolutions; the classifier has its own.
-      batch_norm_groups, batch_norm_momentum, batch_norm_epsilon: see BatchNorm.
-      batch_norm_frozen: normalise by the running statistics in training too, and keep
-        them: True everywhere, or the names of parts, ``("stem", "stage1")``.
-      norm_variance: see BatchNorm's ``variance``.
-      norm_arithmetic: see BatchNorm's ``arithmetic``.
-      fused_norm: see BatchNorm's ``fused``; blocks then hand it the addition too, where
-        nothing stands between.
-      dropout_rate: between the convolutions of a block.
-      stochastic_depth_rate: with which the last block is dropped in training; it grows
-        linearly from the first.
+      dropout_rate: dropout between the convolutions of a block.
+      stochastic_depth_rate: the probability with which training drops the last block;
+        it grows linearly from the first.
       scan, remat: see Stage.
-      conv_algorithm: see ``models.convolution.convolve``.
+      conv_algorithm: see ``models.conv.convolve``.
       dtype: dtype of convolutions and maps; bfloat16 on accelerators.
     """
 
     stage_sizes: Sequence[int]
-    block: Any = BasicBlock
+    block: ModuleFactory = BasicBlock
     shortcut: Shortcut = Projection()
-    stem: Any = ImageNetStem
-    stage: Any = Stage
+    stem: ModuleFactory = ImageNetStem
+    stage: ModuleFactory = Stage
     width: int = 64
     stem_width: int | None = None
     num_classes: int | None = 1000
-    preactivation: bool = False
     output_stride: int | None = None
-    normalization: str = "batch"
-    kernel_init: Any = he_normal
-    batch_norm_groups: int = 1
-    batch_norm_momentum: float = 0.9
-    batch_norm_epsilon: float = 1e-5
+    norm: ModuleFactory = BatchNorm
     batch_norm_frozen: bool | Sequence[str] = False
-    norm_variance: str = "two_pass"
-    norm_arithmetic: str = "wide"
-    fused_norm: bool = False
+    kernel_init: Any = he_normal
     dropout_rate: float = 0.0
     stochastic_depth_rate: float = 0.0
     scan: bool = False
     remat: bool = False
     conv_algorithm: str = "auto"
     dtype: Any = jnp.float32
+
+    @property
+    def preactivation(self) -> bool:
+        """Whether the blocks are pre-activation blocks.
+
+        One more normalisation and ReLU then follow the last block.
+        """
+        return getattr(class_of(self.block), "preactivation", False)
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Class logits.
@@ -183,8 +188,8 @@ class ResNet(nn.Module):
             (pass ``mutable=["batch_stats"]`` to ``apply``).
 
         Returns:
-          (n, num_classes) float32 logits; (n, channels of the last map) float32
-          pooled features where ``num_classes`` is None.
+          (n, num_classes) float32 logits, or (n, channels of the last map) float32
+          pooled features if ``num_classes`` is None.
         """
         return self._maps_and_output(images, train)[1]
 
@@ -193,61 +198,39 @@ class ResNet(nn.Module):
     ) -> tuple[FeatureMap, ...]:
         """The maps C1 .. C5 of an ImageNet net, C1 .. C4 of a CIFAR net.
 
-        C1 is the stem's, before pooling; each further one is the output of a stage.
+        C1 is the stem's map before pooling; each further map is a stage's output.
         """
         return self._maps_and_output(images, train)[0]
 
     @nn.compact
     def _maps_and_output(self, images, train):
-        conv = functools.partial(
-            Conv,
-            use_bias=self.normalization == "none",
-            kernel_init=self.kernel_init,
-            dtype=self.dtype,
-            algorithm=self.conv_algorithm,
-        )
-        inner_conv = conv
-        if self.scan:
-            algorithm = loop_algorithm(self.conv_algorithm)
-            inner_conv = functools.partial(conv, algorithm=algorithm)
-        stem_norm = self._norm("stem", train)
-        stem_width = self.stem_width or self.width
-        stem = self.stem(stem_width, conv=conv, norm=stem_norm, name="stem")
+        conv = self._conv(self.conv_algorithm)
+        norm = self._norm("stem", train)
+        stem = self.stem(self.stem_width or self.width, conv, norm, name="stem")
         c1, x = stem(images.astype(self.dtype))
         maps = [FeatureMap(c1, "C1", stem.strides[0])]
         plan = plan_strides(len(self.stage_sizes), stem.strides[1], self.output_stride)
         rates = linear_rates(self.stochastic_depth_rate, sum(self.stage_sizes))
-        for index, (size, (strides, dilation, stride)) in enumerate(
-            zip(self.stage_sizes, plan, strict=True)
-        ):
-            name, before = f"stage{index + 1}", sum(self.stage_sizes[:index])
-            block = functools.partial(
-                self.block,
-                shortcut=self.shortcut,
-                conv=inner_conv,
-                norm=self._norm(name, train),
-                preactivation=self.preactivation,
-                train=train,
-                **self._regularization(train),
-            )
+        for index, size in enumerate(self.stage_sizes):
+            strides, dilation, output_stride = plan[index]
+            before = sum(self.stage_sizes[:index])
             stage = self.stage(
                 size,
                 features=self.width * 2**index,
                 strides=strides,
-                block=block,
+                block=self._block(f"stage{index + 1}", train),
                 dilation=dilation,
                 first=index == 0,
                 drop_rates=rates[before : before + size] if any(rates) else None,
                 scan=self.scan,
                 remat=self.remat,
-                name=name,
+                name=f"stage{index + 1}",
             )
             x = stage(x)
             if self.preactivation and index == len(self.stage_sizes) - 1:
-                norm = self._norm("norm", train)(name="norm")
-                x = norm_act(norm, x, nn.relu)
-            maps.append(FeatureMap(x, f"C{index + 2}", stride))
-        # In float32 at least: a bfloat16 sum over the map would lose its small terms.
+                x = norm_act(self._norm("norm", train)(name="norm"), x)
+            maps.append(FeatureMap(x, f"C{index + 2}", output_stride))
+        # At least float32: a bfloat16 sum over the map loses small terms.
         wide = jnp.promote_types(x.dtype, jnp.float32)
         output = x.mean(axis=(1, 2), dtype=wide)
         if self.num_classes is not None:
@@ -255,51 +238,60 @@ class ResNet(nn.Module):
             output = head(output)
         return tuple(maps), output
 
-    def _norm(self, part, train):
-        if self.normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"the normalization is one of {', '.join(NORMALIZATIONS)}, "
-                f"not {self.normalization!r}"
-            )
-        if self.normalization == "none":
-            return NoNorm
+    def _conv(self, algorithm):
         return functools.partial(
-            BatchNorm,
-            use_running_average=not train or is_frozen(self.batch_norm_frozen, part),
-            momentum=self.batch_norm_momentum,
-            epsilon=self.batch_norm_epsilon,
-            groups=self.batch_norm_groups,
-            variance=self.norm_variance,
-            arithmetic=self.norm_arithmetic,
-            fused=self.fused_norm,
+            Conv,
+            use_bias=class_of(self.norm) is NoNorm,
+            kernel_init=self.kernel_init,
             dtype=self.dtype,
+            algorithm=algorithm,
         )
 
-    def _regularization(self, train):
-        options: dict[str, ModuleFactory] = {}
+    def _norm(self, part, train):
+        average = not train or is_frozen(self.batch_norm_frozen, part)
+        options = {"use_running_average": average, "dtype": self.dtype}
+        known = field_names(self.norm)
+        return functools.partial(
+            self.norm, **{key: options[key] for key in options if key in known}
+        )
+
+    def _block(self, stage, train):
+        """The factory of a stage's blocks."""
+        algorithm = self.conv_algorithm
+        conv = self._conv(loop_algorithm(algorithm) if self.scan else algorithm)
+        shortcut = self.shortcut
+        options: dict[str, Any] = {}
         if self.dropout_rate:
-            options["dropout"] = functools.partial(
+            dropout = functools.partial(
                 nn.Dropout, self.dropout_rate, deterministic=not train
             )
+            conv = dropout_between(conv, dropout)
         if self.stochastic_depth_rate:
             options["stochastic_depth"] = functools.partial(
                 StochasticDepth, deterministic=not train
             )
-        return options
+        if isinstance(shortcut, Dropped):
+            shortcut = dataclasses.replace(shortcut, train=train)
+        return functools.partial(
+            self.block,
+            shortcut=shortcut,
+            conv=conv,
+            norm=self._norm(stage, train),
+            **options,
+        )
 
 
 def plan_strides(
     stages: int, stem_stride: int, output_stride: int | None = None
 ) -> list[tuple[int, tuple[int, int], int]]:
-    """How each stage moves: its stride, its dilation before and behind, its output's
-    stride.
+    """The stride, the dilation before and after, and the output's stride of each stage.
 
-    Every stage but the first halves the map until ``output_stride`` is reached; those
-    behind it double the spacing of the taps instead, so that each output sees what it
-    would have seen.
+    Every stage but the first halves the map until ``output_stride`` is reached. Later
+    stages double the spacing of the taps instead, so that each output keeps its
+    receptive field.
 
     Raises:
-      ValueError: an ``output_stride`` that the net does not pass.
+      ValueError: the net never has this ``output_stride``.
     """
     valid = [stem_stride * 2**index for index in range(stages)]
     output_stride = output_stride or valid[-1]

@@ -1,12 +1,12 @@
-"""Shortcut connections: section 3.3 and Table 3 (He et al. 2015), and those which He et
-al. 2016 compare with the identity ("Identity Mappings in Deep Residual Networks",
-section 3 and Table 1).
+"""Shortcut connections of residual blocks.
 
-A shortcut is a small frozen value that joins the two paths of a block:
-``shortcut(x, residual, strides, conv, norm, dilation, train)`` returns the sum of the
-residual function's output and of what it makes of the block's input. It is called
-inside the block's compact scope, so that its layers stand beside the block's own as
-``shortcut_conv``, ``shortcut_norm`` and ``shortcut_gate``.
+Options A, B and C are from He et al. 2015 (section 3.3, Table 3). The scaled, gated and
+dropped ones are those that He et al. 2016 compare with the identity ("Identity Mappings
+in Deep Residual Networks", section 3 and Table 1).
+
+A shortcut is a small frozen value. A block calls it inside its compact scope, so that
+its layers are named ``shortcut_conv``, ``shortcut_norm`` and ``shortcut_gate`` beside
+the layers of the block.
 """
 
 import dataclasses
@@ -20,152 +20,131 @@ from resnet_jax.models.factories import ModuleFactory
 
 
 class Shortcut(Protocol):
-    """What a block needs of a shortcut."""
+    """The interface of shortcuts."""
 
     def __call__(
         self,
         x: jax.Array,
-        residual: jax.Array,
+        features: int,
         strides: int,
         conv: ModuleFactory,
         norm: ModuleFactory,
         dilation: tuple[int, int] = (1, 1),
-        train: bool = False,
-    ) -> jax.Array:
-        """Joins the block's input (n, h, w, c) and its residual function's output.
+    ) -> tuple[jax.Array | None, jax.Array | float | None]:
+        """Carries the block's input to the addition.
 
-        ``dilation`` is the spacing of taps at the block's input and at its output;
-        they differ where dilation stands for a stride. The sum has the shape of
-        ``residual``.
+        Args:
+          x: (n, h, w, c), the block's input.
+          features: channels of the block's output.
+          strides: stride from x to the block's output.
+          conv: the block's factory of convolutions.
+          norm: the block's factory of normalisations.
+          dilation: spacing of the taps at the block's input and output; they differ
+            where dilation replaces a stride.
+
+        Returns:
+          The array that is added to F(x), (n, ceil(h / strides), ceil(w / strides),
+          features), and a factor of F(x). None adds nothing, or multiplies nothing.
         """
         ...
 
 
-class Added:
-    """Shortcuts that add an array to the residual function's output as it is.
-
-    The array is a method of its own, so that a block can hand it to a normalisation
-    that adds it itself (``models.fused``).
-    """
-
-    def addend(
-        self,
-        x: jax.Array,
-        shape: tuple[int, ...],
-        strides: int,
-        conv: ModuleFactory,
-        norm: ModuleFactory,
-        dilation: tuple[int, int] = (1, 1),
-    ) -> jax.Array | None:
-        """What is added to an array of ``shape``; None: nothing."""
-        raise NotImplementedError
-
-    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
-        """See ``Shortcut``."""
-        added = self.addend(x, residual.shape, strides, conv, norm, dilation)
-        return residual if added is None else residual + added
-
-
 @dataclasses.dataclass(frozen=True)
-class ZeroPad(Added):
+class ZeroPad:
     """Option A: the identity; where the shape changes, subsampled and zero-padded.
 
-    See ``zero_pad``: no parameters and no multiply-adds.
+    It has no parameters and no multiply-adds; see ``zero_pad``.
     """
 
-    def addend(self, x, shape, strides, conv, norm, dilation=(1, 1)):
-        """See ``Added``. Raises ValueError where channels become fewer."""
-        return zero_pad(x, shape, strides)
+    def __call__(self, x, features, strides, conv, norm, dilation=(1, 1)):
+        """See ``Shortcut``; raises ValueError if channels would become fewer."""
+        return zero_pad(x, features, strides), None
 
 
 @dataclasses.dataclass(frozen=True)
-class Projection(Added):
-    """Options B and C: a 1x1 convolution and its normalisation, W_s x of equation 2.
+class Projection:
+    """Options B and C: a 1x1 convolution and a normalisation, W_s x of equation 2.
 
-    Option C is the "1x1 convolutional shortcut" of He et al. 2016 too, who replace the
-    identities of ResNet-110 by it and say that it is option C.
+    Option C is also the "1x1 convolutional shortcut" of He et al. 2016.
 
     Attributes:
-      everywhere: False is option B, the projection only where the shape changes and
-        the identity elsewhere; True is option C, the projection in every block.
-      normalized: False leaves the normalisation out, as pre-activation nets do.
-      pooled: averages 2x2 pixels where the map is halved and projects with stride 1,
-        so that no pixel is skipped (ResNet-D, He et al. 2019).
+      everywhere: False is option B, a projection where the shape changes and the
+        identity elsewhere. True is option C, a projection in every block.
+      normalized: False omits the normalisation, as pre-activation nets do.
+      pooled: average 2x2 pixels where the map is halved and project with stride 1, so
+        that no pixel is skipped (ResNet-D, He et al. 2019).
     """
 
     everywhere: bool = False
     normalized: bool = True
     pooled: bool = False
 
-    def addend(self, x, shape, strides, conv, norm, dilation=(1, 1)):
-        """See ``Added``."""
-        features = shape[-1]
+    def __call__(self, x, features, strides, conv, norm, dilation=(1, 1)):
+        """See ``Shortcut``."""
         # By stride and width, not by shape: parameters must not depend on image sizes.
         unchanged = strides == 1 and x.shape[-1] == features
         if unchanged and not self.everywhere:
-            return x
+            return x, None
         if self.pooled:
             window = strides * dilation[1] // dilation[0]
             x, strides = average_pool(x, window, strides, dilation[0]), 1
         x = conv(features, (1, 1), strides=strides, name="shortcut_conv")(x)
-        return norm(name="shortcut_norm")(x) if self.normalized else x
+        return norm(name="shortcut_norm")(x) if self.normalized else x, None
 
 
 @dataclasses.dataclass(frozen=True)
-class NoShortcut(Added):
-    """The plain nets: nothing is added."""
+class NoShortcut:
+    """The plain nets: adds nothing."""
 
-    def addend(self, x, shape, strides, conv, norm, dilation=(1, 1)):
-        """See ``Added``: nothing."""
+    def __call__(self, x, features, strides, conv, norm, dilation=(1, 1)):
+        """See ``Shortcut``."""
+        return None, None
 
 
 @dataclasses.dataclass(frozen=True)
 class Scaled:
-    """Constant scaling (He et al. 2016, section 3.1): both paths times a number.
+    """Constant scaling (He et al. 2016, section 3.1): both paths times a constant.
 
-    Where the shape changes, option A is what is scaled: the paper says that all but the
-    shortcut's form is as in He et al. 2015, and names no other.
+    Where the shape changes it scales option A: the paper changes only the form of the
+    shortcut relative to He et al. 2015.
 
     Attributes:
-      shortcut: the factor of the shortcut, lambda of the paper's equation 6.
-      residual: the factor of the residual function.
+      shortcut: factor of the shortcut, lambda in equation 6.
+      residual: factor of F(x).
     """
 
     shortcut: float = 0.5
     residual: float = 1.0
 
-    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
+    def __call__(self, x, features, strides, conv, norm, dilation=(1, 1)):
         """See ``Shortcut``."""
-        x = zero_pad(x, residual.shape, strides)
-        return self.residual * residual + self.shortcut * x
+        return self.shortcut * zero_pad(x, features, strides), self.residual
 
 
 @dataclasses.dataclass(frozen=True)
 class Gated:
     """Gating (He et al. 2016, section 3.1) by g(x) = sigmoid(W_g x + b_g).
 
-    The shortcut is multiplied by 1 - g(x). An exclusive gate multiplies the residual
-    function by g(x), as highway layers do; a shortcut-only gate leaves it as it is. W_g
-    is a 1x1 convolution of the block's input.
+    The shortcut is multiplied by 1 - g(x). An exclusive gate also multiplies F(x) by
+    g(x), as highway layers do. W_g is a 1x1 convolution of the block's input.
 
-    The paper does not say how gates meet a change of shape. Here W_g has the block's
-    stride and gives as many channels as its output, and what is multiplied is option A.
-    Nor does it say whether a normalisation follows W_g; here none does, as equation and
-    bias are written.
+    The paper does not describe gates where the shape changes. Here W_g has the block's
+    stride and output channels, and the gated shortcut is option A. No normalisation
+    follows W_g, as in the paper's equation.
 
     Attributes:
-      exclusive: whether the residual function is gated too.
-      bias: the first value of b_g. The paper tries 0 and -1 to -10; -6 is its best for
-        both kinds of gate.
+      exclusive: whether F(x) is gated too.
+      bias: initial value of b_g. The paper tries 0 and -1 to -10; -6 is best for both
+        kinds of gate.
     """
 
     exclusive: bool
     bias: float = -6.0
 
-    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
+    def __call__(self, x, features, strides, conv, norm, dilation=(1, 1)):
         """See ``Shortcut``."""
         logits = conv(
-            residual.shape[-1],
+            features,
             (1, 1),
             strides=strides,
             use_bias=True,
@@ -173,61 +152,66 @@ class Gated:
             name="shortcut_gate",
         )(x)
         gate = nn.sigmoid(logits)
-        if self.exclusive:
-            residual = gate * residual
-        return residual + (1 - gate) * zero_pad(x, residual.shape, strides)
+        carried = (1 - gate) * zero_pad(x, features, strides)
+        return carried, gate if self.exclusive else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-    """Dropout on the output of the shortcut (He et al. 2016, section 3.1), in training.
+    """Dropout on the output of the shortcut (He et al. 2016, section 3.1).
 
-    Option A stands where the shape changes, as in ``Scaled``. What is kept is divided
-    by 1 - ``rate``, as dropout is defined today, and so keeps its expectation; the
-    paper's remark that its own halves it reads as if there it were not divided.
+    Where the shape changes it drops option A, as in ``Scaled``. Kept elements are
+    divided by 1 - ``rate``, so the shortcut keeps its expectation. The paper says that
+    its dropout halves the shortcut, as if it did not divide.
 
     Attributes:
-      rate: the share of elements that become zero.
+      rate: fraction of the elements that become zero.
+      train: False drops nothing; the net sets it.
     """
 
     rate: float = 0.5
+    train: bool = False
 
-    def __call__(self, x, residual, strides, conv, norm, dilation=(1, 1), train=False):
+    def __call__(self, x, features, strides, conv, norm, dilation=(1, 1)):
         """See ``Shortcut``; draws from the rng "dropout"."""
-        drop = nn.Dropout(self.rate, deterministic=not train, name="shortcut_dropout")
-        return residual + drop(zero_pad(x, residual.shape, strides))
+        drop = nn.Dropout(
+            self.rate, deterministic=not self.train, name="shortcut_dropout"
+        )
+        return drop(zero_pad(x, features, strides)), None
 
 
-def zero_pad(x: jax.Array, shape: tuple[int, ...], strides: int) -> jax.Array:
-    """Every ``strides``-th pixel of ``x``, and zero channels behind its own.
+def zero_pad(x: jax.Array, features: int, strides: int) -> jax.Array:
+    """Every ``strides``-th pixel of ``x``, with zero channels appended.
 
     Args:
       x: (n, h, w, c).
-      shape: of the result: (n, ceil(h / strides), ceil(w / strides), at least c).
-      strides: of both axes.
+      features: channels of the result, at least c.
+      strides: stride of both axes.
+
+    Returns:
+      (n, ceil(h / strides), ceil(w / strides), features).
 
     Raises:
-      ValueError: fewer channels than x has.
+      ValueError: ``features`` is below c.
     """
-    if x.shape == shape:
-        return x
-    x = x[:, ::strides, ::strides, :]
-    extra = shape[-1] - x.shape[-1]
+    extra = features - x.shape[-1]
     if extra < 0:
         raise ValueError(
-            f"shortcut A cannot go from {x.shape[-1]} to {shape[-1]} channels: it only "
+            f"shortcut A cannot go from {x.shape[-1]} to {features} channels: it only "
             "appends zero channels; use a projection (B or C)"
         )
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra)))
+    if strides > 1:
+        x = x[:, ::strides, ::strides, :]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))) if extra else x
 
 
 def average_pool(
     x: jax.Array, window: int, strides: int, dilation: int = 1
 ) -> jax.Array:
-    """Means of ``window`` x ``window`` pixels, of those that lie within the map.
+    """Means over windows of ``window`` x ``window`` pixels.
 
-    (n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), c): the last windows of
-    an odd side average the pixels that are there, and so do those of stride 1.
+    (n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), c). Windows that reach
+    over the edge average the pixels inside the map.
     """
     height, width = (-(-side // strides) for side in x.shape[1:3])
     reach = (window - 1) * dilation

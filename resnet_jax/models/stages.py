@@ -1,37 +1,35 @@
-"""Stages: the blocks between two changes of the map's size."""
+"""Stages: runs of blocks on maps of one size."""
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from resnet_jax.models.blocks import Branch
-from resnet_jax.models.factories import ModuleFactory
-from resnet_jax.models.shortcuts import NoShortcut
+from resnet_jax.models.factories import ModuleFactory, option_of
+from resnet_jax.models.shortcuts import NoShortcut, Shortcut
 
 
 class Stage(nn.Module):
     """Blocks on maps of one size; the first block may halve the map.
 
-    Unrolled, the blocks are ``block1``, ``block2``, ... Scanned, those behind the first
-    are equal and share one compiled body: their variables lie stacked under
-    ``blocks``, with the block as first axis (``models.trees`` converts). Compiling
-    then takes the time of two blocks, whatever the depth.
+    Unrolled, the blocks are ``block1``, ``block2``, ... Scanned, all blocks after the
+    first share one compiled body, and their variables are stacked under ``blocks``
+    along a new first axis (``models.trees`` converts). Compiling then takes the time of
+    two blocks at any depth.
 
     Attributes:
       size: the number of blocks.
       features: the blocks' ``features``.
       strides: stride of the first block.
       block: factory of the blocks.
-      dilation: spacing of taps before the first block and behind it.
-      first: whether it is the net's first stage.
-      drop_rates: stochastic depth's rate of each block; None: none is dropped.
-      scan: run the blocks behind the first as one loop.
-      remat: keep only the blocks' inputs for the gradient and compute the rest again,
-        which saves memory and costs about a third more time.
+      dilation: spacing of the taps in the first block's input and after it.
+      first: whether this is the net's first stage.
+      drop_rates: the stochastic depth rate of each block; None drops nothing.
+      scan: run all blocks after the first as one loop.
+      remat: keep only the blocks' inputs for the gradient and recompute the rest, which
+        saves memory and takes about a third more time.
     """
 
     size: int
@@ -78,28 +76,26 @@ class Stage(nn.Module):
     def _apply(self, block, x, rate):
         if not self.remat:
             return block(x, rate)
-        # A loop's body is compiled once: nothing outside it could be shared with it.
+        # A scan's body is compiled once, so it shares nothing with code outside.
         again = nn.remat(lambda block, x: block(x, rate), prevent_cse=not self.scan)
         return again(block, x)
 
 
 class OverlappingStage(nn.Module):
-    """A chain of single layers with a shortcut over ``span`` of them from every
-    ``every``-th one.
+    """A chain of single layers whose shortcuts overlap.
 
     With h_0 the stage's input: h_k = relu(norm(conv(h_{k-1})) + shortcut(h_{k-span})),
-    where the shortcut is there for the k at which k - span is a multiple of ``every``.
-    ``every=2, span=2`` is the stage of two-layer blocks; ``every=1, span=2`` has spans
-    that partly overlap, and with shortcut A the same parameters. To be used as
-    ``ResNet(stage=functools.partial(OverlappingStage, every=1, span=2))`` with
-    BasicBlock; the layers' variables are named ``layer1``, ``layer2``, ...
+    with a shortcut wherever k - span is a multiple of ``every``. ``every=2, span=2`` is
+    the stage of two-layer blocks. ``every=1, span=2`` overlaps, and with shortcut A has
+    the same parameters. Use it as ``ResNet(stage=functools.partial(OverlappingStage,
+    every=1, span=2))`` with BasicBlock. The layers are ``layer1``, ``layer2``, ...
 
     Attributes:
-      size: half the number of layers: blocks of the ordinary stage.
+      size: half the number of layers: the blocks of the ordinary stage.
       features, strides, block, dilation, first: see ``Stage``.
-      every: layers from one shortcut's start to the next one's.
+      every: layers between the starts of two shortcuts.
       span: layers that a shortcut spans.
-      drop_rates, scan, remat: have no meaning here and are refused.
+      drop_rates, scan, remat: not supported.
     """
 
     size: int
@@ -124,19 +120,29 @@ class OverlappingStage(nn.Module):
         maps = [x]
         for index in range(2 * self.size):
             start = index + 1 - self.span
-            has_shortcut = start >= 0 and start % self.every == 0
-            options: dict[str, Any] = {} if has_shortcut else {"shortcut": NoShortcut()}
-            before = self.dilation[0 if index == 0 else 1]
+            shortcut: Shortcut = NoShortcut()
+            if start >= 0 and start % self.every == 0:
+                strides = self.strides if start == 0 else 1
+                shortcut = _carries(
+                    option_of(self.block, "shortcut"), maps[start], strides
+                )
             layer = self.block(
                 self.features,
                 self.strides if index == 0 else 1,
                 num_convs=1,
-                dilation=(before, self.dilation[1]),
+                dilation=(self.dilation[0 if index == 0 else 1], self.dilation[1]),
                 position="inner" if index else "net" if self.first else "stage",
+                shortcut=shortcut,
                 name=f"layer{index + 1}",
-                **options,
             )
-            source = maps[start] if has_shortcut else maps[-1]
-            branch = Branch(source, self.strides if start <= 0 else 1)
-            maps.append(layer(maps[-1], branch=branch))
+            maps.append(layer(maps[-1]))
         return maps[-1]
+
+
+def _carries(shortcut: Shortcut, source: jax.Array, strides: int) -> Shortcut:
+    """The shortcut from ``source``, at ``strides`` from there, whatever x is."""
+
+    def call(x, features, _, conv, norm, dilation=(1, 1)):
+        return shortcut(source, features, strides, conv, norm, dilation)
+
+    return call

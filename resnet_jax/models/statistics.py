@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resnet_jax.errors import UserError
-from resnet_jax.models.normalization import BatchNorm
+from resnet_jax.models.norm import BatchNorm
 
 
 def precise_batch_stats(

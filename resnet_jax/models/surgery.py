@@ -14,8 +14,8 @@ from flax import linen as nn
 
 from resnet_jax.errors import UserError
 from resnet_jax.models.blocks import BasicBlock
-from resnet_jax.models.factories import class_of
-from resnet_jax.models.normalization import NoNorm
+from resnet_jax.models.factories import class_of, option_of
+from resnet_jax.models.norm import BatchNorm, NoNorm
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.shortcuts import NoShortcut, Projection, ZeroPad
 from resnet_jax.models.stages import Stage
@@ -65,6 +65,8 @@ def deepen(
     channels = input_channels(old["params"])
     images = jnp.zeros((1, 32, 32, channels))
     fresh = jax.jit(functools.partial(unrolled.init, train=False))(rng, images)
+    normalized = class_of(model.norm) is BatchNorm
+    epsilon = option_of(model.norm, "epsilon") if normalized else 0.0
     new: dict[str, Any] = {}
     for collection, tree in fresh.items():
         new[collection] = dict(old[collection])
@@ -76,7 +78,7 @@ def deepen(
             for number in range(before + 1, after + 1):
                 block = tree[stage][f"block{number}"]
                 if isinstance(model.shortcut, NoShortcut):
-                    block = _identity(block, model.batch_norm_epsilon)
+                    block = _identity(block, epsilon)
                 elif collection == "params":
                     block = _silenced(block, _ends_with(model))
                 new[collection][stage][f"block{number}"] = block
@@ -85,7 +87,7 @@ def deepen(
 
 def _ends_with(model: ResNet) -> str:
     """The kind of layer that a residual function ends with."""
-    bare = model.preactivation or model.normalization == "none"
+    bare = model.preactivation or class_of(model.norm) is NoNorm
     return "conv" if bare else "norm"
 
 
@@ -137,7 +139,7 @@ def _check(model: ResNet, stage_sizes: Sequence[int]) -> None:
 def _check_plain(model: ResNet) -> None:
     block = model.block(model.width, 1, NoNorm)
     if (
-        model.preactivation
+        class_of(model.norm) not in (BatchNorm, NoNorm)
         or type(block) is not BasicBlock
         or block.squeeze_excite is not None
         or block.activation is not nn.relu

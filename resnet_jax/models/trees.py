@@ -1,23 +1,25 @@
-"""Variables by the names of their blocks: stacked for a loop, or one by one.
+"""Trees of variables: blocks stacked for a loop or one by one, and frozen parts.
 
-The same net has two trees. Unrolled: ``stage1/block1``, ``stage1/block2``, ... Scanned
+A net has two layouts. Unrolled: ``stage1/block1``, ``stage1/block2``, ... Scanned
 (``ResNet(scan=True)``): ``stage1/block1`` and ``stage1/blocks``, whose arrays hold all
-further blocks along their first axis. The functions here convert in both directions,
-bit for bit, and take any collection or gradient of that shape.
+further blocks along their first axis. ``stack_blocks`` and ``unstack_blocks`` convert
+any collection or gradient, bit for bit.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from resnet_jax.errors import UserError, nearest
+
 STACKED = "blocks"
 
 
 def unstack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The unrolled tree of a scanned or an unrolled one."""
+    """Converts a scanned or unrolled tree to the unrolled layout."""
 
     def unstack_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
         result = {name: child for name, child in stage.items() if name != STACKED}
@@ -32,7 +34,7 @@ def unstack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The scanned tree of an unrolled or a scanned one."""
+    """Converts an unrolled or scanned tree to the scanned layout."""
 
     def stack_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
         numbers = sorted(
@@ -52,7 +54,7 @@ def stack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_stacked(variables: Mapping[str, Any]) -> bool:
-    """Whether some stage's blocks lie stacked."""
+    """Whether the blocks of any stage are stacked."""
     return any(
         STACKED in child or is_stacked(child)
         for child in variables.values()
@@ -80,3 +82,37 @@ def _map_stages(function, tree):
         else child
         for name, child in tree.items()
     }
+
+
+def trainable_mask(params: Mapping[str, Any], frozen: Sequence[str]) -> dict[str, Any]:
+    """A tree of booleans like ``params``: False in the frozen parts.
+
+    With ``optax.multi_transform`` and this mask as labels, frozen parameters get no
+    update, not even weight decay. To keep their running statistics too, build the net
+    with ``batch_norm_frozen=frozen``.
+
+    Args:
+      params: the net's parameters.
+      frozen: names of parts, ("stem", "stage1"), or paths within, "stage1/block1".
+
+    Raises:
+      UserError: the net lacks one of the parts.
+    """
+    mask = jax.tree.map(lambda leaf: True, dict(params))
+    for part in frozen:
+        _freeze(mask, part.split("/"), part)
+    return mask
+
+
+def _freeze(mask: dict[str, Any], path: Sequence[str], part: str) -> None:
+    name, *rest = path
+    if name not in mask:
+        raise UserError(f"there is no part {part!r} to freeze; {nearest(name, mask)}")
+    if not rest:
+        mask[name] = jax.tree.map(lambda leaf: False, mask[name])
+    elif isinstance(mask[name], dict):
+        _freeze(mask[name], rest, part)
+    else:
+        raise UserError(
+            f"there is no part {part!r} to freeze; {name} is an array, without parts"
+        )

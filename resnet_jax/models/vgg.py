@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from resnet_jax.models.convolution import Conv
+from resnet_jax.models.conv import Conv
 from resnet_jax.models.factories import ModuleFactory
-from resnet_jax.models.features import FeatureMap
-from resnet_jax.models.normalization import BatchNorm, is_frozen
+from resnet_jax.models.norm import BatchNorm, NoNorm, is_frozen, norm_act
+from resnet_jax.models.resnet import FeatureMap
 
 POOLED_SIZE = 7
 """Side of the map before the classifier: that of a 224x224 image."""
@@ -29,13 +29,13 @@ class VGGStage(nn.Module):
     Attributes:
       size: the number of convolutions.
       features: channels of all of them.
-      norm: factory of the normalisations before the ReLUs; None: there are none.
+      norm: factory of the normalisations before the ReLUs.
       dtype: of the computation.
     """
 
     size: int
     features: int
-    norm: ModuleFactory | None = None
+    norm: ModuleFactory = NoNorm
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -49,9 +49,7 @@ class VGGStage(nn.Module):
                 dtype=self.dtype,
                 name=f"conv{index}",
             )(x)
-            if self.norm is not None:
-                x = self.norm(name=f"norm{index}")(x)
-            x = nn.relu(x)
+            x = norm_act(self.norm(name=f"norm{index}"), x)
         return x
 
 
@@ -74,7 +72,7 @@ class VGG(nn.Module):
       hidden_features: features of ``fc1`` and ``fc2``.
       dropout_rate: rate behind ``fc1`` and ``fc2``.
       batch_norm: whether a batch normalisation follows each convolution.
-      batch_norm_groups, batch_norm_momentum, batch_norm_epsilon: see BatchNorm.
+      norm: its factory: ``BatchNorm``, or a partial of it with options.
       batch_norm_frozen: see ``ResNet``.
       dtype: dtype of all layers but ``head``; bfloat16 on accelerators.
     """
@@ -85,9 +83,7 @@ class VGG(nn.Module):
     hidden_features: int = 4096
     dropout_rate: float = 0.5
     batch_norm: bool = False
-    batch_norm_groups: int = 1
-    batch_norm_momentum: float = 0.9
-    batch_norm_epsilon: float = 1e-5
+    norm: ModuleFactory = BatchNorm
     batch_norm_frozen: bool | Sequence[str] = False
     dtype: Any = jnp.float32
 
@@ -130,27 +126,18 @@ class VGG(nn.Module):
                 f"images of {images.shape[1]}x{images.shape[2]} pixels are too small: "
                 f"{len(self.widths)} poolings need at least {smallest}x{smallest}"
             )
-        norm = functools.partial(
-            BatchNorm,
-            momentum=self.batch_norm_momentum,
-            epsilon=self.batch_norm_epsilon,
-            groups=self.batch_norm_groups,
-            dtype=self.dtype,
-        )
         maps: list[FeatureMap] = []
         x = images.astype(self.dtype)
         stages = zip(self.stage_convs, self.widths, strict=True)
         for index, (size, width) in enumerate(stages):
             name = f"stage{index + 1}"
             average = not train or is_frozen(self.batch_norm_frozen, name)
-            stage_norm = functools.partial(norm, use_running_average=average)
-            x = VGGStage(
-                size,
-                width,
-                stage_norm if self.batch_norm else None,
-                self.dtype,
-                name=name,
-            )(x)
+            norm: ModuleFactory = NoNorm
+            if self.batch_norm:
+                norm = functools.partial(
+                    self.norm, use_running_average=average, dtype=self.dtype
+                )
+            x = VGGStage(size, width, norm, self.dtype, name=name)(x)
             maps.append(FeatureMap(x, f"C{index + 1}", 2**index))
             x = nn.max_pool(x, (2, 2), (2, 2))
         if self.num_classes is None:

@@ -1,5 +1,6 @@
 """Gradient accumulation: a batch in parts, one after another, in less memory."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh
 
 from resnet_jax import parallel
-from resnet_jax.models.convolution import loop_algorithm
+from resnet_jax.models.conv import loop_algorithm
+from resnet_jax.models.factories import field_names, option_of
 
 
 def micro_batches(batch: Any, count: int, unit: int, mesh: Mesh | AbstractMesh) -> Any:
@@ -70,8 +72,10 @@ def in_loop(model: nn.Module, count: int) -> nn.Module:
     loop; see ``loop_algorithm``.
     """
     options: dict[str, Any] = {}
-    if getattr(model, "batch_norm_groups", 1) > 1:
-        options["batch_norm_groups"] = model.batch_norm_groups // count
+    norm = getattr(model, "norm", None)
+    if "groups" in field_names(norm) and option_of(norm, "groups") > 1:
+        groups = option_of(norm, "groups") // count
+        options["norm"] = functools.partial(norm, groups=groups)
     if hasattr(model, "conv_algorithm"):
         options["conv_algorithm"] = loop_algorithm(model.conv_algorithm)
     return model.clone(**options)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from resnet_jax.config.schema import OptimizerConfig
-from resnet_jax.models.freezing import trainable_mask
-from resnet_jax.models.trees import STACKED
+from resnet_jax.models.trees import STACKED, trainable_mask
 
 
 def make_optimizer(

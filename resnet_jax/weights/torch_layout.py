@@ -16,6 +16,7 @@ from flax import linen as nn
 from resnet_jax.errors import UserError
 from resnet_jax.models.blocks import BasicBlock, BottleneckBlock
 from resnet_jax.models.factories import class_of
+from resnet_jax.models.norm import BatchNorm
 from resnet_jax.models.resnet import CifarStem, DeepStem, ImageNetStem, ResNet
 from resnet_jax.models.shortcuts import NoShortcut, Projection, ZeroPad
 from resnet_jax.models.stages import Stage
@@ -171,7 +172,7 @@ def _refuse_foreign(model: nn.Module) -> None:
         ]
         if model.preactivation:
             odd.append("with pre-activation")
-        if model.normalization == "none":
+        if class_of(model.norm) is not BatchNorm:
             odd.append("without normalisation")
     elif type(model) is not VGG:
         odd.append(f"like {type(model).__name__}")

@@ -15,6 +15,7 @@ from resnet_jax.models import (
     BasicBlock,
     BottleneckBlock,
     CifarStem,
+    PreActBasicBlock,
     ResNet,
     shortcuts,
 )
@@ -128,7 +129,7 @@ SMALL = {"stage_sizes": (1, 3), "stem": "cifar", "width": 4, "num_classes": 3}
         ),
         # The second convolution of a block meets the addition as it is.
         (
-            {"shortcut": "A", "preactivation": True},
+            {"shortcut": "A", "block": PreActBasicBlock},
             {"shortcut": "A", "preactivation": True},
             r"bn1|layer\d\.\d\.(bn2|conv2)",
         ),

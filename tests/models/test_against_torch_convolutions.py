@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.models.convolution import convolve
+from resnet_jax.models.conv import convolve
 
 torch = pytest.importorskip("torch", reason="torch is the reference of these tests")
 

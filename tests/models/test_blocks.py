@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from resnet_jax.models import BasicBlock, BatchNorm, BottleneckBlock, Conv, shortcuts
+from resnet_jax.models import (
+    BasicBlock,
+    BatchNorm,
+    BottleneckBlock,
+    Conv,
+    PreActBasicBlock,
+    PreActBottleneckBlock,
+    shortcuts,
+)
+from resnet_jax.models.wrappers import dropout_between
 from tests.models.reference import KEY, Layers, apply, random_variables, relu
 
 EVALUATING = functools.partial(BatchNorm, use_running_average=True)
@@ -127,17 +136,16 @@ def preactivated(layers, x, strides, position, shortcut, between=lambda y: y):
 )
 @pytest.mark.parametrize(
     "block_class",
-    [BasicBlock, functools.partial(BottleneckBlock, stride_version="v1")],
+    [PreActBasicBlock, functools.partial(PreActBottleneckBlock, stride_version="v1")],
     ids=["basic", "bottleneck"],
 )
 def test_preactivation(x, block_class, position, strides, shortcut):
-    features = 6 if block_class is BasicBlock else 3
+    features = 6 if block_class is PreActBasicBlock else 3
     block = block_class(
         features,
         strides,
         EVALUATING,
         BARE if shortcut == "projection" else shortcuts.ZeroPad(),
-        preactivation=True,
         position=position,
     )
     variables = random_variables(block, x)
@@ -152,7 +160,7 @@ def test_preactivation(x, block_class, position, strides, shortcut):
 
 def test_preactivation_of_an_inner_block_keeps_the_identity(x):
     """The point of pre-activation: x itself is added, unactivated."""
-    block = BasicBlock(4, 1, EVALUATING, BARE, preactivation=True)
+    block = PreActBasicBlock(4, 1, EVALUATING, BARE)
     variables = random_variables(block, x)
     variables["params"]["conv2"]["kernel"][:] = 0
     np.testing.assert_array_equal(apply(block, variables, x), x)
@@ -262,9 +270,9 @@ def test_dropout_stands_between_the_convolutions(x):
         shortcuts.ZeroPad(),
         activation=jnp.tanh,
         num_convs=3,
-        dropout=lambda: Factor(next(factors)),
+        conv=dropout_between(Conv, lambda: Factor(next(factors))),
     )
-    variables = random_variables(block.clone(dropout=None), x)
+    variables = random_variables(block.clone(conv=Conv), x)
     layers = Layers(variables)
     y = layers.norm(layers.conv(x, "conv1", 2), "norm1")
     y = layers.norm(layers.conv(0.3 * squash(y), "conv2"), "norm2")
@@ -279,16 +287,15 @@ def test_dropout_stands_between_the_convolutions(x):
 def test_dropout_of_a_preactivation_block(x, position):
     """Between the convolutions too, never where the block begins."""
     calls = []
-    block = BasicBlock(
+    block = PreActBasicBlock(
         6,
         1,
         EVALUATING,
         shortcuts.ZeroPad(),
-        preactivation=True,
         position=position,
-        dropout=lambda: calls.append(1) or Factor(-0.3),
+        conv=dropout_between(Conv, lambda: calls.append(1) or Factor(-0.3)),
     )
-    variables = random_variables(block.clone(dropout=None), x)
+    variables = random_variables(block.clone(conv=Conv), x)
     expected = preactivated(
         Layers(variables), x, 1, position, "A", between=lambda y: -0.3 * y
     )
@@ -325,7 +332,7 @@ def test_gate_and_stochastic_depth_act_on_the_residual_function_in_this_order(x)
 def test_dropout_of_linen_draws_in_training_alone(x):
     def block(train):
         dropout = functools.partial(nn.Dropout, 0.5, deterministic=not train)
-        return BasicBlock(4, 1, EVALUATING, dropout=dropout)
+        return BasicBlock(4, 1, EVALUATING, conv=dropout_between(Conv, dropout))
 
     variables = random_variables(block(False), x)
     without = apply(BasicBlock(4, 1, EVALUATING), variables, x)
@@ -381,7 +388,4 @@ def test_a_factory_of_convolutions_needs_to_know_only_what_is_asked_of_it(x):
 def test_refusals(x):
     block = BottleneckBlock(4, 2, EVALUATING, stride_version="v2")
     with pytest.raises(ValueError, match=r"one of v1, v1\.5, not 'v2'"):
-        block.init(KEY, x)
-    block = BasicBlock(4, 2, EVALUATING, preactivation=True, zero_init_last=True)
-    with pytest.raises(ValueError, match="zero_init_last needs a normalisation"):
         block.init(KEY, x)

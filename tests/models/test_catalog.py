@@ -13,9 +13,13 @@ from resnet_jax.errors import UserError
 from resnet_jax.models import (
     VGG,
     BasicBlock,
+    BatchNorm,
     BottleneckBlock,
     HighwayNet,
+    NoNorm,
     OverlappingStage,
+    PreActBasicBlock,
+    PreActBottleneckBlock,
     ResNet,
     SqueezeExcite,
     catalog_entry,
@@ -23,9 +27,10 @@ from resnet_jax.models import (
     list_models,
     shortcuts,
 )
-from resnet_jax.models.catalog import FAMILIES, scans_by_default
-from resnet_jax.models.convolution import ALGORITHMS, INITIALIZATIONS
-from resnet_jax.models.factories import class_of
+from resnet_jax.models.catalog import FAMILIES
+from resnet_jax.models.conv import ALGORITHMS, INITIALIZATIONS
+from resnet_jax.models.create import scans_by_default
+from resnet_jax.models.factories import class_of, option_of
 
 # Counting by hand: a k x k convolution from i to o channels in g groups has
 # k * k * i * o / g weights, each of which is used once for every pixel of its output.
@@ -533,11 +538,13 @@ def test_the_net_of_this_name_in_torchvision_and_timm(name, library):
 def test_names_of_any_depth(name, n, block, shortcut, options):
     model = create_model(name)
     assert model.stage_sizes == (n, n, n)
+    preactivation = options.get("preactivation", False)
     if block == "v1":
-        assert class_of(model.block) is BottleneckBlock
+        kind = PreActBottleneckBlock if preactivation else BottleneckBlock
+        assert class_of(model.block) is kind
         assert model.block.keywords == {"stride_version": "v1"}
     else:
-        assert model.block is block
+        assert model.block is (PreActBasicBlock if preactivation else block)
     bare = shortcuts.Projection(normalized=False)
     assert model.shortcut == {**shortcuts.BY_NAME, "bare": bare}[shortcut]
     defaults = {"preactivation": False, "width": 16, "stem_width": None}
@@ -765,8 +772,9 @@ def test_defaults(name, shortcut, block, num_classes):
     assert model.shortcut == shortcut
     assert model.block is block
     assert model.num_classes == num_classes
-    assert (model.batch_norm_momentum, model.batch_norm_epsilon) == (0.9, 1e-5)
-    assert model.batch_norm_groups == 1
+    assert model.norm is BatchNorm
+    norm = BatchNorm(use_running_average=False)
+    assert (norm.momentum, norm.epsilon, norm.groups) == (0.9, 1e-5, 1)
     assert model.batch_norm_frozen is False
     assert model.dropout_rate == model.stochastic_depth_rate == 0
     assert model.output_stride is None
@@ -868,14 +876,7 @@ NET_OPTIONS = {
     "dropout_rate": ("cifar_wide_resnet28_10", 0.3),
     "gate_bias": ("cifar_highway19", -3.0),
     "output_stride": ("resnet50", 16),
-    "normalization": ("resnet50", "none"),
-    "batch_norm_groups": ("resnet50", 8),
-    "batch_norm_momentum": ("vgg16_bn", 0.99),
-    "batch_norm_epsilon": ("resnet50", 1e-3),
     "batch_norm_frozen": ("resnet50", ("stem", "stage1")),
-    "norm_variance": ("resnet50", "fast"),
-    "norm_arithmetic": ("resnet50", "narrow"),
-    "fused_norm": ("resnet50", True),
     "scan": ("resnet50", True),
     "remat": ("resnet50", True),
     "conv_algorithm": ("resnet50", "xla"),
@@ -896,9 +897,34 @@ def test_options_of_the_net(option):
         assert create_model(name, **{option: None}) == catalog_entry(name).net
 
 
+NORM_OPTIONS = {
+    "batch_norm_groups": ("resnet50", 8, "groups"),
+    "batch_norm_momentum": ("vgg16_bn", 0.99, "momentum"),
+    "batch_norm_epsilon": ("resnet50", 1e-3, "epsilon"),
+    "norm_variance": ("resnet50", "fast", "variance"),
+    "fused_norm": ("vgg16_bn", True, "fused"),
+}
+
+
+@pytest.mark.parametrize("option", NORM_OPTIONS)
+def test_options_of_the_normalisation(option):
+    name, value, field = NORM_OPTIONS[option]
+    model, published = create_model(name, **{option: value}), catalog_entry(name).net
+    assert option_of(model.norm, field) == value != option_of(published.norm, field)
+    assert class_of(model.norm) is BatchNorm
+    assert model.clone(norm=published.norm) == published
+    assert create_model(name, **{option: None}) == published
+
+
+def test_normalisation_is_an_option():
+    published = catalog_entry("resnet50").net
+    assert create_model("resnet50", normalization="none").norm is NoNorm
+    assert create_model("resnet50", normalization="batch") == published
+
+
 def test_every_option_has_its_test():
     tested = {"name", "num_classes", "shortcut", "initialization", *NET_OPTIONS}
-    tested |= {"stem_form"}  # test_stem_forms.py
+    tested |= {"normalization", *NORM_OPTIONS}
     tested |= {option for _, options, _ in BLOCK_OPTIONS for option in options}
     assert set(inspect.signature(create_model).parameters) == tested
 
@@ -938,7 +964,6 @@ def test_gate_bias_of_a_gated_shortcut(letter, shortcut):
         ("batch_norm_frozen", ("stem",)),
         ("zero_init_last", True),
         ("norm_variance", "fast"),
-        ("norm_arithmetic", "narrow"),
         ("fused_norm", True),
     ],
 )
@@ -947,12 +972,6 @@ def test_without_normalisation_its_options_are_refused(option, value):
     with pytest.raises(UserError, match=sentence):
         create_model("cifar_resnet20", normalization="none", **{option: value})
     assert create_model("cifar_resnet20", normalization="batch", **{option: value})
-
-
-def test_the_fused_normalisation_is_wide():
-    with pytest.raises(UserError, match=r"leave out fused_norm, or norm_arithmetic$"):
-        create_model("resnet50", fused_norm=True, norm_arithmetic="narrow")
-    assert create_model("resnet50", fused_norm=True, norm_arithmetic="wide")
 
 
 def test_other_kinds_of_net_take_the_options_they_have():
@@ -981,9 +1000,9 @@ def test_other_kinds_of_net_take_the_options_they_have():
         ("vgg16", "scan", True),
         ("vgg16", "remat", True),
         ("vgg16", "conv_algorithm", "xla"),
-        ("vgg16_bn", "fused_norm", True),
-        ("vgg16_bn", "norm_variance", "fast"),
-        ("vgg16_bn", "norm_arithmetic", "narrow"),
+        ("vgg16", "fused_norm", True),
+        ("vgg16", "norm_variance", "fast"),
+        ("cifar_preact_resnet20", "zero_init_last", True),
         ("vgg16", "gate_bias", -1.0),
         ("vgg16", "normalization", "none"),
         ("vgg16", "initialization", "he"),
@@ -1010,40 +1029,38 @@ def test_an_option_that_a_net_has_not_is_refused(name, option, value):
             "resnet18",
             "shortcut",
             "D",
-            r"shortcut 'D'; valid are A, B, C, pooled, none, scaled, scaled_both, "
-            r"exclusive_gate, shortcut_gate, dropout$",
+            r"^shortcut is one of A, B, C, pooled, none, scaled, scaled_both, "
+            r"exclusive_gate, shortcut_gate, dropout, not 'D'",
         ),
-        ("resnet18", "normalization", "group", r"'group'; valid are batch, none$"),
+        ("resnet18", "normalization", "group", r"is one of batch, none, not 'group'"),
         (
             "resnet18",
             "initialization",
             "lecun",
-            r"'lecun'; valid are he, he_fan_in, xavier, normal_0\.01$",
+            r"is one of he, he_fan_in, xavier, normal_0\.01, not 'lecun'",
         ),
         ("resnet50", "shortcut", "pool", r"did you mean pooled\?$"),
-        ("resnet50", "stride_version", "v2", r"'v2'; valid are v1, v1\.5$"),
-        ("resnet18", "stride_version", "v2", r"'v2'; valid are v1, v1\.5$"),
+        ("resnet50", "stride_version", "v2", r"is one of v1, v1\.5, not 'v2'"),
+        ("resnet18", "stride_version", "v2", r"is one of v1, v1\.5, not 'v2'"),
         (
             "resnet50",
             "conv_algorithm",
             "fft",
-            rf"'fft'; valid are {', '.join(ALGORITHMS)}$",
+            rf"is one of {', '.join(ALGORITHMS)}, not 'fft'$",
         ),
-        ("resnet50", "norm_variance", "slow", r"'slow'; valid are two_pass, fast$"),
-        ("resnet50", "norm_arithmetic", "bf16", r"'bf16'; valid are wide, narrow$"),
-        (
-            "resnet50",
-            "stem_form",
-            "s2d",
-            r"'s2d'; valid are conv, space_to_depth, four_channels$",
-        ),
+        ("resnet50", "norm_variance", "slow", r"is one of two_pass, fast, not 'slow'"),
         ("resnet50", "num_classes", 0, r"^num_classes must be at least 1, not 0$"),
         ("vgg16", "num_classes", -3, r"^num_classes must be at least 1, not -3$"),
         ("resnet50", "batch_norm_groups", 0, r"groups must be at least 1, not 0$"),
         ("resnet18", "block_convs", 0, r"^block_convs must be at least 1, not 0$"),
-        ("resnet18", "dropout_rate", 1.0, r"at least 0 and below 1, not 1\.0$"),
-        ("vgg16", "dropout_rate", -0.1, r"at least 0 and below 1, not -0\.1$"),
-        ("resnet18", "stochastic_depth_rate", 1, r"^stochastic.* below 1, not 1$"),
+        ("resnet18", "dropout_rate", 1.0, r"^dropout_rate must be below 1, not 1\.0$"),
+        (
+            "vgg16",
+            "dropout_rate",
+            -0.1,
+            r"^dropout_rate must be at least 0, not -0\.1$",
+        ),
+        ("resnet18", "stochastic_depth_rate", 1, r"^stochastic.* below 1, not 1"),
         ("resnet50", "output_stride", 12, r"is one of 4, 8, 16, 32, not 12$"),
         ("resnet50", "output_stride", 64, r"is one of 4, 8, 16, 32, not 64$"),
         ("cifar_resnet20", "output_stride", 8, r"is one of 1, 2, 4, not 8$"),

@@ -11,12 +11,15 @@ from resnet_jax.errors import UserError
 from resnet_jax.models import (
     VGG,
     BasicBlock,
+    BatchNorm,
     BottleneckBlock,
     CifarStem,
     DeepStem,
     HighwayNet,
     ImageNetStem,
+    NoNorm,
     OverlappingStage,
+    PreActBasicBlock,
     ResNet,
     SqueezeExcite,
     create_model,
@@ -40,7 +43,9 @@ def cifar(block, shortcut, **options):
 
 SQUEEZED = functools.partial(BasicBlock, squeeze_excite=SqueezeExcite)
 NETS = {
-    "A": cifar(BasicBlock, shortcuts.ZeroPad(), batch_norm_epsilon=0.1),
+    "A": cifar(
+        BasicBlock, shortcuts.ZeroPad(), norm=functools.partial(BatchNorm, epsilon=0.1)
+    ),
     "B": cifar(BottleneckBlock, shortcuts.Projection(), stem=ImageNetStem),
     "C, scanned": cifar(
         BasicBlock, shortcuts.Projection(everywhere=True), scan=True, stem=DeepStem
@@ -50,7 +55,9 @@ NETS = {
     ),
     "plain": cifar(BasicBlock, shortcuts.NoShortcut()),
     "gated": cifar(BasicBlock, shortcuts.Gated(exclusive=True)),
-    "squeezed": cifar(SQUEEZED, shortcuts.Projection(), fused_norm=True),
+    "squeezed": cifar(
+        SQUEEZED, shortcuts.Projection(), norm=functools.partial(BatchNorm, fused=True)
+    ),
     "features": cifar(BasicBlock, shortcuts.ZeroPad(), num_classes=None),
     "overlapping": cifar(
         BasicBlock,
@@ -121,8 +128,8 @@ def test_no_normalisation_is_left_in_the_program():
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (cifar(BasicBlock, shortcuts.ZeroPad(), preactivation=True), "pre-activation"),
-        (cifar(BasicBlock, shortcuts.ZeroPad(), normalization="none"), "no batch norm"),
+        (cifar(PreActBasicBlock, shortcuts.ZeroPad()), "pre-activation"),
+        (cifar(BasicBlock, shortcuts.ZeroPad(), norm=NoNorm), "no batch norm"),
         (
             VGG((1,), (4,), hidden_features=8),
             "no batch normalisation to fold in .* VGG",

@@ -9,14 +9,19 @@ import pytest
 from flax import traverse_util
 
 from resnet_jax.errors import UserError
-from resnet_jax.models import CifarStem, ResNet, trainable_mask
+from resnet_jax.models import (
+    CifarStem,
+    PreActBasicBlock,
+    ResNet,
+    trainable_mask,
+)
 from tests.models.reference import (
     assert_trees_equal,
     random_variables,
 )
 
 MODEL = ResNet((2, 1, 1), stem=CifarStem, width=4, num_classes=3)
-PREACTIVATED = MODEL.clone(stage_sizes=(1, 1), preactivation=True)
+PREACTIVATED = MODEL.clone(stage_sizes=(1, 1), block=PreActBasicBlock)
 IMAGES = np.random.default_rng(1).normal(1, 2, (4, 8, 8, 3)).astype(np.float32)
 
 

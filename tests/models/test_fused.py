@@ -17,6 +17,7 @@ from resnet_jax.models import (
     DeepStem,
     ImageNetStem,
     OverlappingStage,
+    PreActBasicBlock,
     ResNet,
     SqueezeExcite,
     precise_batch_stats,
@@ -141,14 +142,20 @@ def cifar(block, shortcut, **options):
     return ResNet((1, 1), block, shortcut, **fields)
 
 
+def fused_net(net):
+    return net.clone(norm=functools.partial(net.norm, fused=True))
+
+
 NETS = {
-    "A": cifar(BasicBlock, shortcuts.ZeroPad(), batch_norm_groups=2),
+    "A": cifar(
+        BasicBlock, shortcuts.ZeroPad(), norm=functools.partial(BatchNorm, groups=2)
+    ),
     "B": cifar(BottleneckBlock, shortcuts.Projection(), stem=ImageNetStem),
     "pooled, scanned": cifar(
         BasicBlock, shortcuts.Projection(pooled=True), stem=DeepStem, scan=True
     ).clone(stage_sizes=(3,), remat=True),
     "plain": cifar(BasicBlock, shortcuts.NoShortcut()),
-    "preactivated": cifar(BasicBlock, shortcuts.ZeroPad(), preactivation=True),
+    "preactivated": cifar(PreActBasicBlock, shortcuts.ZeroPad()),
     "gated": cifar(BasicBlock, shortcuts.Gated(exclusive=True)),
     "squeezed": cifar(
         functools.partial(BasicBlock, squeeze_excite=SqueezeExcite),
@@ -202,7 +209,7 @@ def training_pass(model, variables, images, cotangent):
 @pytest.mark.parametrize("name", NETS)
 def test_nets_are_the_same(name):
     plain = NETS[name].clone(dtype=jnp.float64)
-    fused = plain.clone(fused_norm=True)
+    fused = fused_net(plain)
     problem = problem_of(NETS[name])
     with double_precision():
         run = jax.jit(training_pass, static_argnums=0)
@@ -233,7 +240,7 @@ def test_precise_statistics_are_the_same():
     variables, images, _ = problem_of(NETS["A"], dtype=np.float32)
     plain, fused = (
         precise_batch_stats(net, variables, [images, 2 * images])
-        for net in (NETS["A"], NETS["A"].clone(fused_norm=True))
+        for net in (NETS["A"], fused_net(NETS["A"]))
     )
     assert_trees_close(fused, plain, 1e-5)
 
@@ -241,7 +248,7 @@ def test_precise_statistics_are_the_same():
 def test_parameters_are_the_same_bit_for_bit():
     net, images = NETS["A"], jnp.zeros((2, 8, 8, 3))
     plain = jax.jit(net.init)(KEY, images)
-    init = functools.partial(net.clone(fused_norm=True).init, train=True)
+    init = functools.partial(fused_net(net).init, train=True)
     assert_trees_equal(jax.jit(init)(KEY, images), plain)
 
 
@@ -264,7 +271,7 @@ def test_every_normalisation_in_training_is_fused_and_none_in_evaluation(name, n
 
     A pre-activation net has none in its first block's front, and one at its end.
     """
-    model = NETS[name].clone(fused_norm=True)
+    model = fused_net(NETS[name])
     assert fused_calls(model, train=True) == norms
     assert fused_calls(model, train=False) == 0
     assert fused_calls(NETS[name], train=True) == 0
@@ -296,7 +303,7 @@ def test_a_block_keeps_two_maps_a_convolution_and_its_output():
 
 def test_eight_devices_are_one():
     """With the batch cut over them, statistics are those of the whole batch."""
-    model = NETS["A"].clone(fused_norm=True)
+    model = fused_net(NETS["A"])
     problem = problem_of(model, (16, 8, 8, 3), np.float32)
     run = jax.jit(training_pass, static_argnums=0)
     expected = run(model, *problem)

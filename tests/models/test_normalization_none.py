@@ -1,14 +1,19 @@
 """Nets without normalisation, and the choice of initialisation."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 
 from resnet_jax.errors import UserError
 from resnet_jax.models import (
     BasicBlock,
     CifarStem,
+    NoNorm,
+    PreActBasicBlock,
     ResNet,
     create_model,
     precise_batch_stats,
@@ -30,9 +35,7 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 def unnormalized(letter, **fields):
     options = {"stem": CifarStem, "width": 4, "num_classes": 3}
     shortcut = shortcuts.BY_NAME[letter]
-    return ResNet((2, 1), BasicBlock, shortcut, normalization="none", **options).clone(
-        **fields
-    )
+    return ResNet((2, 1), BasicBlock, shortcut, norm=NoNorm, **options).clone(**fields)
 
 
 def biased(x, layer, strides=1):
@@ -109,7 +112,7 @@ def test_biases_start_at_zero():
 
 def test_preactivation_without_normalisation():
     """ReLU and convolution in turn, and a ReLU before the pooling."""
-    model = unnormalized("A", stage_sizes=(1,), preactivation=True)
+    model = unnormalized("A", stage_sizes=(1,), block=PreActBasicBlock)
     variables = random_variables(model, IMAGES)
     params = jax.tree.map(np.float64, variables["params"])
     stem, block = params["stem"]["conv"], params["stage1"]["block1"]
@@ -134,9 +137,14 @@ def test_as_a_loop_it_is_the_same(remat):
     )
 
 
-def test_an_unknown_normalisation():
-    with pytest.raises(ValueError, match="is one of batch, none, not 'layer'"):
-        unnormalized("A", normalization="layer").init(KEY, IMAGES)
+def test_any_linen_normalisation_can_be_given():
+    """Its own options stay; only BatchNorm's are set by the net."""
+    model = unnormalized("A", norm=functools.partial(nn.GroupNorm, num_groups=2))
+    shapes = jax.eval_shape(model.init, KEY, IMAGES)
+    assert set(shapes) == {"params"}
+    norm = shapes["params"]["stage2"]["block1"]["norm2"]
+    assert jax.tree.map(np.shape, norm) == {"scale": (8,), "bias": (8,)}
+    assert "bias" not in shapes["params"]["stage2"]["block1"]["conv2"]
 
 
 def test_there_are_no_statistics_to_recompute():

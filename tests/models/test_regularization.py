@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from resnet_jax.models import StochasticDepth
-from resnet_jax.models.regularization import linear_rates
+from resnet_jax.models.wrappers import linear_rates
 from tests.models.reference import KEY
 
 

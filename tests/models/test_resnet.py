@@ -10,12 +10,12 @@ from flax import traverse_util
 
 from resnet_jax.analysis.complexity import abstract_variables
 from resnet_jax.models import (
-    BasicBlock,
     BatchNorm,
     CifarStem,
     Conv,
     DeepStem,
     ImageNetStem,
+    PreActBasicBlock,
     ResNet,
     create_model,
     shortcuts,
@@ -272,7 +272,9 @@ def test_epsilon_option(variables):
 
 
 def test_no_statistics_move_where_the_momentum_is_one(variables):
-    model = create_model("cifar_resnet8", batch_norm_momentum=1.0)
+    model = create_model("cifar_resnet8").clone(
+        norm=functools.partial(BatchNorm, momentum=1.0)
+    )
     _, stats = train_pass(model, variables, images_of((4, 8, 8, 3)))
     jax.tree.map(np.testing.assert_array_equal, stats, variables["batch_stats"])
 
@@ -325,8 +327,7 @@ def test_a_stem_may_have_a_width_of_its_own():
 def test_a_preactivation_net_in_numpy():
     """He et al. 2016: the stem activates for the first block, and the end once more."""
     bare = shortcuts.Projection(normalized=False)
-    model = ResNet((1, 1), BasicBlock, bare, CifarStem, width=4, num_classes=3,
-                   preactivation=True)  # fmt: skip
+    model = ResNet((1, 1), PreActBasicBlock, bare, CifarStem, width=4, num_classes=3)
     images = images_of((2, 6, 7, 3))
     variables = random_variables(model, images)
     params, stats = variables["params"], variables["batch_stats"]

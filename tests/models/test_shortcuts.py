@@ -1,5 +1,6 @@
 """The shortcuts by themselves (He et al. 2015, section 3.3; 2016, section 3.1)."""
 
+import dataclasses
 import functools
 
 import jax
@@ -43,9 +44,14 @@ class Shortcut(nn.Module):
     def __call__(self, x, residual=None, train=False):
         if residual is None:
             residual = jnp.zeros(self.like, x.dtype)
-        return self.shortcut(
-            x, residual, self.strides, Conv, EVALUATING, self.dilation, train
+        shortcut = self.shortcut
+        if isinstance(shortcut, shortcuts.Dropped):
+            shortcut = dataclasses.replace(shortcut, train=train)
+        carried, factor = shortcut(
+            x, residual.shape[-1], self.strides, Conv, EVALUATING, self.dilation
         )
+        residual = residual if factor is None else factor * residual
+        return residual if carried is None else residual + carried
 
 
 def call(shortcut, x, like_shape, strides):

@@ -13,10 +13,10 @@ from flax import linen as nn
 from resnet_jax.models import (
     BasicBlock,
     BatchNorm,
-    BottleneckBlock,
     CifarStem,
     Conv,
     OverlappingStage,
+    PreActBottleneckBlock,
     ResNet,
     SqueezeExcite,
     Stage,
@@ -234,13 +234,12 @@ NETS = {
     "preactivated bottlenecks, gated": ResNet(
         (3,),
         functools.partial(
-            BottleneckBlock, stride_version="v1", squeeze_excite=SqueezeExcite
+            PreActBottleneckBlock, stride_version="v1", squeeze_excite=SqueezeExcite
         ),
         shortcuts.Projection(normalized=False),
         CifarStem,
         width=2,
         num_classes=3,
-        preactivation=True,
     ),
 }
 

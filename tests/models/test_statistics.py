@@ -1,5 +1,7 @@
 """Batch statistics recomputed as a plain average."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -47,7 +49,9 @@ def test_the_first_normalisation_has_mean_and_variance_of_all_values(net, groups
     model, variables = net
     batches = batches_of(3)
     found = precise_batch_stats(
-        model.clone(batch_norm_groups=groups), variables, batches
+        model.clone(norm=functools.partial(BatchNorm, groups=groups)),
+        variables,
+        batches,
     )["stem"]["norm"]
     maps = np.concatenate([first_maps(variables, images) for images in batches])
     np.testing.assert_allclose(found["mean"], maps.mean((0, 1, 2)), rtol=1e-4)
@@ -139,7 +143,9 @@ def test_dropping_is_off_and_groups_are_kept(net):
     found = precise_batch_stats(dropping, variables, batches)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
-    grouped = precise_batch_stats(model.clone(batch_norm_groups=2), variables, batches)
+    grouped = precise_batch_stats(
+        model.clone(norm=functools.partial(BatchNorm, groups=2)), variables, batches
+    )
     halves = [half for images in batches for half in (images[:2], images[2:])]
     parts = precise_batch_stats(model, variables, halves)
     jax.tree.map(

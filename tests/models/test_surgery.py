@@ -12,10 +12,13 @@ from flax import traverse_util
 from resnet_jax.errors import UserError
 from resnet_jax.models import (
     BasicBlock,
+    BatchNorm,
     BottleneckBlock,
     CifarStem,
     DeepStem,
+    NoNorm,
     OverlappingStage,
+    PreActBasicBlock,
     ResNet,
     SqueezeExcite,
     create_model,
@@ -79,9 +82,7 @@ NETS = {
         (3,),
         "norm3",
     ),
-    "preactivated": Case(
-        tiny((1, 2), BasicBlock, BARE, preactivation=True), (3, 2), "conv2"
-    ),
+    "preactivated": Case(tiny((1, 2), PreActBasicBlock, BARE), (3, 2), "conv2"),
     "scanned": Case(
         tiny((2, 1), BasicBlock, shortcuts.ZeroPad(), scan=True), (3, 2), "norm2"
     ),
@@ -131,16 +132,14 @@ PLAIN = {
         plain(
             (1, 1),
             functools.partial(BasicBlock, num_convs=3),
-            batch_norm_epsilon=1e-3,
+            norm=functools.partial(BatchNorm, epsilon=1e-3),
             dropout_rate=0.2,
         ),
         (1, 2),
         "",
     ),
     "plain, scanned": Case(plain((2, 1), scan=True), (4, 3), ""),
-    "plain without normalisation": Case(
-        plain((1, 1), normalization="none"), (2, 3), ""
-    ),
+    "plain without normalisation": Case(plain((1, 1), norm=NoNorm), (2, 3), ""),
 }
 
 
@@ -296,9 +295,9 @@ def test_in_training_the_batchs_statistics_change_a_deeper_plain_net():
 @pytest.mark.parametrize(
     "model",
     [
-        plain((1, 1), normalization="none"),
+        plain((1, 1), norm=NoNorm),
         plain((1, 1), batch_norm_frozen=True),
-        tiny((1, 1), shortcut=shortcuts.ZeroPad(), normalization="none"),
+        tiny((1, 1), shortcut=shortcuts.ZeroPad(), norm=NoNorm),
     ],
     ids=["plain without normalisation", "plain, frozen", "residual without"],
 )
@@ -371,7 +370,7 @@ def test_the_key_determines_the_new_weights():
         (tiny((1, 1), shortcut=shortcuts.Gated(True)), (2, 2), "others scale, gate"),
         (tiny((1, 1), shortcut=shortcuts.Dropped()), (2, 2), "others scale, gate"),
         (plain((1, 1), BottleneckBlock), (2, 2), "plain nets of basic blocks"),
-        (plain((1, 1), preactivation=True), (2, 2), "plain nets of basic blocks"),
+        (plain((1, 1), PreActBasicBlock), (2, 2), "plain nets of basic blocks"),
         (
             plain((1, 1), functools.partial(BasicBlock, squeeze_excite=SqueezeExcite)),
             (2, 2),

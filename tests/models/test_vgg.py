@@ -373,8 +373,8 @@ def test_dropout_is_behind_both_hidden_layers_and_in_training_alone():
 
 def test_batch_normalisation_has_its_options_and_trains():
     options = {"groups": 2, "momentum": 0.5, "epsilon": 1e-3}
-    named = {f"batch_norm_{name}": value for name, value in options.items()}
-    model = VGG(**TINY, batch_norm=True, **named)
+    norm = functools.partial(BatchNorm, **options)
+    model = VGG(**TINY, batch_norm=True, norm=norm)
     images, seen = random_images((8, 8)), []
 
     def record(call, args, kwargs, context):

@@ -1,4 +1,4 @@
-"""Convolutions, padded by hand, and how they are computed on each kind of device."""
+"""Convolutions with symmetric padding, computed as suits the device."""
 
 import functools
 import math
@@ -10,10 +10,9 @@ from flax import linen as nn
 from jax import lax
 
 ALGORITHMS = ("auto", "xla", "pointwise", "products", "patches")
-STEM_ALGORITHMS = ("space_to_depth", "four_channels")
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-"""He initialisation with the fan-out, as the authors' released code draws it."""
+"""He initialisation by fan-out, as in the authors' released code."""
 
 INITIALIZATIONS: dict[str, Any] = {
     "he": he_normal,
@@ -21,28 +20,27 @@ INITIALIZATIONS: dict[str, Any] = {
     "xavier": nn.initializers.xavier_uniform(),
     "normal_0.01": nn.initializers.normal(0.01),
 }
-"""He et al. 2015 (rectifiers) with either fan; Glorot & Bengio 2010; and a normal
-distribution of one width for all layers, as before them (Krizhevsky et al. 2012).
+"""He et al. 2015 (rectifiers) with either fan; Glorot & Bengio 2010; and one normal
+distribution for all layers, as in Krizhevsky et al. 2012.
 """
 
 
 class Conv(nn.Module):
-    """A convolution, by default without bias, padded the same on every side.
+    """A convolution with the same padding on every side, by default without bias.
 
-    'SAME' would pad a 3x3 of stride 2 on one side only, which shifts the maps by a
-    pixel against torch's and the original's.
+    'SAME' pads a 3x3 of stride 2 on one side only, which shifts the maps by a pixel
+    compared with torch and the original.
 
     Attributes:
       features: output channels.
       kernel_size: height and width, both odd.
       strides: of both axes.
       dilation: spacing of the taps, in pixels of the input.
-      groups: parts of the channels that are convolved apart (ResNeXt).
-      use_bias: whether a bias is added.
+      groups: parts of the channels that are convolved separately (ResNeXt).
+      use_bias: whether to add a bias.
       kernel_init, bias_init: initialisers.
       dtype: of the computation; parameters are float32.
-      algorithm: how it is computed, see ``convolve``; changes no result beyond
-        rounding.
+      algorithm: how to compute it, see ``convolve``; results agree up to rounding.
     """
 
     features: int
@@ -89,56 +87,33 @@ def convolve(
 ) -> jax.Array:
     """A two-dimensional convolution with symmetric padding.
 
-    "xla" leaves it to XLA's convolution. "pointwise" writes a 1x1 convolution as a
-    matrix product. "products" does so too, and writes the gradient of a 3x3's kernel as
-    one product for each of its nine taps; the rest is XLA's. On the CPU, where XLA's
-    gradients of kernels are slow, a training step of ResNet-50 takes about 0.7 of the
-    time so (benchmarks/results); "auto" is "products" there and "xla" elsewhere.
-    "patches" writes 3x3 convolutions too as one product, with the nine pixels of every
-    output side by side: for loops on the CPU, see ``loop_algorithm``.
-
-    Two more are for the few channels of images, on which matrix units lie idle.
-    "space_to_depth" cuts the image into squares of 2x2 pixels, each a pixel of four
-    times the channels, and a kernel of stride 2 into the same squares: the 7x7 on 3
-    channels is a 4x4 of stride 1 on 12, whose further taps are zeros.
-    "four_channels" gives image and kernel a fourth channel of zeros.
+    "xla" is XLA's convolution. "pointwise" writes a 1x1 convolution as a matrix
+    product. "products" also writes the gradient of a 3x3 kernel as nine products, one
+    for each tap. XLA's kernel gradients are slow on the CPU, where a training step of
+    ResNet-50 takes about 0.7 of the time with "products" (benchmarks/results). "auto"
+    is "products" on the CPU and "xla" elsewhere. "patches" writes a 3x3 convolution as
+    one product, with the nine pixels of each output side by side: for loops on the
+    CPU, see ``loop_algorithm``.
 
     Args:
       x: (n, h, w, c).
       kernel: (height, width, c / groups, features), height and width odd.
       strides: of both axes.
       dilation: spacing of the taps.
-      groups: parts of the channels that are convolved apart.
-      algorithm: one of ``ALGORITHMS`` or ``STEM_ALGORITHMS``.
+      groups: parts of the channels that are convolved separately.
+      algorithm: one of ``ALGORITHMS``.
 
     Returns:
       (n, ceil(h / strides), ceil(w / strides), features).
 
     Raises:
-      ValueError: an unknown algorithm, or one that is not for this convolution.
+      ValueError: an unknown algorithm.
     """
-    known = (*ALGORITHMS, *STEM_ALGORITHMS)
-    if algorithm not in known:
+    if algorithm not in ALGORITHMS:
         raise ValueError(
-            f"the convolution's algorithm is one of {', '.join(known)}, "
+            f"the convolution's algorithm is one of {', '.join(ALGORITHMS)}, "
             f"not {algorithm!r}"
         )
-    if algorithm == "space_to_depth":
-        if (strides, dilation, groups) != (2, 1, 1):
-            raise ValueError(
-                "space_to_depth is for a convolution of stride 2 with neither dilation "
-                f"nor groups, not of stride {strides}, dilation {dilation} and "
-                f"{groups} groups"
-            )
-        return _space_to_depth_convolve(x, kernel)
-    if algorithm == "four_channels":
-        if groups > 1 or x.shape[-1] > 4:
-            raise ValueError(
-                "four_channels is for up to four channels in one group, not "
-                f"{x.shape[-1]} in {groups}"
-            )
-        x, kernel = _four_channels(x, axis=3), _four_channels(kernel, axis=2)
-        return _xla_convolve(x, kernel, strides, dilation)
     if algorithm == "auto":
         algorithm = "products" if jax.default_backend() == "cpu" else "xla"
     size = kernel.shape[:2]
@@ -150,51 +125,17 @@ def convolve(
         return _xla_convolve(x, kernel, strides, dilation)
     if algorithm == "patches":
         return _patches_convolve(x, kernel, strides, dilation)
-    # Measured: for few channels XLA's own gradient is the faster one.
+    # Measured: XLA's own gradient is faster for few channels.
     if x.shape[-1] >= 32 or strides > 1:
         return _convolve_3x3(x, kernel, strides, dilation)
     return _xla_convolve(x, kernel, strides, dilation)
 
 
-def _space_to_depth_convolve(x, kernel):
-    """A convolution of stride 2 as one of stride 1 on squares of 2x2 pixels.
-
-    Output i meets the pixels 2 i - reach to 2 i + reach. One more tap, of zeros, makes
-    these whole squares: in front where the reach is odd, else behind.
-    """
-    reaches = [size // 2 for size in kernel.shape[:2]]
-    tap = [(reach % 2, 1 - reach % 2) for reach in reaches]
-    odd = [(0, side % 2) for side in x.shape[1:3]]
-    return lax.conv_general_dilated(
-        _squares(jnp.pad(x, ((0, 0), *odd, (0, 0))), 1),
-        _squares(jnp.pad(kernel, (*tap, (0, 0), (0, 0))), 0),
-        window_strides=(1, 1),
-        padding=[(-(-reach // 2), reach // 2) for reach in reaches],
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-def _squares(array, axis):
-    """The axes (h, w, c) from ``axis`` on as (h / 2, w / 2, 4 c)."""
-    before, after = array.shape[:axis], array.shape[axis + 3 :]
-    height, width, channels = array.shape[axis : axis + 3]
-    cut = array.reshape(*before, height // 2, 2, width // 2, 2, channels, *after)
-    ordered = jnp.swapaxes(cut, axis + 1, axis + 2)
-    return ordered.reshape(*before, height // 2, width // 2, 4 * channels, *after)
-
-
-def _four_channels(array, axis):
-    """``array`` with zeros up to four channels."""
-    padding = [(0, 0)] * array.ndim
-    padding[axis] = (0, 4 - array.shape[axis])
-    return jnp.pad(array, padding)
-
-
 def loop_algorithm(algorithm: str) -> str:
-    """What "auto" means for convolutions inside a compiled loop.
+    """Resolves "auto" for convolutions inside a compiled loop.
 
-    Outside of loops XLA:CPU calls its library of fast convolutions; gradients inside
-    one run on slow code of its own, but for matrix products.
+    Outside loops, XLA:CPU calls a library of fast convolutions. Inside a loop,
+    gradients run on slow generic code, except for matrix products.
     """
     in_slow_loop = algorithm == "auto" and jax.default_backend() == "cpu"
     return "patches" if in_slow_loop else algorithm
@@ -219,8 +160,8 @@ def _convolve_3x3(x, kernel, strides, dilation):
 
 @_convolve_3x3.defjvp
 def _convolve_3x3_jvp(strides, dilation, primals, tangents):
-    # The product form is linear in the kernel's tangent. Reverse mode transposes it
-    # and never computes it: what runs is its transpose, nine products.
+    # The product form is linear in the kernel's tangent. Reverse mode runs only its
+    # transpose: nine products.
     x, kernel = primals
     x_tangent, kernel_tangent = tangents
     y = _xla_convolve(x, kernel, strides, dilation)
@@ -229,7 +170,7 @@ def _convolve_3x3_jvp(strides, dilation, primals, tangents):
     return y, through_x + through_kernel
 
 
-# The patches are nine times the map: made again for the gradient, not kept.
+# The patches are nine times the size of the map: recomputed for the gradient.
 @functools.partial(jax.checkpoint, static_argnums=(2, 3), prevent_cse=False)
 def _patches_convolve(x, kernel, strides, dilation):
     taps = list(_taps(x, kernel.shape[:2], strides, dilation))
@@ -242,13 +183,13 @@ def _sum_of_taps(x, kernel, shape, strides, dilation):
     features = kernel.shape[-1]
     total = jnp.zeros((features, math.prod(shape[:3])), x.dtype)
     for (i, j), pixels in _taps(x, kernel.shape[:2], strides, dilation):
-        # Features first: the transposed product is the faster one on the CPU.
+        # Features first: the transposed product is faster on the CPU.
         total += kernel[i, j].T @ pixels.reshape(-1, x.shape[-1]).T
     return total.T.reshape(shape)
 
 
 def _taps(x, size, strides, dilation):
-    """Each tap (i, j) with the pixels that it meets, (n, h', w', c)."""
+    """Yields each tap (i, j) and the pixels it reads, (n, h', w', c)."""
     reach = [side // 2 * dilation for side in size]
     padded = jnp.pad(x, ((0, 0), (reach[0],) * 2, (reach[1],) * 2, (0, 0)))
     rows, columns = ((side - 1) // strides * strides + 1 for side in x.shape[1:3])

@@ -7,44 +7,34 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from resnet_jax.models.fused import (
-    Form,
-    fused_batch_norm,
-    normalize,
-    plain_batch_norm,
-)
-
-NORMALIZATIONS = ("batch", "none")
+from resnet_jax.models.fused import Form, fused_batch_norm, normalize, plain_batch_norm
 
 
 class BatchNorm(nn.Module):
     """Batch normalisation over every axis but the last (Ioffe & Szegedy 2015).
 
-    Under ``jax.jit`` with a sharded batch the statistics are those of the whole
-    batch, whatever the number of devices. With ``groups`` above 1 the batch is cut
-    into that many equal parts in order, each normalised by its own statistics: the
-    paper's 8 x 32 images of ImageNet are ``groups=8`` at batch 256 on any topology.
+    Under ``jax.jit`` with a sharded batch the statistics are those of the global batch,
+    on any number of devices. With ``groups`` above 1 the batch is split in order into
+    equal parts, each normalised by its own statistics: the paper's 8 GPUs with 32
+    ImageNet images each are ``groups=8`` at batch 256, on any topology.
 
-    Statistics are at least float32 for every ``dtype``. The variance is by default the
-    mean of squared deviations: never negative, and exact where E[x^2] - E[x]^2 cancels.
-    The running variance averages m / (m - 1) times that of the m values of a group, the
-    unbiased estimate of Ioffe & Szegedy's algorithm 2, as Caffe's and torch's do.
+    Statistics are at least float32 for every ``dtype``. The running variance averages
+    the unbiased estimate, m / (m - 1) times the variance of a group's m values, as in
+    algorithm 2 of Ioffe & Szegedy, Caffe and torch.
 
     Attributes:
-      use_running_average: normalise by the running statistics, and keep them: in
-        evaluation, or frozen in training.
-      momentum: the running statistics' decay; 0.9 here is torch's 0.1.
+      use_running_average: normalise by the running statistics and leave them
+        unchanged: in evaluation, or frozen in training.
+      momentum: decay of the running statistics; 0.9 here is 0.1 in torch.
       epsilon: added to the variance.
-      groups: the number of parts of the batch with statistics of their own.
-      unbiased: False averages the biased variance in the running one, as Linen's
-        BatchNorm does.
+      groups: the number of parts of the batch with separate statistics.
+      unbiased: False averages the biased variance, as Linen's BatchNorm does.
       dtype: dtype of the output.
       scale_init: initialiser of the scale.
-      variance: "two_pass", or "fast": E[x^2] - E[x]^2, see ``batch_moments``.
-      arithmetic: of maps in training: "wide" is float32 at least, "narrow" is
-        ``dtype``; see ``models.fused.Form``. In evaluation it is wide.
-      fused: in training, normalisation, addition and ReLU are one function that keeps
-        less for the gradient; the same to rounding. See ``models.fused``.
+      variance: "two_pass" averages squared deviations: never negative, and exact where
+        E[x^2] - E[x]^2 cancels. "fast" is that difference; see ``batch_moments``.
+      fused: in training, compute normalisation, addition and ReLU as one function that
+        keeps less for the gradient. Equal up to rounding; see ``models.fused``.
     """
 
     use_running_average: bool
@@ -55,19 +45,21 @@ class BatchNorm(nn.Module):
     dtype: Any = jnp.float32
     scale_init: Callable[..., Any] = nn.initializers.ones
     variance: str = "two_pass"
-    arithmetic: str = "wide"
     fused: bool = False
 
     @nn.compact
     def __call__(
         self, x: jax.Array, shortcut: jax.Array | None = None, relu: bool = False
     ) -> jax.Array:
-        """Normalises ``x``, then adds ``shortcut``, then applies ReLU if asked.
+        """Normalises ``x``, then adds ``shortcut``, then applies ReLU if asked to.
 
         Args:
           x: (n, ..., c).
-          shortcut: of the shape of x; None: nothing is added.
-          relu: whether negative values become zero.
+          shortcut: same shape as x; None adds nothing.
+          relu: whether to apply ReLU.
+
+        Raises:
+          ValueError: ``groups`` does not divide the batch.
         """
         channels = (x.shape[-1],)
         running_mean = self.variable(
@@ -90,8 +82,6 @@ class BatchNorm(nn.Module):
                 f"a batch of {x.shape[0]} does not divide into {self.groups} batch "
                 "normalisation groups"
             )
-        if self.fused and self.arithmetic != "wide":
-            raise ValueError("the fused normalisation's arithmetic is wide alone")
         groups = 1 if self.is_initializing() else self.groups
         shape = (groups, x.shape[0] // groups, *x.shape[1:])
         compute = fused_batch_norm if self.fused else plain_batch_norm
@@ -100,7 +90,7 @@ class BatchNorm(nn.Module):
             None if shortcut is None else shortcut.reshape(shape),
             scale,
             bias,
-            Form(self.epsilon, self.variance, relu, self.dtype, self.arithmetic),
+            Form(self.epsilon, self.variance, relu, self.dtype),
         )
         if not self.is_initializing():
             keep = self.momentum
@@ -115,29 +105,34 @@ class BatchNorm(nn.Module):
 
 
 class NoNorm(nn.Module):
-    """The identity in a normalisation's place."""
+    """The identity, in the place of a normalisation."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns ``x``."""
         return x
 
 
-def is_frozen(frozen: bool | Sequence[str], part: str) -> bool:
-    """Whether a net's ``batch_norm_frozen`` holds for one of its parts."""
-    return frozen if isinstance(frozen, bool) else part in frozen
-
-
 def norm_act(
-    norm: Any, x: jax.Array, activation: Callable[[jax.Array], jax.Array]
+    norm: Callable[..., jax.Array],
+    x: jax.Array,
+    activation: Callable[[jax.Array], jax.Array] | None = nn.relu,
+    added: jax.Array | None = None,
 ) -> jax.Array:
-    """activation(norm(x)), as one function where the normalisation fuses them."""
-    return norm(x, relu=True) if fuses(norm, activation) else activation(norm(x))
+    """activation(norm(x) + added), as one function where the normalisation fuses them.
 
-
-def fuses(norm: Any, activation: Callable[[jax.Array], jax.Array]) -> bool:
-    """Whether a normalisation, of any kind, computes the activation (ReLU) with it.
-
-    ``norm(x, shortcut, relu=True)`` is then one function, ``models.fused``.
+    Args:
+      norm: a normalisation, or any function of x.
+      x: (n, ..., c).
+      activation: None returns the sum.
+      added: same shape as norm(x); None adds nothing.
     """
-    fused = isinstance(norm, BatchNorm) and norm.fused
-    return fused and not norm.use_running_average and activation is nn.relu
+    if isinstance(norm, BatchNorm) and norm.fused and activation is nn.relu:
+        return norm(x, added, relu=True)
+    y = norm(x)
+    y = y if added is None else y + added
+    return y if activation is None else activation(y)
+
+
+def is_frozen(frozen: bool | Sequence[str], part: str) -> bool:
+    """Whether a net's ``batch_norm_frozen`` applies to one of its parts."""
+    return frozen if isinstance(frozen, bool) else part in frozen

@@ -1,0 +1,241 @@
+"""The options of nets, each declared once.
+
+``create_model``, the ``model`` section of a config, ``--help`` and the checks
+of values all come from ``ModelOptions``.
+"""
+
+import dataclasses
+import difflib
+import math
+import numbers
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from resnet_jax.errors import UserError
+from resnet_jax.models import shortcuts
+from resnet_jax.models.blocks import STRIDE_VERSIONS
+from resnet_jax.models.conv import ALGORITHMS, INITIALIZATIONS
+from resnet_jax.models.fused import VARIANCES
+
+NORMALIZATIONS = ("batch", "none")
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    operational: bool = False,
+) -> Any:
+    """A dataclass field with its documentation and valid values.
+
+    Args:
+      default: the default value.
+      meaning: one line of documentation; it says what None means.
+      choices: the valid strings.
+      at_least: the smallest valid number.
+      below: valid numbers are smaller than this.
+      operational: changes where or how fast a run happens but not its result, so it
+        may change when a run continues.
+    """
+    metadata = {
+        "meaning": meaning,
+        "choices": choices,
+        "at_least": at_least,
+        "below": below,
+        "operational": operational,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """The options of ``create_model`` that a config can set."""
+
+    name: str = option("cifar_resnet20", "a name of resnet_jax.list_models()")
+    shortcut: str | None = option(
+        None,
+        "A, B, C, pooled (ResNet-D) or none; or a shortcut that He et al. 2016 compare "
+        "with the identity; None: the net's own",
+        choices=tuple(shortcuts.BY_NAME),
+    )
+    stride_version: str | None = option(
+        None,
+        "where a bottleneck strides: v1 the first 1x1 (paper), v1.5 the 3x3; None: the "
+        "net's own",
+        choices=STRIDE_VERSIONS,
+    )
+    block_convs: int | None = option(
+        None, "3x3 convolutions of a basic block; None: the net's own", at_least=1
+    )
+    squeeze_excite: bool | None = option(
+        None, "gate residual functions by their channel means; None: the net's own"
+    )
+    zero_init_last: bool | None = option(
+        None,
+        "start the last normalisation of each block with scale zero; None: the net's "
+        "own",
+    )
+    stochastic_depth_rate: float | None = option(
+        None,
+        "probability with which training drops the last block, growing linearly from "
+        "the first; None: the net's own",
+        at_least=0,
+        below=1,
+    )
+    dropout_rate: float | None = option(
+        None,
+        "rate of the dropout that the net defines; None: the net's own",
+        at_least=0,
+        below=1,
+    )
+    gate_bias: float | None = option(
+        None,
+        "initial bias of the gates of a highway net or gated shortcut; None: the net's "
+        "own",
+    )
+    normalization: str | None = option(
+        None,
+        "batch; or none for a residual or plain net without normalisation, whose "
+        "convolutions have biases; None: the net's own",
+        choices=NORMALIZATIONS,
+    )
+    initialization: str | None = option(
+        None,
+        "of kernels: he (fan-out), he_fan_in, xavier or normal_0.01; a residual or "
+        "plain net's classifier keeps its own; None: the net's own",
+        choices=tuple(INITIALIZATIONS),
+    )
+    dtype: str = option(
+        "float32",
+        "dtype of convolutions and maps; everything else is float32",
+        choices=("float32", "bfloat16"),
+    )
+    batch_norm_groups: int = option(
+        1, "parts of the global batch with separate statistics", at_least=1
+    )
+    batch_norm_momentum: float = option(
+        0.9, "decay of the running statistics (torch's 0.1 is 0.9)", at_least=0, below=1
+    )
+    batch_norm_epsilon: float = option(1e-5, "added to the variance", at_least=0)
+    norm_variance: str = option(
+        "two_pass",
+        "how batch normalisation computes the variance: fast reads the map once, and "
+        "is inaccurate where the mean is large relative to the deviation",
+        choices=VARIANCES,
+    )
+    fused_norm: bool = option(
+        False,
+        "compute normalisation, addition and ReLU as one function whose gradient keeps "
+        "less; equal up to rounding",
+    )
+    scan: bool | None = option(
+        None,
+        "run equal blocks as one loop, which compiles in less time; None: for nets too "
+        "deep to unroll",
+    )
+    remat: bool = option(
+        False, "recompute the inside of blocks for the gradient, to save memory"
+    )
+    conv_algorithm: str = option(
+        "auto",
+        "how to compute convolutions: auto is the faster one for the device",
+        choices=ALGORITHMS,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One declared option, by its dotted name."""
+
+    name: str
+    annotation: Any
+    default: Any
+    meaning: str
+    choices: Sequence[str] | None
+    at_least: float | None
+    below: float | None
+    operational: bool
+
+
+def declared(cls: type, prefix: str = "") -> Iterator[Field]:
+    """The options of a (nested) dataclass, in order."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name, annotation = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(annotation):
+            yield from declared(typing.cast(type, annotation), name + ".")
+        else:
+            yield Field(name, annotation, field.default, **field.metadata)
+
+
+def check(field: Field, value: Any) -> Any:
+    """The value in the field's type.
+
+    Raises:
+      UserError: a wrong type, or a value that is not valid, in one sentence.
+    """
+    converted = _converted(field.annotation, value)
+    if converted is _WRONG:
+        raise UserError(
+            f"{field.name} takes {describe_type(field.annotation)}, not {value!r}"
+        )
+    if field.choices and converted is not None and converted not in field.choices:
+        close = difflib.get_close_matches(str(converted), field.choices, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(
+            f"{field.name} is one of {', '.join(field.choices)}, "
+            f"not {converted!r}{hint}"
+        )
+    if isinstance(converted, (int, float)) and not isinstance(converted, bool):
+        if not math.isfinite(converted):
+            raise UserError(f"{field.name} must be finite, not {value}")
+        if field.at_least is not None and converted < field.at_least:
+            raise UserError(
+                f"{field.name} must be at least {field.at_least}, not {converted}"
+            )
+        if field.below is not None and converted >= field.below:
+            raise UserError(
+                f"{field.name} must be below {field.below}, not {converted}"
+            )
+    return converted
+
+
+_WRONG = object()
+
+
+def _converted(annotation: Any, value: Any) -> Any:
+    """The value in the annotated type, or _WRONG; nothing is guessed."""
+    if isinstance(annotation, types.UnionType):
+        inner, _ = typing.get_args(annotation)
+        return None if value is None else _converted(inner, value)
+    if typing.get_origin(annotation) is tuple:
+        if not isinstance(value, (tuple, list)):
+            return _WRONG
+        items = [_converted(typing.get_args(annotation)[0], item) for item in value]
+        return _WRONG if _WRONG in items else tuple(items)
+    if annotation in (bool, str) or isinstance(value, bool):
+        return value if type(value) is annotation else _WRONG
+    kind = numbers.Integral if annotation is int else numbers.Real
+    return annotation(value) if isinstance(value, kind) else _WRONG
+
+
+def describe_type(annotation: Any) -> str:
+    """A type in words, for error messages and --help."""
+    if isinstance(annotation, types.UnionType):
+        inner, _ = typing.get_args(annotation)
+        return f"{describe_type(inner)} or None"
+    if typing.get_origin(annotation) is tuple:
+        inner = typing.get_args(annotation)[0]
+        kind = {int: "integers", float: "numbers", str: "strings"}[inner]
+        return f"a tuple of {kind}"
+    return {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "a string",
+    }[annotation]
