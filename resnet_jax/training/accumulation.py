@@ -72,7 +72,7 @@ def in_loop(model: nn.Module, count: int) -> nn.Module:
     loop; see ``loop_algorithm``.
     """
     options: dict[str, Any] = {}
-    norm = getattr(model, "norm", None)
+    norm: Any = getattr(model, "norm", None)
     if "groups" in field_names(norm) and option_of(norm, "groups") > 1:
         groups = option_of(norm, "groups") // count
         options["norm"] = functools.partial(norm, groups=groups)
