@@ -143,4 +143,4 @@ for count in $(seq 0 "$restarts"); do
   fi
 done
 die "preempted, and --restarts $restarts allows no further attempt; the same command" \
-  "goes on from the last checkpoint"
+  "continues from the last checkpoint"
