@@ -137,7 +137,7 @@ def test_two_processes_stopped_killed_and_started_again_end_as_one(
     wait_for_rows(launcher, workdir, stopped_at + 2)
     os.kill(process_of(launcher, 1), signal.SIGKILL)
     output, _ = launcher.communicate(timeout=60)
-    assert f"going on from the checkpoint at step {stopped_at}" in output
+    assert f"continuing from the checkpoint at step {stopped_at}" in output
     assert launcher.returncode == 128 + signal.SIGKILL
     assert "error: process 1 of 2 has stopped, died" in output
     assert "Traceback" not in output

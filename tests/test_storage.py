@@ -148,6 +148,8 @@ from resnet_jax import storage, train
 from resnet_jax.workdir import Workdir
 from tests.conftest import make_tiny_config
 
+# The run's own cache, not the one of the tests.
+jax.config.update("jax_compilation_cache_dir", None)
 storage.SETTLE_SECONDS = 0.1
 found = []
 for place in sys.argv[2:]:

@@ -192,7 +192,7 @@ def damaged(soak: Soak) -> Iterator[str]:
         output = " ".join(soak.finish(workdir).split())
         for sentence in (
             f"checkpoints/{newest} is damaged",
-            f"going on from the checkpoint at step {before}",
+            f"continuing from the checkpoint at step {before}",
         ):
             if sentence not in output:
                 raise Failed(f"{kind.__name__}: it never said: {sentence}")

@@ -77,7 +77,7 @@ def test_a_run_starts_from_given_weights(tiny_config, tmp_path):
     assert not equal(before["params"]["head"], given["params"]["head"])
 
     tiny_config.model.name = "cifar_resnet14"
-    with pytest.raises(UserError, match=r"given\.safetensors does not fit"):
+    with pytest.raises(UserError, match=r"given\.safetensors does not match"):
         run(tiny_config, 0)
 
 
