@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from resnet_jax.errors import UserError
-from resnet_jax.models.blocks import BasicBlock, BottleneckBlock
+from resnet_jax.models.blocks import PREACTIVATED
 from resnet_jax.models.factories import class_of
 from resnet_jax.models.norm import BatchNorm
 from resnet_jax.models.resnet import CifarStem, DeepStem, ImageNetStem, ResNet
@@ -162,7 +162,7 @@ def _refuse_foreign(model: nn.Module) -> None:
         known = {
             "stem": (model.stem, (ImageNetStem, DeepStem, CifarStem)),
             "stage": (model.stage, (Stage,)),
-            "block": (model.block, (BasicBlock, BottleneckBlock)),
+            "block": (model.block, (*PREACTIVATED, *PREACTIVATED.values())),
             "shortcut": (type(model.shortcut), (Projection, ZeroPad, NoShortcut)),
         }
         odd = [
