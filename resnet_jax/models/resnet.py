@@ -114,7 +114,8 @@ class CifarStem(nn.Module):
 
 def _max_pool(x, norm):
     """3x3 max-pooling of stride 2; its gradient is by hand if the norm's is."""
-    if "fused" in field_names(norm) and option_of(norm, "fused"):
+    fused = "fused" in field_names(norm) and option_of(norm, "fused")
+    if fused and not option_of(norm, "use_running_average"):
         return max_pool_3x3(x)
     return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 

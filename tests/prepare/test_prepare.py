@@ -493,7 +493,7 @@ def test_an_interrupt_is_one_sentence_and_the_command_goes_on(tmp_path):
     _, told = process.communicate()
     assert process.returncode == 130
     assert told.count("\n") == 1
-    assert "the same command goes on from the last checkpoint or shard" in told
+    assert "the same command continues from the last checkpoint or shard" in told
     prepare(source, tmp_path / "out", num_shards=12)
 
 
