@@ -18,7 +18,7 @@ from flax import linen as nn
 from resnet_jax.models.blocks import BasicBlock
 from resnet_jax.models.conv import Conv, he_normal, loop_algorithm
 from resnet_jax.models.factories import ModuleFactory, class_of, field_names
-from resnet_jax.models.norm import BatchNorm, NoNorm, is_frozen, norm_act
+from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
 from resnet_jax.models.shortcuts import Dropped, Projection, Shortcut
 from resnet_jax.models.stages import Stage
 from resnet_jax.models.wrappers import StochasticDepth, dropout_between, linear_rates
@@ -169,6 +169,11 @@ class ResNet(nn.Module):
         One more normalisation and ReLU then follow the last block.
         """
         return getattr(class_of(self.block), "preactivation", False)
+
+    @property
+    def batch_norm_groups(self) -> int:
+        """Parts of the batch that are normalised separately, see BatchNorm."""
+        return groups_of(self.norm)
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Class logits.

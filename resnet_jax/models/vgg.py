@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from resnet_jax.models.conv import Conv
 from resnet_jax.models.factories import ModuleFactory
-from resnet_jax.models.norm import BatchNorm, NoNorm, is_frozen, norm_act
+from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
 from resnet_jax.models.resnet import FeatureMap
 
 POOLED_SIZE = 7
@@ -86,6 +86,11 @@ class VGG(nn.Module):
     norm: ModuleFactory = BatchNorm
     batch_norm_frozen: bool | Sequence[str] = False
     dtype: Any = jnp.float32
+
+    @property
+    def batch_norm_groups(self) -> int:
+        """Parts of the batch that are normalised separately, see BatchNorm."""
+        return groups_of(self.norm)
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Class logits.
