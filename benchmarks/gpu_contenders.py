@@ -22,10 +22,19 @@ class Switch:
     Attributes:
       options: of ``create_model``; and dtype.
       flags: of XLA, added to those that are set.
+      candidate: also with the fused gradient's mask computed twice, and the
+        max-pooling's own gradient.
     """
 
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     flags: str = ""
+    candidate: bool = False
+
+    def set(self) -> None:
+        """Switches what is no option of the net."""
+        from resnet_jax.models import fused, resnet
+
+        fused.RECOMPUTES_MASK = resnet.POOLS_BY_HAND = self.candidate
 
 
 SWITCHES = {
@@ -35,10 +44,13 @@ SWITCHES = {
     "remat": Switch({"remat": True}),
     "fused norm": Switch({"fused_norm": True}),
     "fast variance": Switch({"norm_variance": "fast"}),
-    "narrow norm": Switch({"norm_arithmetic": "narrow"}),
     "fused, fast": Switch({"fused_norm": True, "norm_variance": "fast"}),
-    "space to depth": Switch({"stem_form": "space_to_depth"}),
-    "four channels": Switch({"stem_form": "four_channels"}),
+    "candidate": Switch({"fused_norm": True, "norm_variance": "fast"}, candidate=True),
+    "candidate, pointwise": Switch(
+        {"fused_norm": True, "norm_variance": "fast", "conv_algorithm": "pointwise"},
+        candidate=True,
+    ),
+    "fast, pool": Switch({"norm_variance": "fast"}, candidate=True),
     "float32": Switch({"dtype": "float32"}),
     "no graphs": Switch(flags="--xla_gpu_enable_command_buffer="),
     "graphs": Switch(flags="--xla_gpu_enable_command_buffer=+CONVOLUTION"),
@@ -83,14 +95,16 @@ class Running:
     """An implementation, ready to run.
 
     Attributes:
-      run: does so many steps, waits for them, and stops at a loss that is not finite.
+      run: does so many steps, waits for them, and says whether all is finite.
       facts: of the row.
       peak: bytes on the device at the fullest moment; None where it does not tell.
+      program: the compiled program, of JAX.
     """
 
-    run: Callable[[int], None]
+    run: Callable[[int], bool]
     facts: dict[str, Any]
     peak: Callable[[], int | None]
+    program: Any = None
 
 
 def prepared(case: Case) -> Running:
@@ -114,6 +128,7 @@ def our_running(case: Case) -> Running:
     from resnet_jax.models import catalog_entry
     from resnet_jax.training.benchmark import synthetic_step
 
+    SWITCHES[case.way].set()
     options = dict(SWITCHES[case.way].options)
     step, state, batch = synthetic_step(
         case.model,
@@ -133,14 +148,14 @@ def our_running(case: Case) -> Running:
         **_account(compiled, case.batch),
     }
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> bool:
         nonlocal state
         for _ in range(steps):
             state = compiled(state, None, batch)
         jax.block_until_ready(state)
-        _check(int(state.first_bad_step) < 0)
+        return int(state.first_bad_step) < 0
 
-    return Running(run, facts, _jax_peak)
+    return Running(run, facts, _jax_peak, compiled)
 
 
 def _account(compiled: Any, batch: int) -> dict[str, Any]:
@@ -182,10 +197,10 @@ def our_inference(case: Case) -> Running:
         **_account(compiled, case.batch),
     }
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> bool:
         for _ in range(steps):
             logits = compiled(variables, images)
-        _check(bool(jnp.isfinite(logits).all()))  # which waits for the device
+        return bool(jnp.isfinite(logits).all())  # which waits for the device
 
     return Running(run, facts, _jax_peak)
 
@@ -227,20 +242,21 @@ def fed_running(case: Case) -> Running:
         "threads": config.data.threads,
     }
 
-    def read(steps: int) -> None:
+    def read(steps: int) -> bool:
         for _ in range(steps):
             jax.block_until_ready(next(stream))
+        return True
 
     if case.way == "input alone":
         return Running(read, facts, _jax_peak)
     step, state = setup.train_step(), setup.fresh_state()
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> bool:
         nonlocal state
         for _ in range(steps):
             state = step(state, None, next(stream))
         jax.block_until_ready(state)
-        _check(int(state.first_bad_step) < 0)
+        return int(state.first_bad_step) < 0
 
     return Running(run, facts, _jax_peak)
 
@@ -252,9 +268,9 @@ def flax_running(case: Case) -> Running:
     work = Work(case.model, *synthetic(case), _pixels())
     contender = flax_contender(work, "bfloat16")
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> bool:
         contender.run(steps)
-        _check(contender.is_finite())
+        return bool(contender.is_finite())
 
     facts = {"implementation": "flax", "parameters": contender.parameters}
     return Running(run, facts, _jax_peak)
@@ -291,13 +307,13 @@ def torch_running(case: Case) -> Running:
     if case.way == "compiled":
         loss_of = torch.compile(loss_of)
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> bool:
         for _ in range(steps):
             loss = loss_of()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        _check(math.isfinite(loss.item()))  # which waits for the device
+        return math.isfinite(loss.item())  # which waits for the device
 
     return Running(run, _torch_facts(net, implementation), _torch_peak)
 
@@ -319,11 +335,11 @@ def torch_inference(case: Case) -> Running:
 
     call = torch.compile(classify) if case.way.endswith("compiled") else classify
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> bool:
         with torch.inference_mode():
             for _ in range(steps):
                 logits = call()
-            _check(bool(logits.isfinite().all()))  # which waits for the device
+            return bool(logits.isfinite().all())  # which waits for the device
 
     return Running(run, _torch_facts(net, implementation), _torch_peak)
 
@@ -379,11 +395,6 @@ def _torch_peak() -> int | None:
 
     available = torch.cuda.is_available()
     return torch.cuda.max_memory_allocated() if available else None
-
-
-def _check(finite: bool) -> None:
-    if not finite:
-        raise SystemExit("a loss was not finite")
 
 
 def _jax_peak() -> int | None:

@@ -62,6 +62,7 @@ class Case:
       flags: a key of ``FLAGS``; jax's alone.
       calls: jax: steps a call, each a row; torch: eager or compiled, each a row.
       seeds: jax: trained at once by vmap.
+      options: jax: of ``create_model``, as pairs.
     """
 
     framework: str
@@ -70,6 +71,7 @@ class Case:
     flags: str = "default"
     calls: tuple[Any, ...] = (1, 16, 128)
     seeds: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
         """One for each of ``calls``, not measured yet."""
@@ -142,7 +144,7 @@ def measure(case: Case, tiny: bool, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def jax_runs(case: Case, size: Size) -> Iterator[tuple[Callable[[int], None], int]]:
+def jax_runs(case: Case, size: Size) -> Iterator[tuple[Callable[[int], bool], int]]:
     """For each of the case's calls: a function that runs so many steps; parameters."""
     import jax
 
@@ -151,7 +153,7 @@ def jax_runs(case: Case, size: Size) -> Iterator[tuple[Callable[[int], None], in
         yield _jax_run(case, size, length)
 
 
-def _jax_run(case: Case, size: Size, length: int) -> tuple[Callable[[int], None], int]:
+def _jax_run(case: Case, size: Size, length: int) -> tuple[Callable[[int], bool], int]:
     import jax
     import jax.numpy as jnp
 
@@ -162,6 +164,7 @@ def _jax_run(case: Case, size: Size, length: int) -> tuple[Callable[[int], None]
     from resnet_jax.data.device_order import Place
     from resnet_jax.data.order import Order
     from resnet_jax.data.transforms import PixelStatistics
+    from resnet_jax.models import fused
     from resnet_jax.training.optimizer import make_optimizer
     from resnet_jax.training.schedule import Schedule
     from resnet_jax.training.state import init_state, state_shardings
@@ -169,7 +172,9 @@ def _jax_run(case: Case, size: Size, length: int) -> tuple[Callable[[int], None]
 
     mesh = parallel.data_mesh(1)
     dtype = jnp.bfloat16 if case.precision == "bfloat16" else jnp.float32
-    net = create_model(f"cifar_resnet{case.depth}", dtype=dtype)
+    options = dict(case.options)
+    fused.RECOMPUTES_MASK = options.get("fused_norm", False)
+    net = create_model(f"cifar_resnet{case.depth}", dtype=dtype, **options)
     config = dataclasses.replace(
         Config(),
         augmentation=AugmentationConfig(pad=_PAD, flip=True),
@@ -212,13 +217,12 @@ def _jax_run(case: Case, size: Size, length: int) -> tuple[Callable[[int], None]
     else:
         state = jax.tree.map(lambda leaf: leaf[0], state)
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> bool:
         nonlocal state
         for _ in range(-(-steps // length)):
             state = program(state, resident, argument)
         jax.block_until_ready(state)
-        if (np.asarray(state.first_bad_step) >= 0).any():
-            raise SystemExit("a loss was not finite")
+        return bool((np.asarray(state.first_bad_step) < 0).all())
 
     return run, parameters
 
@@ -230,7 +234,7 @@ def synthetic(size: Size) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, 10, size.num_images).astype(np.int32)
 
 
-def torch_runs(case: Case, size: Size) -> Iterator[tuple[Callable[[int], None], int]]:
+def torch_runs(case: Case, size: Size) -> Iterator[tuple[Callable[[int], bool], int]]:
     """As ``jax_runs``."""
     for call in case.calls:
         yield _torch_run(case, size, call == "compiled")
@@ -238,7 +242,7 @@ def torch_runs(case: Case, size: Size) -> Iterator[tuple[Callable[[int], None], 
 
 def _torch_run(
     case: Case, size: Size, compiled: bool
-) -> tuple[Callable[[int], None], int]:
+) -> tuple[Callable[[int], bool], int]:
     import torch
     from torch.nn import functional
 
@@ -292,7 +296,7 @@ def _torch_run(
     order = torch.randperm(size.num_images, device=device)
     batches = order[: size.num_images // size.batch * size.batch].split(size.batch)
 
-    def run(steps: int) -> None:
+    def run(steps: int) -> bool:
         for step in range(steps):
             if compiled:
                 torch.compiler.cudagraph_mark_step_begin()
@@ -300,8 +304,7 @@ def _torch_run(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if not np.isfinite(loss.item()):  # which waits for the device
-            raise SystemExit("a loss was not finite")
+        return bool(np.isfinite(loss.item()))  # which waits for the device
 
     return run, sum(parameter.numel() for parameter in net.parameters())
 
@@ -312,17 +315,18 @@ def run_case(case: Case, size: Size) -> None:
     for run, parameters in runs(case, size):
         start = time.perf_counter()
         # The first compiles; then caches are filled and graphs recorded.
-        run(1)
+        finite = run(1)
         first = time.perf_counter() - start
         run(size.steps)
         seconds = []
         for _ in range(size.windows):
             start = time.perf_counter()
-            run(size.steps)
+            finite &= run(size.steps)
             seconds.append(time.perf_counter() - start)
         median = statistics.median(seconds) / size.steps
         row = {
             "status": "measured",
+            "finite": finite,
             "parameters": parameters,
             "first_call_seconds": first,
             "milliseconds": 1000 * median,

@@ -40,7 +40,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import processes, record
-from benchmarks.gpu_contenders import SWITCHES, Case, prepared
+from benchmarks.gpu_contenders import SWITCHES, Case, Running, prepared
 
 FRAMEWORKS = ("ours", "torch", "flax")
 MODELS = ("resnet50", "resnet18", "resnet101", "resnet152")
@@ -121,9 +121,13 @@ def plan(
 def run_case(case: Case, size: Size) -> dict[str, Any]:
     """Measures a case in this process."""
     start = time.perf_counter()
-    running = prepared(case)
+    return measured(case, size, prepared(case), start)
+
+
+def measured(case: Case, size: Size, running: Running, start: float) -> dict[str, Any]:
+    """The row of what is prepared since ``start``."""
     # The first step compiles; then caches are filled and algorithms chosen.
-    running.run(1)
+    finite = running.run(1)
     ready = time.perf_counter() - start
     running.run(size.warm)
     start = time.perf_counter()
@@ -133,12 +137,13 @@ def run_case(case: Case, size: Size) -> dict[str, Any]:
     seconds = []
     for _ in range(size.windows):
         start = time.perf_counter()
-        running.run(steps)
+        finite &= running.run(steps)
         seconds.append(time.perf_counter() - start)
     milliseconds = [1000 * window / steps for window in seconds]
     median = statistics.median(milliseconds)
     return {
         "status": "measured",
+        "finite": finite,
         "ready_seconds": ready,
         "milliseconds": median,
         "milliseconds_min": min(milliseconds),

@@ -21,6 +21,9 @@ from jax import lax
 
 VARIANCES = ("two_pass", "fast")
 
+RECOMPUTES_MASK = False
+"""Whether the fused gradient without a shortcut computes ReLU's mask twice."""
+
 
 class Form(NamedTuple):
     """The options of the computation.
@@ -153,22 +156,32 @@ def _backward(form, saved, cotangents):
     """
     x, joined, mean, var, scale, bias = saved
     gradient, mean_gradient, var_gradient = cotangents
-    deviation = widen(x) - mean
     inverse = lax.rsqrt(var + form.epsilon)
     slope = inverse * scale
-    if form.relu:
-        sign = deviation * slope + bias if joined is None else joined
-        # Mask before widening: several consumers then share the narrow array.
-        gradient = jnp.where(sign > 0, gradient, 0)
-    shortcut_gradient = None if joined is None else gradient.astype(joined.dtype)
-    gradient = widen(gradient)
+
+    def read(x, gradient):
+        """The deviations and the gradient before the ReLU, from the maps."""
+        deviation = widen(x) - mean
+        if form.relu:
+            sign = deviation * slope + bias if joined is None else joined
+            # Mask before widening: several consumers then share the narrow array.
+            gradient = jnp.where(sign > 0, gradient, 0)
+        return deviation, gradient
+
+    deviation, masked = read(x, gradient)
+    shortcut_gradient = None if joined is None else masked.astype(joined.dtype)
+    wide = widen(masked)
     axes = _reduced(x)
-    total = gradient.sum(axes, keepdims=True)
-    moment = (gradient * deviation).sum(axes, keepdims=True)
+    total = wide.sum(axes, keepdims=True)
+    moment = (wide * deviation).sum(axes, keepdims=True)
     count = math.prod(x.shape[axis] for axis in axes)
     along = (2 * var_gradient - slope * jnp.square(inverse) * moment) / count
     constant = (mean_gradient - slope * total) / count
-    x_gradient = slope * gradient + along * deviation + constant
+    if RECOMPUTES_MASK and joined is None:
+        # XLA would write the masked gradient for its two readers: three more passes.
+        deviation, masked = read(*lax.optimization_barrier((x, gradient)))
+        wide = widen(masked)
+    x_gradient = slope * wide + along * deviation + constant
     others = tuple(range(x.ndim - 1))
     return (
         x_gradient.astype(x.dtype),

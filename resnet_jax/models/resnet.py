@@ -19,6 +19,7 @@ from resnet_jax.models.blocks import BasicBlock
 from resnet_jax.models.conv import Conv, he_normal, loop_algorithm
 from resnet_jax.models.factories import ModuleFactory, class_of, field_names
 from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
+from resnet_jax.models.pooling import max_pool_3x3
 from resnet_jax.models.shortcuts import Dropped, Projection, Shortcut
 from resnet_jax.models.stages import Stage
 from resnet_jax.models.wrappers import StochasticDepth, dropout_between, linear_rates
@@ -106,7 +107,13 @@ class CifarStem(nn.Module):
         return c1, c1
 
 
+POOLS_BY_HAND = False
+"""Whether the stem's pooling has a custom gradient, see ``models.pooling``."""
+
+
 def _max_pool(x):
+    if POOLS_BY_HAND:
+        return max_pool_3x3(x)
     return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
 

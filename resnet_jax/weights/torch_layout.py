@@ -14,7 +14,12 @@ import numpy as np
 from flax import linen as nn
 
 from resnet_jax.errors import UserError
-from resnet_jax.models.blocks import BasicBlock, BottleneckBlock
+from resnet_jax.models.blocks import (
+    BasicBlock,
+    BottleneckBlock,
+    PreActBasicBlock,
+    PreActBottleneckBlock,
+)
 from resnet_jax.models.factories import class_of
 from resnet_jax.models.norm import BatchNorm
 from resnet_jax.models.resnet import CifarStem, DeepStem, ImageNetStem, ResNet
@@ -155,10 +160,16 @@ def _refuse_foreign(model: nn.Module) -> None:
     """Raises UserError for a net whose layers torchvision and timm order otherwise."""
     odd = []
     if type(model) is ResNet:
+        blocks = (
+            BasicBlock,
+            BottleneckBlock,
+            PreActBasicBlock,
+            PreActBottleneckBlock,
+        )
         known = {
             "stem": (model.stem, (ImageNetStem, DeepStem, CifarStem)),
             "stage": (model.stage, (Stage,)),
-            "block": (model.block, (BasicBlock, BottleneckBlock)),
+            "block": (model.block, blocks),
             "shortcut": (type(model.shortcut), (Projection, ZeroPad, NoShortcut)),
         }
         odd = [

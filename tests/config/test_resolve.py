@@ -355,3 +355,17 @@ def test_a_fall_after_the_end_is_noted():
     notes = derive(resolve(config), 50_000).notes()
     assert len(notes) == 1
     assert "32000" in notes[0]
+
+
+def test_removed_fields_of_old_runs_load_at_their_defaults():
+    old = {"model": {"norm_arithmetic": "wide", "stem_form": "conv"}}
+    config = {"training": {"steps": 10}}
+    assert resolve(config | old) == resolve(config)
+    for name, value in (("norm_arithmetic", "narrow"), ("stem_form", "four_channels")):
+        with pytest.raises(UserError, match=f"model.{name} no longer exists"):
+            resolve(config | {"model": {name: value}})
+
+
+def test_a_resolved_config_is_returned_as_it_is():
+    config = resolve({"training": {"steps": 10}})
+    assert resolve(config) is config

@@ -1,0 +1,72 @@
+"""The stem's max-pooling, with a gradient that reads the map once."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_TAPS = [(row, column) for row in range(3) for column in range(3)]
+
+
+@jax.custom_vjp
+def max_pool_3x3(x: jax.Array) -> jax.Array:
+    """3x3 max-pooling of stride 2, padded by one pixel on every side.
+
+    Values and gradients equal those of ``lax.reduce_window``: of equal values in a
+    window, the first gets the gradient. The backward pass needs one byte per output,
+    which value was the largest, where XLA's own searches the map again and scatters.
+
+    Args:
+      x: (n, h, w, c).
+
+    Returns:
+      (n, ceil(h / 2), ceil(w / 2), c).
+    """
+    return _largest(x)[0]
+
+
+def _largest(x):
+    """The largest value of each window, and which of its nine it was (uint8)."""
+    height, width = (-(-size // 2) for size in x.shape[1:3])
+    lowest = jnp.array(-jnp.inf, x.dtype)
+    padded = lax.pad(x, lowest, ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
+    values = [
+        lax.slice(
+            padded,
+            (0, row, column, 0),
+            (len(x), row + 2 * height - 1, column + 2 * width - 1, x.shape[3]),
+            (1, 2, 2, 1),
+        )
+        for row, column in _TAPS
+    ]
+    largest, place = values[0], jnp.zeros(values[0].shape, jnp.uint8)
+    for index, value in enumerate(values[1:], start=1):
+        place = jnp.where(value > largest, jnp.uint8(index), place)
+        largest = jnp.maximum(largest, value)  # which keeps NaN
+    return largest, place
+
+
+def _forward(x):
+    largest, place = _largest(x)
+    return largest, (place, x.shape)
+
+
+def _backward(saved, gradient):
+    """Each input's gradient: a sum over the four windows at most that hold it."""
+    place, shape = saved
+    wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    zero = jnp.zeros((), wide.dtype)
+    total = jnp.zeros(shape, wide.dtype)
+    for index, (row, column) in enumerate(_TAPS):
+        part = jnp.where(place == index, wide, 0)
+        # Every second pixel, from the tap's place on; what falls outside is padding.
+        around = [
+            (tap - 1, size + 2 - tap - 2 * outputs, 1)
+            for tap, size, outputs in zip(
+                (row, column), shape[1:3], gradient.shape[1:3], strict=True
+            )
+        ]
+        total += lax.pad(part, zero, ((0, 0, 0), *around, (0, 0, 0)))
+    return (total.astype(gradient.dtype),)
+
+
+max_pool_3x3.defvjp(_forward, _backward)
