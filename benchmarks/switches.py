@@ -10,14 +10,44 @@ a process, ``gpu_training.py --switches`` measures the same.
 """
 
 import argparse
+import inspect
+import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks import record
 from benchmarks.contest import BATCH_SIZES, add_options, hold
-from benchmarks.roofline import parse_switch
 from benchmarks.train_step import our_contender
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, nearest
+from resnet_jax.models import create_model
+
+
+def parse_switch(text: str) -> tuple[str, dict[str, Any]]:
+    """A name and options, from NAME=OPTION:VALUE,OPTION:VALUE; values as in JSON.
+
+    Raises:
+      UserError: it has another form, or there is no such option.
+    """
+    name, _, rest = text.partition("=")
+    pairs = [pair.partition(":") for pair in rest.split(",") if pair]
+    if not (name and pairs and all(key and value for key, _, value in pairs)):
+        raise UserError(
+            f"{text!r} is no switch; it has the form NAME=OPTION:VALUE,OPTION:VALUE"
+        )
+    valid = list(inspect.signature(create_model).parameters)
+    valid += ["batch", "image_size", "folded"]
+    for key, _, _ in pairs:
+        if key not in valid:
+            raise UserError(f"there is no option {key}; {nearest(key, valid)}")
+    return name, {key: _value(value) for key, _, value in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def main(arguments: Sequence[str]) -> None:
