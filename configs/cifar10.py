@@ -1,20 +1,20 @@
-"""The CIFAR-10 nets of section 4.2 (He et al. 2015), its recipe to the letter.
+"""The CIFAR-10 nets of He et al. 2015, section 4.2, with the paper's exact recipe.
 
 resnet-jax train --config configs/cifar10.py:cifar_resnet56 --workdir runs/resnet56
 
 The argument is the net: cifar_resnet20 (default) to cifar_resnet1202, cifar_plain20 to
-cifar_plain110, or any other CIFAR net of the catalog (`resnet-jax summary`), with
-this paper's recipe and not its own.
+cifar_plain110, or any other CIFAR net of the catalog (`resnet-jax summary`), which
+then trains with this paper's recipe.
 
 Data: --config.data.path=FOLDER with CIFAR's binary files or train/CLASS/IMAGE and
-test/CLASS/IMAGE; without it, tfds's cifar10 as ArrayRecord.
+test/CLASS/IMAGE. Without it, tfds's cifar10 as ArrayRecord.
 
 Expected from the paper, test error after 64k steps of 128: 8.75 % (20 layers),
 7.51 % (32), 7.17 % (44), 6.97 % (56), 6.43 % (110, best of 5; 6.61 +- 0.16), 7.93 %
 (1202). Measured here: not measured.
 
-The paper's 45k/5k split, on which it chose its schedule, is
---config.data.holdout_examples=5000; the reported runs train on all 50,000.
+The paper chose its schedule on a 45k/5k split: --config.data.holdout_examples=5000.
+Its reported runs train on all 50,000 images.
 """
 
 from resnet_jax.config import default_config
@@ -24,8 +24,8 @@ def get_config(net="cifar_resnet20"):
     """The config of a run; ``net`` is a name of resnet_jax.list_models()."""
     config = default_config()
     config.model.name = net
-    # Two GPUs with 64 images each: batch statistics were taken per GPU. Highway nets
-    # have no batch normalisation.
+    # The paper used two GPUs with 64 images each, and batch statistics per GPU.
+    # Highway nets have no batch normalisation.
     if "highway" not in net:
         config.model.batch_norm_groups = 2
     config.data.name = "cifar10"

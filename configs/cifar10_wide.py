@@ -9,9 +9,9 @@ cifar_wide_resnet<6N+4>_<k>. Data: as configs/cifar10.py.
 Expected from the paper, test error: 4.53 % (40-4), 4.27 % (16-8), 4.00 % (28-10),
 3.89 % (28-10 with --config.model.dropout_rate=0.3). Measured here: not measured.
 
-Nesterov's momentum, weight decay 5e-4, 200 epochs of batches of 128, the rate 0.1 times
-0.2 at epochs 60, 120 and 160; pixels by the channels' mean and standard deviation. Of
-their augmentation, the padding reflects the image; here it is zeros.
+The recipe: Nesterov momentum, weight decay 5e-4, 200 epochs in batches of 128, a rate
+of 0.1 multiplied by 0.2 at epochs 60, 120 and 160, and pixels normalised per channel.
+The paper pads by reflection; here with zeros.
 """
 
 from resnet_jax.config import default_config

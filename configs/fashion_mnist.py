@@ -4,8 +4,8 @@ resnet-jax train --config configs/fashion_mnist.py --workdir runs/fashion_mnist 
     --config.data.path=/usr/share/datasets/fashion-mnist
 
 The path holds the four idx files, gzipped or not (Debian's package
-dataset-fashion-mnist puts them there); MNIST's own are read the same way. Without a
-path the data set is taken from tfds, prepared as ArrayRecord.
+dataset-fashion-mnist installs them there). MNIST's files work too. Without a path,
+tfds's fashion_mnist as ArrayRecord.
 """
 
 from resnet_jax.config import default_config

@@ -1,19 +1,19 @@
-"""A net on images of your own: a folder of class folders, or what prepare made of it.
+"""A net on your own images: a folder of class folders, or the output of prepare.
 
 resnet-jax train --config configs/folder.py:resnet18 --workdir runs/mine \
     --config.data.path=/data/mine --config.data.name=mine
 
-The path holds train/CLASS/IMAGE and test/CLASS/IMAGE in any sizes. Where there is but
-one folder of classes, /data/mine/all, say so and cut it:
+The path holds train/CLASS/IMAGE and test/CLASS/IMAGE, in any sizes. To split a single
+folder of classes, /data/mine/all:
 
   --config.data.train_split='all[:90%]' --config.data.test_split='all[90%:]'
 
-A part cut so goes by the order of classes and files; what `resnet-jax prepare` made is
-shuffled, and its parts are of all classes. For larger images there are data.image_size
-and data.eval_shorter_side; augmentation.crop_area says how small a part of an image
+Such a split follows the order of classes and files. The output of `resnet-jax prepare`
+is shuffled, so its parts contain all classes. For larger images set data.image_size and
+data.eval_shorter_side. augmentation.crop_area sets the smallest share of an image that
 still shows its class.
 
-An ordinary recipe, settled on no data set; measured here: not measured.
+A generic recipe, not tuned on any data set. Measured here: not measured.
 """
 
 from resnet_jax.config import default_config

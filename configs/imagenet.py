@@ -3,8 +3,8 @@
 resnet-jax train --config configs/imagenet.py:resnet50,rsb_a2 --workdir runs/resnet50 \
     --config.data.path=/data/imagenet --config.data.test_split=val
 
-The argument is NET or NET,RECIPE. A recipe is a file of configs/recipes/, where its
-source, what to expect of it and how it differs from its original are written:
+The argument is NET or NET,RECIPE. A recipe is a file in configs/recipes/, which states
+its source, its expected error and its differences from the original:
 
   he2015          the paper's (the default)
   fb2016          fb.resnet.torch: other crops, colour jitter, 90 epochs

@@ -1,4 +1,4 @@
-"""ImageNet with ResNet-50 in large batches: of 8,192, and of 32,768 by LARS.
+"""ImageNet with ResNet-50 in large batches: 8,192 images, or 32,768 with LARS.
 
 resnet-jax train --config configs/imagenet_large_batch.py:lars32768 \
     --workdir runs/lars32768 \
@@ -7,7 +7,7 @@ resnet-jax train --config configs/imagenet_large_batch.py:lars32768 \
 The argument is the recipe:
 
 goyal8192 (default): SGD, linear scaling and a warm-up (Goyal et al. 2017). It is
-  configs/recipes/goyal2017.py:resnet50, where its source and differences are written.
+  configs/recipes/goyal2017.py:resnet50, which states its source and differences.
   Expected from the source, top-1 error: 23.74 +- 0.09 %; 23.60 +- 0.12 % with batches
   of 256.
 lars32768: LARS with a polynomial decay of power 2, after You et al. 2018, "ImageNet
@@ -15,33 +15,33 @@ lars32768: LARS with a polynomial decay of power 2, after You et al. 2018, "Imag
   Expected from the sources, top-1 error: 25.1 % after 64 epochs (You et al., abstract);
   23.7 % (the commit that added TensorFlow's LARSOptimizer).
 
-Measured here: not measured, neither.
+Measured here: not measured.
 
 Sources of lars32768: https://arxiv.org/abs/1709.05011 (batch, epochs, LARS);
 https://arxiv.org/abs/1708.03888 (LARS, the decay); rate, warm-up, weight decay, label
 smoothing, what decays, crops: lars_util.py, configs/ and resnet_preprocessing.py of
 models/official/resnet in https://github.com/tensorflow/tpu.
 
-Batch statistics are those of 32 images, as with Goyal et al.'s GPUs. Of the whole
-batch instead (synchronised): --config.model.batch_norm_groups=1. Taken anew with the
-last weights, over 65,536 training images, as Wu & Johnson 2021 advise:
+Batch statistics cover 32 images, as on Goyal et al.'s GPUs. For statistics of the whole
+batch (synchronised): --config.model.batch_norm_groups=1. To recompute the statistics
+with the last weights over 65,536 training images, as Wu & Johnson 2021 advise:
 --config.evaluation.precise_statistics_examples=65536.
 
 Differences of lars32768 from its originals:
-- The learning rate multiplies the velocity; in the paper and in TensorFlow's later
-  LARSOptimizer it is inside (the two differ while the rate changes).
-- TensorFlow's configs train for 3,558 steps (91 epochs) and call themselves not
-  optimized; here 90 epochs, 3,519 steps.
-- Batch statistics there are those of a core: 64 images on 512 cores, 32 on 1,024.
-- Their crops that fail ten times become centre crops, and are resized bicubically.
-- Computation is in float32; theirs in bfloat16 (--config.model.dtype=bfloat16).
+- The learning rate multiplies the velocity. In the paper and in TensorFlow's later
+  LARSOptimizer it enters the velocity (the two differ while the rate changes).
+- TensorFlow's configs, marked as not optimized, train for 3,558 steps (91 epochs); this
+  one for 3,519 steps (90 epochs).
+- TensorFlow takes batch statistics per core: 64 images on 512 cores, 32 on 1,024.
+- TensorFlow resizes bicubically, and uses a centre crop after ten failed draws.
+- Computation is in float32; TensorFlow's in bfloat16 (--config.model.dtype=bfloat16).
 
 Not verified:
 - You et al.'s own learning rate, warm-up, weight decay and augmentation, and their
-  error after 90 epochs: the paper's text was not at hand, its abstract was.
-- Which numbers gave the 23.7 % of TensorFlow's commit. lars_util.py had several over
-  time for this batch: a peak of 34.0 with 12 epochs of warm-up, then 32.0 with 14
-  (here). MLPerf's reference has 31.2 with 25 epochs, and ends at 0.0001:
+  error after 90 epochs: only the abstract was available.
+- Which settings gave the 23.7 % of TensorFlow's commit. lars_util.py changed over time
+  for this batch: a peak of 34.0 with 12 epochs of warm-up, then 32.0 with 14 (here).
+  MLPerf's reference has 31.2 with 25 epochs and ends at 0.0001:
   --config.optimizer.learning_rate=31.2 --config.schedule.warmup_epochs=25
   --config.schedule.final_learning_rate=1e-4.
 """

@@ -4,11 +4,11 @@ resnet-jax train --config configs/mnist.py:mnist_highway50 --workdir runs/highwa
 
 The argument is the net: mnist_plain10, 20, 50, 100 or mnist_highway10, 20, 50, 100
 (Srivastava et al. 2015, Figure 1). Data: --config.data.path=FOLDER with the four idx
-files; without it, tfds's mnist as ArrayRecord. Fashion-MNIST's files are read as well.
+files. Without it, tfds's mnist as ArrayRecord. Fashion-MNIST's files work too.
 
-Published are curves of the training loss: plain nets get worse with depth, highway nets
-do not. There the rates were found by a random search for each net; here one recipe
-serves all, and its rate is not tuned. Measured here: not measured.
+The paper publishes curves of the training loss: plain nets get worse with depth,
+highway nets do not. It found the rate of each net by random search; here all nets
+share one untuned recipe. Measured here: not measured.
 """
 
 from resnet_jax.config import default_config

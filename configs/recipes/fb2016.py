@@ -1,4 +1,4 @@
-"""fb.resnet.torch: 90 epochs with Inception's crops and changes of colour (2016).
+"""fb.resnet.torch (2016): 90 epochs with Inception crops and colour augmentation.
 
 resnet-jax train --config configs/recipes/fb2016.py:resnet50 --workdir runs/fb2016 \
     --config.data.path=/data/imagenet --config.data.test_split=val
@@ -13,12 +13,12 @@ Expected from the source, top-1 error of one centre crop: 30.43 % (18 layers), 2
 (34), 24.01 % (50), 22.44 % (101), 22.16 % (152). Measured here: not measured.
 
 Differences from the original:
-- The aspect of a crop has a uniform logarithm; theirs is uniform, and turned over for
-  half of the crops.
+- A crop's log aspect ratio is uniform; the original's aspect ratio is uniform, and
+  inverted for half of the crops.
 - Crops are resized by this project's filter, not by Torch's bicubic one.
-- The released ResNet-50 normalises after the addition; this net does as the source's
-  code, before it.
-- An epoch has no shorter last batch: batches span epochs.
+- The released ResNet-50 normalises after the addition; this net before it, as the
+  source code does.
+- Batches span epochs; no batch is shorter.
 """
 
 from resnet_jax.config import default_config

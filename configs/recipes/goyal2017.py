@@ -3,8 +3,8 @@
 resnet-jax train --config configs/recipes/goyal2017.py:resnet50 --workdir runs/goyal \
     --config.data.path=/data/imagenet --config.data.test_split=val
 
-The argument is the net: resnet50 (default) or resnet101. For another batch B, as the
-paper's linear rule has it: --config.training.global_batch_size=B,
+The argument is the net: resnet50 (default) or resnet101. For another batch size B,
+the paper's linear rule: --config.training.global_batch_size=B,
 --config.optimizer.learning_rate=0.1*B/256 and --config.model.batch_norm_groups=B/32;
 up to 256 without a warm-up.
 
@@ -15,11 +15,11 @@ Expected from the source, top-1 error: 23.74 +- 0.09 % (50 layers), 22.36 +- 0.0
 With batches of 256: 23.60 +- 0.12 % (50). Measured here: not measured.
 
 Differences from the original:
-- The classifier's kernel starts as that of torch's linear layer, not from N(0, 0.01).
-- The error reported is that of the last checkpoint, not a median.
-- The last batch of an epoch spans into the next; there is none shorter.
-- The paper does not say how images are resized; here bilinearly in evaluation.
-- The aspect of a crop has a uniform logarithm (see fb2016, whose crops they took).
+- The classifier's kernel is initialised as torch's linear layer, not from N(0, 0.01).
+- The reported error is that of the last checkpoint, not a median.
+- Batches span epochs; no batch is shorter.
+- The paper does not state the resizing filter; evaluation here is bilinear.
+- A crop's log aspect ratio is uniform (see fb2016, whose crops the paper uses).
 """
 
 from resnet_jax.config import default_config

@@ -1,15 +1,15 @@
-"""The ImageNet nets of section 4.1 (He et al. 2015), its recipe to the letter.
+"""The ImageNet nets of He et al. 2015, section 4.1, with the paper's exact recipe.
 
 resnet-jax train --config configs/recipes/he2015.py:resnet50 --workdir runs/resnet50 \
     --config.data.path=/data/imagenet --config.data.test_split=val
 
 The argument is the net: resnet18, 34, 50 (default), 101, 152, plain18, plain34. The
-path holds train/WNID/IMAGE and val/WNID/IMAGE; without it, tfds's imagenet2012 as
+path holds train/WNID/IMAGE and val/WNID/IMAGE. Without it, tfds's imagenet2012 as
 ArrayRecord. --config.model.dtype=bfloat16 is the usual choice on accelerators.
 
-The learning rate is divided by 10 where the error on a held-out part of the training
-set plateaus; the validation set chooses nothing. To divide at given steps instead (the
-authors' follow-up: epochs 30 and 60, here of 256 images):
+The learning rate is divided by 10 when the error on a held-out part of the training set
+plateaus; the validation set chooses nothing. To divide at fixed steps instead (the
+authors' follow-up: epochs 30 and 60, here in batches of 256):
 
   --config.schedule.kind=piecewise --config.schedule.boundaries_steps=150000,300000 \
   --config.data.holdout_examples=0
@@ -22,13 +22,13 @@ authors' released models, one centre crop: 24.7 % (50), 23.6 % (101), 23.0 % (15
 This command reports the centre crop. Measured here: not measured.
 
 Differences from the original:
-- 25,000 training images are held out, and their plateaus lower the rate by rule; the
-  paper does not say who or what judged them.
-- The mean image is that of 20,000 centre crops and not of all images.
-- Weight decay is on every parameter. The paper does not say; others write that the
-  authors' nets decay the weights of convolutions alone (fb.resnet.torch's README.md,
-  Goyal et al. 2017): --config.optimizer.weight_decay_scope=kernels.
-- The rate is applied after the momentum, as in Torch and not as in Caffe.
+- The rate falls by a rule when the error of 25,000 held-out training images plateaus;
+  the paper does not say how plateaus were detected.
+- The mean image averages 20,000 centre crops, not all images.
+- Weight decay applies to every parameter. The paper does not say; others report that
+  the authors decay only convolution weights (fb.resnet.torch's README.md, Goyal et al.
+  2017): --config.optimizer.weight_decay_scope=kernels.
+- The rate multiplies the velocity, as in Torch; Caffe applies it before the momentum.
 - Images are resized by this project's filter.
 """
 

@@ -5,24 +5,25 @@ resnet-jax train --config configs/recipes/rsb_a2.py:resnet50 --workdir runs/rsb_
 
 The argument is the net: resnet50 (default), or another of the catalog.
 
-Source: https://arxiv.org/abs/2110.00476 (its table of the procedures). First and least
-learning rate, limit of the gradient, beta2 and epsilon: the defaults of train.py and
-optim/lamb.py in https://github.com/huggingface/pytorch-image-models of that time.
+Source: https://arxiv.org/abs/2110.00476 (its table of the procedures). The
+first and lowest learning rate, gradient limit, beta2 and epsilon are the defaults at
+that time of train.py and optim/lamb.py in
+https://github.com/huggingface/pytorch-image-models.
 Commands that others published for it and mmpretrain's configs agree.
 
 Expected from the source, top-1 error of resnet50 at 224: 20.2 %. Measured here: not
 measured.
 
 Differences from the original:
-- The learning rate changes with every step, theirs with every epoch; their cosine
-  counts the epochs of the warm-up in, and they may go on at the least rate for a while.
-- A mixed image's classes are both wholly present where their weights are above 0.2,
-  the threshold of timm's commands.
-- Stochastic depth's rate grows from 0.05 / 16 in the first block, theirs from 0.
-- The copies of an image lie side by side in a batch; theirs are on different GPUs.
-- Batch statistics are those of the whole batch, theirs of each GPU.
-- Crops are resized by this project's filter; theirs by bilinear and bicubic in turn.
-- An epoch has no shorter last batch: batches span epochs.
+- The learning rate changes with every step; the original's with every epoch. Its
+  cosine includes the warm-up, and it may continue at the lowest rate for a while.
+- Both classes of a mixed image are targets if their weights exceed 0.2, the threshold
+  in timm's commands.
+- Stochastic depth's rate starts at 0.05 / 16 in the first block, the original's at 0.
+- Copies of an image are neighbours in a batch; the original's are on different GPUs.
+- Batch statistics cover the whole batch; the original's each GPU.
+- Crops are resized by this project's filter; the original's by bilinear and bicubic.
+- Batches span epochs; no batch is shorter.
 """
 
 from resnet_jax.config import default_config

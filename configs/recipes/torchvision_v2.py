@@ -9,21 +9,21 @@ catalog.
 
 Source: https://pytorch.org/blog/how-to-train-state-of-the-art-models-using-torchvision-latest-primitives/
 and https://github.com/pytorch/vision, references/classification (train.py,
-transforms.py); what its command sets is also in
+transforms.py); its command is also quoted in
 https://github.com/pytorch/vision/issues/3995
 
 Expected from the source, top-1 error of one centre crop, of the averaged weights:
 19.142 % (50 layers), 18.114 % (101), 17.716 % (152). Measured here: not measured.
 
 Differences from the original:
-- The learning rate changes with every step, theirs with every epoch.
-- Averages are taken at steps that 32 divides; theirs begin anew with each epoch, and
-  follow the weights during the warm-up.
-- Each image of a batch is mixed with the one as far from the end as it is from the
-  start; theirs with the one before it.
-- The copies of an image lie side by side in a batch; theirs are on different GPUs.
+- The learning rate changes with every step; the original's with every epoch.
+- Averages are updated every 32 steps of the run; the original counts within each epoch,
+  and follows the weights during the warm-up.
+- Mixing pairs each image with its mirror position in the batch; the original with its
+  predecessor.
+- Copies of an image are neighbours in a batch; the original's are on different GPUs.
 - Crops are resized by this project's filter.
-- An epoch has no shorter last batch: batches span epochs.
+- Batches span epochs; no batch is shorter.
 """
 
 from resnet_jax.config import default_config

@@ -1,4 +1,4 @@
-"""What augmentation, loss, optimizer and learning rate refuse; see ``resolve``."""
+"""Contradictions in augmentation, loss, optimizer and schedule; see ``resolve``."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from resnet_jax.errors import UserError
 
 
 def refuse_training_contradictions(config: Config) -> None:
-    """Raises UserError, one sentence, where these sections make no sense together."""
+    """Raises a one-sentence UserError if these sections contradict each other."""
     _refuse_crops(config)
     _refuse_policy(config)
     _refuse_device_changes(config)
@@ -19,9 +19,8 @@ def refuse_training_contradictions(config: Config) -> None:
     loss = config.loss
     if loss.target_threshold is not None and loss.kind != "sigmoid":
         raise UserError(
-            f"loss.target_threshold={loss.target_threshold:g} acts on binary targets "
-            f"alone, and loss.kind is {loss.kind}: set it to sigmoid, or the threshold "
-            "to None"
+            f"loss.target_threshold={loss.target_threshold:g} needs binary targets, "
+            f"but loss.kind is {loss.kind}: set it to sigmoid, or the threshold to None"
         )
 
 
@@ -50,8 +49,8 @@ def _refuse_crops(config: Config) -> None:
                 )
     elif aspect != AugmentationConfig.crop_aspect:
         raise UserError(
-            f"augmentation.crop_aspect={aspect} is of the crops of "
-            "augmentation.crop_area: set that too"
+            f"augmentation.crop_aspect={aspect} applies only to crops: "
+            "set augmentation.crop_area too"
         )
     for name in ("crop_area", "policy"):
         if getattr(augmentation, name) is not None and data.resident:
@@ -68,18 +67,18 @@ def _refuse_policy(config: Config) -> None:
             augmentation,
             ("policy_operations", "policy_magnitude", "policy_magnitude_std"),
             "augmentation",
-            f"is randaugment's, and augmentation.policy is {augmentation.policy}",
+            f"applies to randaugment, but augmentation.policy is {augmentation.policy}",
         )
     if augmentation.policy_magnitude > 10:
         raise UserError(
-            "augmentation.policy_magnitude is of 10 and at most that, not "
+            "augmentation.policy_magnitude is at most 10, not "
             f"{augmentation.policy_magnitude:g}"
         )
     batch = config.training.global_batch_size
     if augmentation.repeats > batch:
         raise UserError(
             f"augmentation.repeats={augmentation.repeats} copies of an image do not "
-            f"fit into training.global_batch_size={batch}: make one of both smaller"
+            f"fit into training.global_batch_size={batch}: lower repeats"
         )
 
 
@@ -109,7 +108,7 @@ def _refuse_device_changes(config: Config) -> None:
 def _refuse_optimizer(optimizer: OptimizerConfig) -> None:
     if optimizer.kind == "lamb" and optimizer.nesterov:
         raise UserError(
-            "optimizer.nesterov is a form of sgd and lars, and optimizer.kind is lamb: "
+            "optimizer.nesterov applies to sgd and lars, but optimizer.kind is lamb: "
             "set it to false"
         )
     if optimizer.kind != "lamb":
@@ -117,30 +116,30 @@ def _refuse_optimizer(optimizer: OptimizerConfig) -> None:
             optimizer,
             ("second_momentum", "epsilon"),
             "optimizer",
-            f"is lamb's, and optimizer.kind is {optimizer.kind}",
+            f"applies to lamb, but optimizer.kind is {optimizer.kind}",
         )
     if optimizer.kind != "lars":
         _refuse_changed(
             optimizer,
             ("trust_coefficient",),
             "optimizer",
-            f"is lars's, and optimizer.kind is {optimizer.kind}",
+            f"applies to lars, but optimizer.kind is {optimizer.kind}",
         )
     if not optimizer.trust_coefficient:
         raise UserError(
-            "optimizer.trust_coefficient=0 leaves every weight as it is: set it above 0"
+            "optimizer.trust_coefficient=0 updates no weight: set it above 0"
         )
     if optimizer.max_grad_norm == 0:
         raise UserError(
-            "optimizer.max_grad_norm=0 leaves nothing of any gradient: set it above 0, "
-            "or to None for no limit"
+            "optimizer.max_grad_norm=0 removes every gradient: set it above 0, or to "
+            "None for no limit"
         )
     if optimizer.ema_decay is None:
         _refuse_changed(
             optimizer,
             ("ema_every_steps",),
             "optimizer",
-            "is of the averages that optimizer.ema_decay asks for; that is None",
+            "needs optimizer.ema_decay, which is None",
         )
 
 
@@ -148,16 +147,16 @@ def _refuse_rates(config: Config) -> None:
     schedule, highest = config.schedule, config.optimizer.learning_rate
     if schedule.final_learning_rate and schedule.kind not in ("cosine", "polynomial"):
         raise UserError(
-            f"schedule.final_learning_rate={schedule.final_learning_rate:g} is the end "
-            f"of a cosine or polynomial, and schedule.kind is {schedule.kind}: set it "
-            "to 0"
+            f"schedule.final_learning_rate={schedule.final_learning_rate:g} needs a "
+            f"cosine or polynomial schedule, but schedule.kind is {schedule.kind}: set "
+            "it to 0"
         )
     if schedule.kind != "polynomial":
         _refuse_changed(
             schedule,
             ("power",),
             "schedule",
-            f"is polynomial's, and schedule.kind is {schedule.kind}",
+            f"applies to polynomial, but schedule.kind is {schedule.kind}",
         )
     if not schedule.power:
         raise UserError(
@@ -168,7 +167,7 @@ def _refuse_rates(config: Config) -> None:
         schedule.warmup_steps or schedule.warmup_epochs
     ):
         raise UserError(
-            "schedule.warmup_initial_learning_rate is the start of a linear warm-up: "
+            "schedule.warmup_initial_learning_rate needs a linear warm-up: "
             "set schedule.warmup_steps or schedule.warmup_epochs too"
         )
     for name in ("final_learning_rate", "warmup_initial_learning_rate"):
@@ -176,20 +175,20 @@ def _refuse_rates(config: Config) -> None:
         if value > highest:
             raise UserError(
                 f"schedule.{name}={value:g} is above optimizer.learning_rate="
-                f"{highest:g}, the highest rate; make it smaller"
+                f"{highest:g}, the highest rate; lower it"
             )
 
 
 def _refuse_changed(
     section: Any, names: Sequence[str], prefix: str, reason: str
 ) -> None:
-    """Refuses fields that have not their defaults although they cannot act."""
+    """Refuses fields without effect that differ from their defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(section)}
     for name in names:
         value = getattr(section, name)
         if value != defaults[name]:
             raise UserError(
-                f"{prefix}.{name}={value:g} {reason}: leave it at {defaults[name]:g}"
+                f"{prefix}.{name}={value:g} {reason}: reset it to {defaults[name]:g}"
             )
 
 

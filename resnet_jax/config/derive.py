@@ -1,4 +1,4 @@
-"""What follows from a config and the size of its training set."""
+"""Quantities derived from a config and the size of its training set."""
 
 import dataclasses
 import math
@@ -12,10 +12,10 @@ class Derived:
     """What follows from a config and the size of its training set.
 
     Attributes:
-      training_examples: examples trained on, the held-out part taken off.
-      global_batch_size: examples a step.
-      steps_per_epoch: not a whole number where the batch does not divide the set:
-        a batch may span two epochs; with data.partial_batch=drop none does.
+      training_examples: examples to train on, without held-out ones.
+      global_batch_size: examples per step.
+      steps_per_epoch: fractional if the batch size does not divide the set, since a
+        batch may span two epochs; whole with data.partial_batch=drop.
       steps, epochs: length of the run.
       boundaries: completed steps at which the learning rate falls.
       warmup_steps: steps of a linear warm-up.
@@ -33,12 +33,12 @@ class Derived:
     checkpoint_every: int
 
     def notes(self) -> list[str]:
-        """Sentences on what is valid and yet may surprise."""
+        """Notes on valid settings that may surprise."""
         notes = []
         if self.warmup_steps > self.steps:
             notes.append(
-                f"note: the run ends at step {self.steps}: the warm-up of "
-                f"{self.warmup_steps} steps is not over"
+                f"note: the run ends at step {self.steps}, before the "
+                f"warm-up of {self.warmup_steps} steps is over"
             )
         late = [step for step in self.boundaries if step >= self.steps]
         if late:
@@ -53,7 +53,7 @@ def derive(config: Config, training_examples: int) -> Derived:
     """Counts a run's steps; see ``Derived``.
 
     Raises:
-      UserError: an epoch has no whole batch and others are to be dropped.
+      UserError: data.partial_batch=drop leaves no batch.
     """
     batch = config.training.global_batch_size
     per_epoch = training_examples / batch
@@ -61,8 +61,8 @@ def derive(config: Config, training_examples: int) -> Derived:
         per_epoch = float(training_examples // batch)
         if not per_epoch:
             raise UserError(
-                f"data.partial_batch=drop leaves nothing of {training_examples} "
-                f"training examples in batches of {batch}: lower "
+                f"data.partial_batch=drop leaves no batch of {batch} from "
+                f"{training_examples} training examples: lower "
                 "training.global_batch_size"
             )
     schedule = config.schedule

@@ -1,11 +1,9 @@
 """The named nets: one line each, with its source and its published size.
 
-A bare ImageNet name is the net for which torchvision or timm publishes weights:
-shortcut B and v1.5 striding. The paper's own variants have names too (``resnet34_a``,
-``resnet50_v1``), or are one option away: ``create_model("resnet34", shortcut="A")``.
-CIFAR nets use shortcut A, as in section 4.2.
-
-Any depth of a CIFAR family may be named: see ``FAMILIES``.
+A plain ImageNet name is the net for which torchvision or timm publishes weights:
+shortcut B and v1.5 striding. The paper's variants have names too (``resnet34_a``,
+``resnet50_v1``), or take one option: ``create_model("resnet34", shortcut="A")``. CIFAR
+nets use shortcut A, as in section 4.2, and exist at any depth: see ``FAMILIES``.
 """
 
 import dataclasses
@@ -39,7 +37,7 @@ class Entry:
 
     Attributes:
       net: the module, as published.
-      image_size: side of the square images that it was published for.
+      image_size: side of the square images it was published for.
       source: where it is defined.
       parameters: trainable numbers, counted from the definition.
       multiply_adds: of one image of ``image_size``, convolutions and classifier.
@@ -315,11 +313,11 @@ FAMILIES = {
     "cifar_preact_bottleneck_resnet<9n+2>": "pre-activation, bottlenecks",
     "cifar_wide_resnet<6N+4>_<k>": "wide, k times the channels",
 }
-"""Names that stand for a net of any depth, and what they build.
+"""Names of nets of any depth, and their meaning.
 
-A residual or pre-activation name whose depth is 9n+2 and not 6n+2 means bottlenecks
-too: ``cifar_preact_resnet1001``. Of the depths that are both, 164 is in the catalog as
-published, with bottlenecks; the longer names say it for the others.
+A residual or pre-activation depth of the form 9n+2 but not 6n+2 also means bottlenecks:
+``cifar_preact_resnet1001``. Of the depths with both forms, 164 is the published net
+with bottlenecks; use the longer names for other depths.
 """
 
 _FAMILY = re.compile(
@@ -334,7 +332,7 @@ def list_models() -> list[str]:
 
 
 def catalog_entry(name: str) -> Entry:
-    """The catalog's entry, or one made for a CIFAR net of another depth.
+    """The catalog's entry, or a new one for a CIFAR net of another depth.
 
     Raises:
       UserError: no net has that name.
@@ -351,7 +349,7 @@ def catalog_entry(name: str) -> Entry:
 
 
 def _family_entry(name: str, kind: str, depth: str, suffix: str | None) -> Entry | None:
-    """A CIFAR net by its family, or None if the suffix is not one of the family's."""
+    """A CIFAR net by its family, or None if the family lacks the suffix."""
     layers = int(depth)
     if kind == "wide_resnet":
         if suffix is None or not suffix.isdecimal():
@@ -375,7 +373,7 @@ def _family_entry(name: str, kind: str, depth: str, suffix: str | None) -> Entry
 
 
 def _blocks(name: str, depth: int, layers: int, others: int) -> int:
-    """Blocks a stage of a net of ``depth`` layers; ``layers`` are three blocks'."""
+    """Blocks per stage at this depth, where three blocks have ``layers`` layers."""
     if depth > others and (depth - others) % layers == 0:
         return (depth - others) // layers
     examples = ", ".join(str(layers * n + others) for n in range(1, 5))

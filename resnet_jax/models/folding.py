@@ -1,8 +1,8 @@
-"""Inference without batch normalisation: its numbers multiplied into the convolutions.
+"""Inference without batch normalisation: it is folded into the convolutions.
 
-By its running statistics a normalisation is a scale and an offset for each channel, and
-so is part of the convolution before it. Behind that stand then a bias, a sum and a ReLU
-alone, which convolution kernels of libraries can compute before they write the map.
+With running statistics a normalisation is a scale and an offset per channel, which the
+convolution before it can absorb. Only a bias, a sum and a ReLU remain, which library
+kernels compute before they write the map.
 """
 
 import functools
@@ -27,10 +27,10 @@ def fold_batch_norm(
 
     With s = scale / sqrt(var + epsilon), a convolution's kernel becomes ``kernel * s``
     and its bias ``(its bias - mean) * s + the normalisation's bias``. In float32 the
-    two nets agree to rounding; in bfloat16 the folded net rounds the product instead of
-    the kernel, and its maps before the bias instead of behind the normalisation.
+    two nets agree up to rounding. In bfloat16 the folded net rounds the product instead
+    of the kernel, and its maps before the bias instead of after the normalisation.
 
-    The folded net is for inference: in training it has nothing to normalise with.
+    The folded net is for inference only: it has no normalisation to train with.
 
     Args:
       model: a net in which each normalisation follows a convolution: a ResNet in the
@@ -41,8 +41,8 @@ def fold_batch_norm(
       The model without normalisation, and its variables: ``params`` alone.
 
     Raises:
-      UserError: the net has no batch normalisation, or one that no convolution precedes
-        (pre-activation), or the variables are another net's.
+      UserError: the net has no batch normalisation, or one that does not follow a
+        convolution (pre-activation), or the variables do not match the model.
     """
     folded_model = _without_norms(model)
     given = {name: variables.get(name, {}) for name in ("params", "batch_stats")}

@@ -84,14 +84,14 @@ class HighwayStage(nn.Module):
 class HighwayNet(nn.Module):
     """A convolutional highway net: stages, a bottleneck, pooling and a classifier.
 
-    Between two stages the map is halved by 2x2 max-pooling. Behind the last one come a
-    1x1 convolution with ReLU, global average pooling and the classifier. There is no
-    batch normalisation; every convolution has a bias.
+    2x2 max-pooling halves the map between two stages. A 1x1 convolution with ReLU,
+    global average pooling and the classifier follow the last stage. There is no batch
+    normalisation; every convolution has a bias.
 
     The defaults are the authors' released 19-layer net for CIFAR: 17 layers of 3x3
     convolutions, the 1x1 and the classifier, 2,256,838 parameters for 10 classes (2.3M
-    in the paper). Their net of 32 layers and 1.25M parameters is published without its
-    layout; ``widths=(32, 48, 64)`` with ``highway_layers=(9, 9, 9)`` is ours and has
+    in the paper). The layout of their net of 32 layers and 1.25M parameters is not
+    published; our ``widths=(32, 48, 64)`` with ``highway_layers=(9, 9, 9)`` has
     1,255,270.
 
     Variables: ``params`` alone, float32 for every ``dtype``: ``stage1/conv``,
@@ -104,7 +104,7 @@ class HighwayNet(nn.Module):
       bottleneck_features: channels of the 1x1 convolution.
       gate_bias: initial value of the gates' biases; the more negative, the closer the
         highway layers start to the identity.
-      dropout_rate: rate on the images, behind each pooling and before the classifier;
+      dropout_rate: rate on the images, after each pooling and before the classifier;
         the authors train with 0.2.
       kernel_init: initialiser of all kernels. The authors' "xavier" takes the fan-in
         alone, which is the same wherever a layer keeps the number of channels; their
@@ -135,7 +135,7 @@ class HighwayNet(nn.Module):
 
         Raises:
           ValueError: ``widths`` and ``highway_layers`` differ in length, or nothing
-            remains of the images behind the poolings.
+            remains of the images after the poolings.
         """
         return self._maps_and_output(images, train)[1]
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from resnet_jax.models.factories import ModuleFactory, field_names, option_of
 from resnet_jax.models.fused import Form, fused_batch_norm, normalize, plain_batch_norm
 
 
@@ -136,3 +137,8 @@ def norm_act(
 def is_frozen(frozen: bool | Sequence[str], part: str) -> bool:
     """Whether a net's ``batch_norm_frozen`` applies to one of its parts."""
     return frozen if isinstance(frozen, bool) else part in frozen
+
+
+def groups_of(norm: ModuleFactory) -> int:
+    """Parts of the batch with separate statistics; 1 if not a BatchNorm factory."""
+    return option_of(norm, "groups") if "groups" in field_names(norm) else 1

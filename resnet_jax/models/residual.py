@@ -29,9 +29,9 @@ class Residual(nn.Module):
     the module is initialised.
 
     The variables are ``layer``, ``norm`` and ``shortcut``. As everywhere in Linen, a
-    layer that is made within a module's compact method belongs to that module, and its
-    variables lie beside those of the Residual under the layer's own name;
-    ``parent=None`` in the layer's arguments puts them below it.
+    layer created in a module's compact method belongs to that module: its variables are
+    stored beside the Residual's under the layer's name. With ``parent=None`` among the
+    layer's arguments they are stored below the Residual.
 
     Attributes:
       layer: F: a Linen module, or any function of an array.

@@ -23,7 +23,7 @@ from resnet_jax.models.factories import (
     field_names,
     option_of,
 )
-from resnet_jax.models.norm import BatchNorm, NoNorm, is_frozen, norm_act
+from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
 from resnet_jax.models.pooling import max_pool_3x3
 from resnet_jax.models.shortcuts import Dropped, Projection, Shortcut
 from resnet_jax.models.stages import Stage
@@ -179,6 +179,11 @@ class ResNet(nn.Module):
         One more normalisation and ReLU then follow the last block.
         """
         return getattr(class_of(self.block), "preactivation", False)
+
+    @property
+    def batch_norm_groups(self) -> int:
+        """Parts of the batch that are normalised separately, see BatchNorm."""
+        return groups_of(self.norm)
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Class logits.

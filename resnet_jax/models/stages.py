@@ -140,7 +140,7 @@ class OverlappingStage(nn.Module):
 
 
 def _carries(shortcut: Shortcut, source: jax.Array, strides: int) -> Shortcut:
-    """The shortcut from ``source``, at ``strides`` from there, whatever x is."""
+    """The shortcut from ``source`` with its strides, in place of the block's input."""
 
     def call(x, features, _, conv, norm, dilation=(1, 1)):
         return shortcut(source, features, strides, conv, norm, dilation)

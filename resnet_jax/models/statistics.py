@@ -14,11 +14,10 @@ from resnet_jax.models.norm import BatchNorm
 def precise_batch_stats(
     model: nn.Module, variables: dict[str, Any], batches: Iterable[jax.Array]
 ) -> Any:
-    """The statistics of batch normalisation over all values of some batches.
+    """Recomputes the batch normalisation statistics over all values of some batches.
 
-    A moving average remembers weights that have changed since, and few batches; the
-    authors' released models were evaluated with averages over a large sample instead.
-    See ``add_batch`` for what is computed.
+    A moving average covers few batches and outdated weights. The authors' released
+    models use averages over a large sample instead. ``add_batch`` has the equations.
 
     Args:
       model: a net with batch normalisation.
@@ -53,24 +52,24 @@ def add_batch(
 ) -> Any:
     """The statistics over ``seen`` batches, which are in ``variables``, and one more.
 
-    They are mean and variance of all the values that a normalisation has met, as if in
-    one sample: within the batches and, by the law of total variance, between them (Wu &
-    Johnson 2021, section 3; merged as by Chan, Golub & LeVeque 1983):
+    They are the mean and variance of all values that a normalisation has seen, as one
+    sample: within the batches and, by the law of total variance, between them (Wu &
+    Johnson 2021, section 3; merged as in Chan, Golub & LeVeque 1983):
 
         n = n1 + n2,  d = mean2 - mean1
         mean = mean1 + d n2 / n
         var = (S1 + S2 + d^2 n1 n2 / n) / (n - 1),  S = sum of squared deviations
 
-    or over n where ``BatchNorm.unbiased`` is False. The net runs as in training: each
-    normalisation passes on what its own batch or group makes of it
-    (``batch_norm_groups``), while the statistics are those of the values of all groups.
-    Dropout and stochastic depth are off; frozen normalisations keep their statistics.
+    or over n if ``BatchNorm.unbiased`` is False. The net runs as in training: each
+    normalisation normalises by the statistics of its batch or group, while the new
+    statistics cover all groups. Dropout and stochastic depth are off; frozen
+    normalisations keep their statistics.
 
     Args:
       model: a net with batch normalisation.
-      variables: its params, and batch_stats over the batches before; those of no batch
-        do not matter.
-      seen: the number of batches before, of the same shape.
+      variables: its params, and batch_stats over the previous batches; ignored if there
+        are none.
+      seen: the number of previous batches, of the same shape.
       images: (n, h, w, c), normalised as the net expects them.
     """
     if hasattr(model, "stochastic_depth_rate"):

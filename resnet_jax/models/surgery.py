@@ -1,7 +1,7 @@
-"""Deeper nets that compute the same: the paper's solution by construction.
+"""Deeper nets that compute the same function: the paper's solution by construction.
 
-A deeper net can copy a shallower one and make the layers in between identities, so that
-it ought never to be worse (section 1). ``deepen`` builds it from trained weights.
+A deeper net can copy a shallower one and make the added layers identities, so it should
+never be worse (section 1). ``deepen`` builds that net from trained weights.
 """
 
 import functools
@@ -30,20 +30,19 @@ def deepen(
 ) -> tuple[ResNet, dict[str, Any]]:
     """Inserts identity blocks at the end of the stages of a trained net.
 
-    In a residual net the residual function of a new block is zero: the scale and bias
-    of its last normalisation are, or its last kernel (and bias) where that comes last:
-    with pre-activation, or without normalisation. So its output is its input, bit for
-    bit, in evaluation and in training; its other weights are fresh, and it can learn.
+    In a residual net F(x) of a new block is zero: the scale and bias of its last
+    normalisation are zero, or its last kernel (and bias) if a convolution ends F, as
+    with pre-activation or without normalisation. Its output equals its input bit for
+    bit, in evaluation and training. Its other weights are fresh, so it can learn.
 
-    In a plain net every new layer is an identity: its kernels copy their centres, and
-    its normalisations have mean 0, variance 1 - epsilon, scale 1 and bias 0, which by
-    the running statistics is the identity too. ReLU changes nothing, for the map comes
-    from one. This holds in evaluation. In training a normalisation takes the batch's
-    statistics, and so the new layers change the map from the first step on, unless the
-    net has no normalisation or a frozen one.
+    In a plain net every new layer is an identity: the kernels copy the centre pixel and
+    the normalisations have mean 0, variance 1 - epsilon, scale 1 and bias 0. ReLU
+    changes nothing because its input is never negative. This holds in evaluation. In
+    training a normalisation uses the batch's statistics, so the new layers change the
+    map from the first step, unless the net has no normalisation or a frozen one.
 
-    Compiled as a whole, two nets of different depth are two programs, and
-    XLA may fuse and so round what is around the blocks differently, in the last bits.
+    Two nets of different depth are two programs: XLA may fuse and round the layers
+    around the new blocks differently in the last bits.
 
     Args:
       variables: of ``model``, trained or not.
@@ -56,7 +55,7 @@ def deepen(
       The deeper model, and its variables.
 
     Raises:
-      UserError: the net's blocks cannot be identities, or it would become shallower.
+      UserError: the net's blocks cannot be identities, or the result is shallower.
     """
     _check(model, stage_sizes)
     deeper = model.clone(stage_sizes=tuple(stage_sizes))
@@ -86,20 +85,20 @@ def deepen(
 
 
 def _ends_with(model: ResNet) -> str:
-    """The kind of layer that a residual function ends with."""
+    """The kind of layer that ends F."""
     bare = model.preactivation or class_of(model.norm) is NoNorm
     return "conv" if bare else "norm"
 
 
 def _silenced(block: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The block with a residual function of zero: its last layer of ``kind`` is."""
+    """The block with F(x) = 0: its last layer of this kind is zero."""
     last = max(name for name in block if name.startswith(kind))
     return dict(block) | {last: jax.tree.map(jnp.zeros_like, block[last])}
 
 
 def _identity(block: Mapping[str, Any], epsilon: float) -> dict[str, Any]:
     """The block's params or batch_stats, such that each layer is the identity."""
-    # Rounded, this variance and epsilon still add up to 1 in float32.
+    # In float32 this variance plus epsilon is exactly 1.
     values = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0 - epsilon}
 
     def fill(path: Any, leaf: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from resnet_jax.models.conv import Conv
 from resnet_jax.models.factories import ModuleFactory
-from resnet_jax.models.norm import BatchNorm, NoNorm, is_frozen, norm_act
+from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
 from resnet_jax.models.resnet import FeatureMap
 
 POOLED_SIZE = 7
@@ -57,9 +57,9 @@ class VGG(nn.Module):
     """Stages of 3x3 convolutions, each followed by 2x2 max-pooling; three dense layers.
 
     The defaults are configuration D, VGG-16; ``stage_convs=(2, 2, 4, 4, 4)`` is
-    configuration E, VGG-19. The last map is pooled to 7x7 before the dense layers, as
-    torchvision does, so that they serve images of any size from 32x32 on; at 224x224
-    that changes nothing.
+    configuration E, VGG-19. As in torchvision, the last map is pooled to 7x7 before the
+    dense layers, so that images of any size from 32x32 work; at 224x224 this changes
+    nothing.
 
     Variables: ``params``, and ``batch_stats`` with batch normalisation, float32 for
     every ``dtype``: ``stage1/conv1``, ``stage1/norm1``, ``fc1``, ``fc2``, ``head``.
@@ -70,7 +70,7 @@ class VGG(nn.Module):
       widths: channels of each stage.
       num_classes: classes of the classifier; None leaves out all dense layers.
       hidden_features: features of ``fc1`` and ``fc2``.
-      dropout_rate: rate behind ``fc1`` and ``fc2``.
+      dropout_rate: rate after ``fc1`` and ``fc2``.
       batch_norm: whether a batch normalisation follows each convolution.
       norm: its factory: ``BatchNorm``, or a partial of it with options.
       batch_norm_frozen: see ``ResNet``.
@@ -87,6 +87,11 @@ class VGG(nn.Module):
     batch_norm_frozen: bool | Sequence[str] = False
     dtype: Any = jnp.float32
 
+    @property
+    def batch_norm_groups(self) -> int:
+        """Parts of the batch that are normalised separately, see BatchNorm."""
+        return groups_of(self.norm)
+
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Class logits.
 
@@ -99,7 +104,7 @@ class VGG(nn.Module):
 
         Returns:
           (n, num_classes) float32 logits; where ``num_classes`` is None, the last map
-          behind its pooling averaged over all its pixels, (n, channels) float32.
+          after its pooling, averaged over all its pixels, (n, channels) float32.
 
         Raises:
           ValueError: the images are too small, or ``stage_convs`` and ``widths``
@@ -153,7 +158,7 @@ class VGG(nn.Module):
             )
             x = nn.relu(dense(x))
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
-        # Without a dtype it computes in that of its float32 parameters, or a wider one.
+        # Without a dtype the head computes in float32, or a wider dtype of its input.
         return tuple(maps), nn.Dense(
             self.num_classes, kernel_init=small_normal, name="head"
         )(x)
@@ -176,7 +181,7 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
     if x.shape[1:3] == (size, size):
         return x
     pooled = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    # Bins are rectangles: the mean over rows, then columns, is that over the pixels.
+    # Bins are rectangles: averaging rows, then columns, averages the pixels.
     for axis in (1, 2):
         length = x.shape[axis]
         means = []

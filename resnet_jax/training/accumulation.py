@@ -12,7 +12,6 @@ from jax.sharding import AbstractMesh, Mesh
 
 from resnet_jax import parallel
 from resnet_jax.models.conv import loop_algorithm
-from resnet_jax.models.factories import field_names, option_of
 
 
 def micro_batches(batch: Any, count: int, unit: int, mesh: Mesh | AbstractMesh) -> Any:
@@ -72,10 +71,10 @@ def in_loop(model: nn.Module, count: int) -> nn.Module:
     loop; see ``loop_algorithm``.
     """
     options: dict[str, Any] = {}
-    norm: Any = getattr(model, "norm", None)
-    if "groups" in field_names(norm) and option_of(norm, "groups") > 1:
-        groups = option_of(norm, "groups") // count
-        options["norm"] = functools.partial(norm, groups=groups)
+    groups = getattr(model, "batch_norm_groups", 1)
+    if groups > 1:
+        norm: Any = getattr(model, "norm", None)
+        options["norm"] = functools.partial(norm, groups=groups // count)
     if hasattr(model, "conv_algorithm"):
         options["conv_algorithm"] = loop_algorithm(model.conv_algorithm)
     return model.clone(**options)

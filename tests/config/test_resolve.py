@@ -40,12 +40,12 @@ REFUSED = [
     ("augmentation.crop_area", (0.0, 1.0), "above 0 and up to 1"),
     ("augmentation.crop_area", (0.08, 1.1), "above 0 and up to 1"),
     ("augmentation.crop_area", (0.08,), "is (low, high)"),
-    ("augmentation.crop_aspect", (0.5, 2.0), "set that too"),
+    ("augmentation.crop_aspect", (0.5, 2.0), "set augmentation.crop_area too"),
     ("augmentation.crop_aspect", (2.0, 0.5), "is (low, high)"),
     ("augmentation.crop_aspect", (0.0, 1.0), "above 0"),
     ("augmentation.policy", "randaug", "did you mean randaugment"),
     ("augmentation.policy_operations", 3, "augmentation.policy is None"),
-    ("augmentation.policy_magnitude", 7.0, "leave it at 9"),
+    ("augmentation.policy_magnitude", 7.0, "reset it to 9"),
     ("augmentation.policy_magnitude", 11.0, "must be below"),
     ("augmentation.repeats", 200, "do not fit into training.global_batch_size=128"),
     ("augmentation.color_jitter", (0.4, 0.4), "(brightness, contrast, saturation)"),
@@ -58,13 +58,13 @@ REFUSED = [
     ("loss.target_threshold", 0.2, "set it to sigmoid"),
     ("optimizer.kind", "lamp", "did you mean lamb"),
     ("optimizer.second_momentum", 0.99, "optimizer.kind is sgd"),
-    ("optimizer.epsilon", 1e-8, "leave it at 1e-06"),
-    ("optimizer.trust_coefficient", 0.02, "is lars's, and optimizer.kind is sgd"),
+    ("optimizer.epsilon", 1e-8, "reset it to 1e-06"),
+    ("optimizer.trust_coefficient", 0.02, "applies to lars, but optimizer.kind is sgd"),
     ("optimizer.weight_decay_scope", "none", "one of all, all_but_norm, kernels"),
     ("optimizer.max_grad_norm", 0.0, "or to None for no limit"),
     ("optimizer.ema_every_steps", 32, "optimizer.ema_decay"),
     ("schedule.final_learning_rate", 0.01, "schedule.kind is constant"),
-    ("schedule.power", 1.0, "is polynomial's, and schedule.kind is constant"),
+    ("schedule.power", 1.0, "applies to polynomial, but schedule.kind is constant"),
     ("evaluation.precise_statistics_examples", -1, "must be at least 0"),
     ("schedule.warmup_initial_learning_rate", 0.01, "schedule.warmup_steps or"),
 ]
@@ -168,7 +168,7 @@ def test_refuses_in_one_sentence(name, value, sentence):
                 "augmentation.policy": "randaugment",
                 "augmentation.policy_magnitude": 10.0005,
             },
-            "of 10 and at most that",
+            "is at most 10",
         ),
         (
             {"augmentation.mixup_alpha": 0.2, "training.global_batch_size": 1},
@@ -178,12 +178,15 @@ def test_refuses_in_one_sentence(name, value, sentence):
             {"augmentation.cutmix_alpha": 1.0, "training.global_batch_size": 1},
             "augmentation.cutmix_alpha mixes pairs",
         ),
-        ({"optimizer.kind": "lamb", "optimizer.nesterov": True}, "a form of sgd"),
+        (
+            {"optimizer.kind": "lamb", "optimizer.nesterov": True},
+            "applies to sgd and lars",
+        ),
         (
             {"optimizer.kind": "lars", "optimizer.trust_coefficient": 0.0},
-            "optimizer.trust_coefficient=0 leaves",
+            "optimizer.trust_coefficient=0 updates",
         ),
-        ({"optimizer.kind": "lars", "optimizer.epsilon": 1e-8}, "is lamb's"),
+        ({"optimizer.kind": "lars", "optimizer.epsilon": 1e-8}, "applies to lamb"),
         (
             {"schedule.kind": "polynomial", "schedule.power": 0.0},
             "schedule.power=0 never lowers the rate",
@@ -344,7 +347,7 @@ def test_a_warm_up_longer_than_the_run_is_noted():
     config.training.steps = 12
     config.schedule.warmup_steps = 20
     (note,) = derive(resolve(config), 1000).notes()
-    assert "warm-up of 20 steps is not over" in note
+    assert "before the warm-up of 20 steps is over" in note
 
 
 def test_a_fall_after_the_end_is_noted():
