@@ -100,6 +100,7 @@ def test_the_folded_tree_is_that_of_a_net_without_normalisation():
     assert_trees_close(stacked[1], stack_blocks(folded_variables), 1e-6)
 
 
+@pytest.mark.slow
 def test_resnet50_agrees_to_rounding_in_both_types():
     for dtype, error in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.03)):
         model = create_model("resnet50", num_classes=10, dtype=dtype)

@@ -14,7 +14,7 @@ from tests.test_checkpoints import same
 from tests.training.helpers import parts
 from tests.training.test_step import assert_alike, run
 
-STEPS = 20
+STEPS = 8
 
 
 @pytest.fixture

@@ -173,7 +173,9 @@ def test_compiling_is_no_part_of_the_measured_speed(scanned):
 
 
 # After the first call, of steps 1 to 4, and after the third, of 6 to 9.
-@pytest.mark.parametrize(("question", "step"), [(1, 4), (3, 9)])
+@pytest.mark.parametrize(
+    ("question", "step"), [(1, 4), pytest.param(3, 9, marks=pytest.mark.slow)]
+)
 def test_stopped_between_calls_it_ends_bit_for_bit_the_same(
     scanned, tmp_path, monkeypatch, console, question, step
 ):

@@ -22,11 +22,11 @@ def run(config, num_devices, steps):
 
 
 def assert_alike(config, found, expected, tolerance=0.1):
-    """Two results of ``run`` agree, but for what rounding grows to in 20 steps.
+    """Two results of ``run`` agree, but for what rounding grows to in a few steps.
 
-    Where rounding turns a ReLU over, gradients differ by more than it: seen were 2 %
-    of the parameters' way from their start, and 3e-4 of a loss. Statistics of each
-    device's own examples make it 55 % and 2e-2.
+    Where rounding flips a ReLU, gradients differ by more than rounding. After 20 steps
+    the parameters differed by 2 % of their distance from the start, and the losses by
+    3e-4. With statistics of each device's own examples it is 55 % and 2e-2.
     """
     start = parts(config, 1).fresh_state()
     np.testing.assert_allclose(found[1], expected[1], rtol=2e-3)

@@ -372,9 +372,10 @@ def write_config_file(path, tfds_dir):
         f"    config.data.data_dir = {tfds_dir!r}\n"
         "    config.augmentation.pad = 1\n"
         "    config.optimizer.ema_decay = 0.9\n"
-        "    config.training.steps = 80\n"
+        "    config.training.steps = 40\n"
+        "    config.training.global_batch_size = 32\n"
         "    config.training.log_every_steps = 1\n"
-        "    config.evaluation.every_steps = 10\n"
+        "    config.evaluation.every_steps = 20\n"
         "    config.checkpoint.every_steps = 7\n"
         "    return config\n"
     )
@@ -397,7 +398,7 @@ def test_killed_and_started_again_it_ends_bit_for_bit_the_same(tmp_path, tfds_di
     options = {"env": environment, "stdout": subprocess.DEVNULL}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(config_file, whole), check=True, **options)
-    for rows in (random.randint(1, 30), random.randint(35, 75)):
+    for rows in (random.randint(1, 15), random.randint(18, 36)):
         process = subprocess.Popen(command(config_file, killed), **options)
         assert (
             kill_after_rows(process, killed / "metrics.jsonl", rows) == -signal.SIGKILL
@@ -406,5 +407,5 @@ def test_killed_and_started_again_it_ends_bit_for_bit_the_same(tmp_path, tfds_di
     config = resnet_jax.load_config(str(config_file))
     (a, content), (b, _) = final_state(config, killed), final_state(config, whole)
     same(a, b)
-    assert [row["step"] for row in rows_of(killed)] == list(range(1, 81))
+    assert [row["step"] for row in rows_of(killed)] == list(range(1, 41))
     assert content["rows"] == rows_of(killed)
