@@ -111,7 +111,7 @@ class Checkpoints:
             if not is_finite and name.startswith(
                 (".params", ".batch_stats", ".opt_state")
             ):
-                raise DivergedError(f"{name} is not finite after step {step}")
+                raise self.diverged(f"{name} is not finite after step {step}")
         text = json.dumps(content)
         meta = {
             "content": text,
@@ -127,6 +127,20 @@ class Checkpoints:
             if replace:
                 self._manager.delete(step)
             self._manager.save(step, args=items, metrics=metrics)
+
+    def diverged(self, what: str) -> DivergedError:
+        """The error to raise, which names the last good checkpoint."""
+        self.wait()
+        steps = self.steps()
+        kept = (
+            f"the last good checkpoint is step {steps[-1]}"
+            if steps
+            else ("there is no checkpoint yet")
+        )
+        return DivergedError(
+            f"{what}; {kept} in {self._directory}. Lower optimizer.learning_rate or "
+            "add a warm-up, in another workdir"
+        )
 
     def wait(self) -> None:
         """Waits until every save is on disk."""

@@ -149,56 +149,46 @@ def benchmark_step(
     """
     if batch_size < 1 or steps < 1 or (image_size is not None and image_size < 1):
         raise UserError("--batch, --steps and --image-size must be at least 1")
-    console = console or make_console()
     learner = synthetic_learner(model, batch_size, image_size=image_size, dtype=dtype)
     state, batch = synthetic_inputs(learner)
     start = time.perf_counter()
     compiled = make_train_step(learner).lower(state, None, batch).compile()
     compile_seconds = time.perf_counter() - start
-    for _ in range(2):
-        state = compiled(state, None, batch)
-    seconds = []
-    for _ in range(steps):
+    milliseconds = []
+    for number in range(2 + steps):
         jax.block_until_ready(state)
         start = time.perf_counter()
         state = jax.block_until_ready(compiled(state, None, batch))
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds)
+        if number >= 2:
+            milliseconds.append(1000 * (time.perf_counter() - start))
+    per_second = 1000 * batch_size / statistics.median(milliseconds)
     forward = count_multiply_adds(learner.model, learner.image_shape)
+    multiply_adds, memory = 3 * forward * per_second, _peak_memory()
     result = {
         "model": model,
         "batch_size": batch_size,
         "image_size": learner.image_shape[0],
         "dtype": dtype,
-        "images_per_second": batch_size / median,
-        "milliseconds": 1000 * median,
-        "milliseconds_min": 1000 * min(seconds),
-        "milliseconds_max": 1000 * max(seconds),
+        "images_per_second": per_second,
+        **_spread("milliseconds", milliseconds),
         "steps": steps,
         "compile_seconds": compile_seconds,
-        **_peak_memory(),
-        "multiply_adds_per_second": 3 * forward * batch_size / median,
+        **memory,
+        "multiply_adds_per_second": multiply_adds,
         "environment": environment(),
     }
-    title = f"{model}, batch {batch_size}, {result['image_size']} px, {dtype}"
-    _print(
-        console,
-        f"{title}, {result['environment']['devices']}",
-        {
-            "images per second": f"{result['images_per_second']:,.0f}",
-            "milliseconds per step": f"{result['milliseconds']:.2f} (median of "
-            f"{steps}; {result['milliseconds_min']:.2f} to "
-            f"{result['milliseconds_max']:.2f})",
-            "compile time": f"{compile_seconds:.1f} s",
-            f"peak memory ({result['peak_of']})": _mebibytes(result["peak_bytes"]),
-            "multiply-adds per second": (
-                f"{result['multiply_adds_per_second'] / 1e9:,.1f} G (3 x forward)"
-            ),
-        },
+    title = (
+        f"{model}, batch {batch_size}, {result['image_size']} px, {dtype}, "
+        f"{result['environment']['devices']}"
     )
-    if json_path is not None:
-        write_json(json_path, result)
-    return result
+    lines = {
+        "images per second": f"{per_second:,.0f}",
+        "milliseconds per step": _describe(milliseconds, ".2f"),
+        "compile time": f"{compile_seconds:.1f} s",
+        f"peak memory ({memory['peak_of']})": _mebibytes(memory["peak_bytes"]),
+        "multiply-adds per second": f"{multiply_adds / 1e9:,.1f} G (3 x forward)",
+    }
+    return _report(result, title, lines, console, json_path)
 
 
 def benchmark_input(
@@ -227,7 +217,6 @@ def benchmark_input(
     """
     if batches < 1 or rounds < 1:
         raise UserError("--batches and --rounds must be at least 1")
-    console = console or make_console()
     mesh, size = parallel.data_mesh(), config.training.global_batch_size
     parallel.check_divides(size, mesh.size)
     start = time.perf_counter()
@@ -239,12 +228,14 @@ def benchmark_input(
         first = time.perf_counter() - start
         speeds, busy = [], []
         for number in range(rounds + 1):
-            began, cpu = time.perf_counter(), _cpu_seconds()
+            began, cpu = time.perf_counter(), time.process_time()
             for _ in range(batches):
                 jax.block_until_ready(next(stream))
             if number:
                 speeds.append(batches * size / (time.perf_counter() - began))
-                busy.append(batches * size / max(_cpu_seconds() - cpu, 1e-9))
+                busy.append(batches * size / (time.process_time() - cpu))
+    # Worker processes are only counted when they end, after the last round.
+    per_cpu = None if config.data.num_processes else statistics.median(busy)
     result: dict[str, Any] = {
         "data": config.data.name,
         "examples": len(split),
@@ -253,13 +244,8 @@ def benchmark_input(
         "batch_size": size,
         "threads": config.data.threads,
         "processes": config.data.num_processes,
-        "images_per_second": statistics.median(speeds),
-        "images_per_second_min": min(speeds),
-        "images_per_second_max": max(speeds),
-        # Worker processes are only counted when they end, after the last round.
-        "images_per_cpu_second": (
-            None if config.data.num_processes else statistics.median(busy)
-        ),
+        **_spread("images_per_second", speeds),
+        "images_per_cpu_second": per_cpu,
         "first_batch_seconds": first,
         "peak_mib": _process_peak_bytes() / 2**20,
         "batches_a_round": batches,
@@ -267,31 +253,50 @@ def benchmark_input(
         "environment": environment(),
     }
     shape = "x".join(map(str, result["image_shape"]))
-    kind = "resident on the device" if result["resident"] else "streamed"
+    title = (
+        f"{result['data']}: {len(split):,} examples, {shape}, "
+        f"{'resident on the device' if result['resident'] else 'streamed'}; batch "
+        f"{size}, {result['threads']} threads, {result['processes']} processes, "
+        f"{result['environment']['cpu_cores']} cores"
+    )
     lines = {
-        "images per second": f"{result['images_per_second']:,.0f} (median of {rounds}; "
-        f"{result['images_per_second_min']:,.0f} to "
-        f"{result['images_per_second_max']:,.0f})",
+        "images per second": _describe(speeds, ",.0f"),
         "first batch after": f"{first:.2f} s",
         "peak memory": _mebibytes(_process_peak_bytes()),
     }
-    if result["images_per_cpu_second"] is not None:
-        lines["images per CPU second"] = f"{result['images_per_cpu_second']:,.0f}"
-    _print(
-        console,
-        f"{result['data']}: {result['examples']:,} examples, {shape}, {kind}; batch "
-        f"{size}, {result['threads']} threads, {result['processes']} processes, "
-        f"{result['environment']['cpu_cores']} cores",
-        lines,
-    )
+    if per_cpu is not None:
+        lines["images per CPU second"] = f"{per_cpu:,.0f}"
+    return _report(result, title, lines, console, json_path)
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    return {
+        name: statistics.median(values),
+        f"{name}_min": min(values),
+        f"{name}_max": max(values),
+    }
+
+
+def _describe(values: list[float], form: str) -> str:
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:{form}} (median of {len(values)}; {low:{form}} to {high:{form}})"
+
+
+def _report(
+    result: dict[str, Any],
+    title: str,
+    lines: dict[str, str],
+    console: rich.console.Console | None,
+    json_path: str | None,
+) -> dict[str, Any]:
+    """Prints a measurement and writes its JSON file; returns the result."""
+    console = console or make_console()
+    say(console, title)
+    for name, value in lines.items():
+        say(console, f"  {name:<25}{value}")
     if json_path is not None and distributed.is_primary():
-        write_json(json_path, result)
+        write_text(json_path, json.dumps(result, indent=2) + "\n")
     return result
-
-
-def write_json(path: str, content: dict[str, Any]) -> None:
-    """Writes a measurement; see ``write_text``."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: str, text: str) -> None:
@@ -319,16 +324,5 @@ def _process_peak_bytes() -> int:
     return peak * (1 if sys.platform == "darwin" else 1024)
 
 
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
 def _mebibytes(nbytes: int) -> str:
     return f"{nbytes / 2**20:,.0f} MiB"
-
-
-def _print(console: rich.console.Console, title: str, lines: dict[str, str]) -> None:
-    say(console, title)
-    for name, value in lines.items():
-        say(console, f"  {name:<25}{value}")

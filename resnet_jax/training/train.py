@@ -17,16 +17,11 @@ import jax
 import rich.console
 
 from resnet_jax import distributed, parallel
-from resnet_jax.checkpoints import Checkpoints, DivergedError
+from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.config import Config, resolve
 from resnet_jax.console import make_console, say
 from resnet_jax.data.dataset import Dataset, open_dataset
-from resnet_jax.data.feeds import (
-    LastDataset,
-    ResidentFeed,
-    is_resident,
-    make_feed,
-)
+from resnet_jax.data.feeds import LastDataset, ResidentFeed, is_resident, make_feed
 from resnet_jax.environment import command_line
 from resnet_jax.errors import Preempted, UserError
 from resnet_jax.evaluation.evaluator import (
@@ -45,11 +40,7 @@ from resnet_jax.training.progress import Progress, Throughput, print_start
 from resnet_jax.training.report import make_result, print_result, write_report
 from resnet_jax.training.runs import train_seeds
 from resnet_jax.training.state import Learner, TrainState, make_learner
-from resnet_jax.training.step import (
-    call_length,
-    make_train_step,
-    make_train_steps,
-)
+from resnet_jax.training.step import call_length, make_train_step, make_train_steps
 from resnet_jax.training.stopping import StopSignal
 from resnet_jax.training.tensorboard import TensorBoard
 from resnet_jax.weights import load_weights
@@ -416,15 +407,12 @@ class _Run:
         return state
 
     def _evaluate(self, state: TrainState) -> dict[str, Any]:
-        metrics: dict[str, Any] = {}
         size = evaluation_batch_size(self.config, self.learner.mesh)
+        variables = state.evaluation_variables()
+        metrics: dict[str, Any] = {}
         for name, feed in self.eval_feeds.items():
             summary = self.evaluator.evaluate(
-                state.evaluation_variables(),
-                state.statistics,
-                feed,
-                size,
-                interrupted=self.stop.asked,
+                variables, state.statistics, feed, size, interrupted=self.stop.asked
             )
             metrics |= {f"{name}_{key}": value for key, value in summary.items()}
         return metrics
@@ -467,12 +455,7 @@ class _Run:
             "config": dataclasses.asdict(self.config),
         }
         row = self.rows[-1] if self.rows and self.rows[-1]["step"] == step else {}
-        try:
-            self.checkpoints.save(
-                state, content, row.get("holdout_error"), replace=replace
-            )
-        except DivergedError as error:
-            raise self._diverged(str(error)) from error
+        self.checkpoints.save(state, content, row.get("holdout_error"), replace)
 
     def _preempted(
         self, state: TrainState, step: int, saved: bool, row_is_due: bool = False
@@ -487,20 +470,9 @@ class _Run:
     def _refuse_bad_loss(self, state: TrainState) -> None:
         bad_step = int(state.first_bad_step)
         if bad_step >= 0:
-            raise self._diverged(f"the loss is not finite at step {bad_step}")
-
-    def _diverged(self, what: str) -> DivergedError:
-        self.checkpoints.wait()
-        steps = self.checkpoints.steps()
-        kept = (
-            f"the last good checkpoint is step {steps[-1]}"
-            if steps
-            else "there is no checkpoint yet"
-        )
-        return DivergedError(
-            f"{what}; {kept} in {self.folder.checkpoints}. Lower "
-            "optimizer.learning_rate or add a warm-up, in another workdir"
-        )
+            raise self.checkpoints.diverged(
+                f"the loss is not finite at step {bad_step}"
+            )
 
     def _after_compiling(self, state: TrainState, step: int) -> None:
         """Keeps a program's first call, which compiles, out of all measured speeds."""
