@@ -41,9 +41,9 @@ class DenseHighwayLayer(nn.Module):
 class PlainMLP(nn.Module):
     """``depth`` dense layers with ReLU on all pixels, and a classifier.
 
-    With 71 units a layer has the 5,112 parameters of 71 x 71 weights and 71 biases, the
-    nearest to the 5,100 of a highway layer of 50 (``HighwayMLP``). The depth of the
-    names counts the first layer, which sees the pixels, and not the classifier.
+    A layer of 71 units has 5,112 parameters, the nearest to the 5,100 of a highway
+    layer of 50 units (``HighwayMLP``). The depth in a net's name counts the first layer
+    but not the classifier.
 
     Variables: ``params`` alone, float32 for every ``dtype``: ``layer1``, ``layer2``,
     ..., ``head``.
@@ -52,8 +52,7 @@ class PlainMLP(nn.Module):
       depth: the number of layers, without the classifier.
       width: units of each layer.
       num_classes: classes of the classifier; None leaves it out.
-      kernel_init: initialiser of all kernels; He's, with the fan-in, as Srivastava et
-        al. say of the plain nets that still could not be trained.
+      kernel_init: initialiser of all kernels; He's with the fan-in, as in the paper.
       dtype: dtype of the computation; bfloat16 on accelerators.
     """
 
@@ -68,12 +67,12 @@ class PlainMLP(nn.Module):
         """Class logits.
 
         Args:
-          images: (n, h, w, channels), floating point; of the size and channels with
-            which the net was initialised.
-          train: has no effect here.
+          images: (n, h, w, channels), floating point; h, w and channels as at
+            initialisation.
+          train: has no effect.
 
         Returns:
-          (n, num_classes) float32 logits; (n, width) float32 features where
+          (n, num_classes) float32 logits, or (n, width) float32 features if
           ``num_classes`` is None.
         """
         del train
@@ -94,7 +93,7 @@ class PlainMLP(nn.Module):
         )
 
     def layer(self, name: str, x: jax.Array) -> jax.Array:
-        """What follows the first layer, ``depth`` - 1 times: (n, width) to the same."""
+        """Every layer after the first: (n, width) to (n, width)."""
         return nn.relu(self.dense(self.width, name)(x))
 
 
@@ -104,8 +103,8 @@ class HighwayMLP(PlainMLP):
     Attributes:
       depth, num_classes, kernel_init, dtype: see ``PlainMLP``.
       width: units of each layer.
-      gate_bias: initial value of the gates' biases; the paper searched -1 to -10 and
-        does not print its choice for each depth.
+      gate_bias: initial value of the gates' biases. The paper searched -1 to -10 and
+        does not say what it chose.
     """
 
     width: int = 50

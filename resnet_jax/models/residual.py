@@ -1,7 +1,7 @@
 """Residual and highway connections around any Flax module.
 
-The blocks of the nets are built from convolutions alone (``models.blocks``); these two
-modules bring the same idea to any other architecture::
+The nets of this package have their own blocks (``models.blocks``). These two modules
+bring the same idea to any other architecture::
 
     x = Residual(nn.Dense(256))(x)
 """
@@ -20,26 +20,25 @@ from resnet_jax.models.factories import ModuleFactory
 class Residual(nn.Module):
     """y = activation(norm(F(x)) + W_s x), after equations 1 and 2 of He et al. 2015.
 
-    Where F keeps the shape of its input, W_s is the identity and has no parameters.
-    Elsewhere x is subsampled to the sizes of F(x), with a stride for each axis between
-    the first (the batch) and the last (the channels), and the last axis is multiplied
-    by a learned matrix: a 1x1 convolution in one, two or three dimensions alike. The
-    stride is inferred: the smallest s for which F's size is the input's over s, rounded
-    up. Whether there is a projection thus depends on the sizes of the array with which
-    the module is initialised.
+    If F keeps the shape of its input, W_s is the identity and has no parameters.
+    Otherwise W_s is a strided 1x1 convolution, in any number of dimensions: it
+    subsamples every axis between the first (the batch) and the last (the channels), and
+    multiplies the last axis by a learned matrix. The stride of each axis is inferred
+    from the sizes of x and F(x). Whether there is a projection therefore depends on the
+    array with which the module is initialised.
 
     The variables are ``layer``, ``norm`` and ``shortcut``. As everywhere in Linen, a
-    layer created in a module's compact method belongs to that module: its variables are
-    stored beside the Residual's under the layer's name. With ``parent=None`` among the
-    layer's arguments they are stored below the Residual.
+    layer created in a module's compact method belongs to that module, so its variables
+    are stored beside the Residual's. With ``parent=None`` among the layer's arguments
+    they are stored below the Residual.
 
     Attributes:
       layer: F: a Linen module, or any function of an array.
-      norm: factory of a normalisation of F(x), ``norm(name=...)``; None: there is none.
-      activation: applied to the sum; None: the sum is returned.
+      norm: factory of a normalisation of F(x), ``norm(name=...)``, or None.
+      activation: applied to the sum, or None.
       project: False permits the identity only.
-      dtype: of the projection, the sum and the output; None: that to which x and F(x)
-        promote. Parameters are float32.
+      dtype: of the projection, the sum and the output; by default the promoted dtype of
+        x and F(x). Parameters are float32.
     """
 
     layer: Callable[..., Any]
@@ -61,7 +60,7 @@ class Residual(nn.Module):
           An array of the shape of the layer's output.
 
         Raises:
-          ValueError: no shortcut leads from the shape of x to that of F(x).
+          ValueError: no projection fits the shapes of x and F(x).
         """
         y = self.layer(x, *args, **kwargs)
         if self.norm is not None:
@@ -87,27 +86,25 @@ class Residual(nn.Module):
         changed = f"the layer turns the shape {before} into {after}"
         if not self.project:
             raise ValueError(
-                f"{changed}, but without projection (project=False) the shortcut "
-                "is the identity, for which both must be equal"
+                f"{changed}, but project=False permits only the identity: keep the "
+                "shape, or set project=True"
             )
         same_batch = len(before) == 1 or before[:1] == after[:1]
         if len(before) != len(after) or not same_batch:
             raise ValueError(
-                f"{changed}: a projection keeps the number of axes and the batch (the "
-                "first axis); it changes the size of the last axis, and subsamples "
-                "those between"
+                f"{changed}, but a projection cannot change the number of axes or the "
+                "first axis (the batch)"
             )
         strides = []
         sizes = zip(before[:-1], after[:-1], strict=True)
         for axis, (size, new_size) in enumerate(sizes):
-            # No larger stride keeps more, so that there is no other candidate.
+            # The smallest stride that does not keep too many places.
             stride = max(1, -(-size // max(new_size, 1)))
             if -(-size // stride) != new_size:
                 raise ValueError(
-                    f"{changed}: no stride subsamples axis {axis} from {size} to "
-                    f"{new_size}; a stride of s keeps every s-th place, that is {size} "
-                    "/ s of them, rounded up. Pad or stride the layer accordingly, or "
-                    "let it keep the sizes of all axes but the last"
+                    f"{changed}, but no stride s subsamples axis {axis} from {size} to "
+                    f"{new_size}: that is {size} / s, rounded up. Change the layer's "
+                    "padding or stride"
                 )
             strides.append(stride)
         return strides
@@ -116,15 +113,15 @@ class Residual(nn.Module):
 class Highway(nn.Module):
     """y = H(x) T(x) + x (1 - T(x)), T(x) = sigmoid(gate(x)) (Srivastava et al. 2015).
 
-    The gate decides for every element how much is transformed and how much carried
-    over. Its bias should start negative, at -1 to -4, so that a deep net starts close
-    to the identity: ``nn.Dense(256, bias_init=nn.initializers.constant(-2.0))``.
+    The gate decides how much of each element is transformed and how much is carried
+    over. Start its bias between -1 and -4, so that a deep net starts close to the
+    identity: ``nn.Dense(256, bias_init=nn.initializers.constant(-2.0))``.
 
-    The variables are ``layer`` and ``gate``, placed as those of ``Residual``.
+    The variables are ``layer`` and ``gate``, stored as in ``Residual``.
 
     Attributes:
       layer: H: a Linen module, or any function of an array.
-      gate: what precedes the sigmoid of T, likewise.
+      gate: the same for T, without its sigmoid.
     """
 
     layer: Callable[..., Any]
@@ -151,8 +148,8 @@ class Highway(nn.Module):
             if array.shape != x.shape:
                 raise ValueError(
                     f"the highway's {name} turns the shape {x.shape} into "
-                    f"{array.shape}: both layer and gate must keep it; change the "
-                    "number of channels before the highway layer"
+                    f"{array.shape}, but must keep it: change the number of channels "
+                    "before the highway layer"
                 )
         gate = nn.sigmoid(gate)
         return transformed * gate + x * (1 - gate)
