@@ -28,7 +28,7 @@ from etils import epath
 
 from resnet_jax.data.sources import Collection, Source, open_path, records
 from resnet_jax.data.sources.folders import FolderSource, Names
-from resnet_jax.data.sources.tars import TarCollection, TarSource, find_tars
+from resnet_jax.data.sources.tars import TarSource, find_tars, open_tars
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.prepare import shards
 from resnet_jax.prepare.encoding import Encoding
@@ -163,14 +163,14 @@ def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collect
     """
     given = os.fspath(source)
     if given.startswith("tfds:"):
-        from resnet_jax.data.sources.tfds import TfdsCollection, find_builder
-        from resnet_jax.data.sources.tfrecords import TfRecordCollection
+        from resnet_jax.data.sources.tfds import find_builder, open_tfds
+        from resnet_jax.data.sources.tfrecords import open_tfrecords
 
         name = given.removeprefix("tfds:")
         builder = find_builder(name, data_dir)
         if builder.is_prepared() and builder.info.file_format.value == "tfrecord":
-            return TfRecordCollection(builder)
-        return TfdsCollection(name, data_dir)
+            return open_tfrecords(builder)
+        return open_tfds(name, data_dir)
     path = Path(given).expanduser()
     if not path.exists():
         raise UserError(
@@ -179,7 +179,7 @@ def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collect
         )
     tars = find_tars(path)
     if tars and not (path.is_dir() and (path / "train").is_dir()):
-        return TarCollection(tars)
+        return open_tars(tars)
     return open_path(path)
 
 

@@ -13,16 +13,15 @@ from etils import epath
 from resnet_jax.config.schema import DataConfig
 from resnet_jax.data.sources.arrays import open_cifar, open_idx
 from resnet_jax.data.sources.base import (
-    Collection,
     Description,
     Example,
     Source,
     Subset,
 )
-from resnet_jax.data.sources.folders import FolderCollection
+from resnet_jax.data.sources.folders import open_folders
 from resnet_jax.data.sources.imagenet import readable_names
-from resnet_jax.data.sources.records import RecordsCollection, read_manifest
-from resnet_jax.data.sources.splits import refuse_overlap, split_names
+from resnet_jax.data.sources.records import open_records, read_manifest
+from resnet_jax.data.sources.splits import Collection, refuse_overlap, split_names
 from resnet_jax.errors import UserError
 from resnet_jax.storage import reached
 
@@ -47,9 +46,9 @@ def open_collection(data: DataConfig) -> Collection:
     """
     if data.path is None:
         # tfds is slow to import, and reading other files does not need it.
-        from resnet_jax.data.sources.tfds import TfdsCollection
+        from resnet_jax.data.sources.tfds import open_tfds
 
-        return TfdsCollection(data.name, data.data_dir)
+        return open_tfds(data.name, data.data_dir)
     return open_path(data.path, classes_of=split_names(data.train_split)[0])
 
 
@@ -78,7 +77,7 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
         )
     manifest = read_manifest(root)
     if manifest is not None:
-        return RecordsCollection(root, manifest)
+        return open_records(root, manifest)
     if "://" in os.fspath(root):
         raise UserError(
             f"data.path {root} has no manifest.json; only data sets made by resnet-jax "
@@ -90,11 +89,7 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
             f"data.path {root} is only partly prepared; run the same resnet-jax "
             "prepare command again"
         )
-    for reader in (open_cifar, open_idx):
-        found = reader(root)
-        if found is not None:
-            return found
-    return FolderCollection(root, classes_of)
+    return open_cifar(root) or open_idx(root) or open_folders(root, classes_of)
 
 
 def open_sources(
