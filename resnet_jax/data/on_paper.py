@@ -48,9 +48,9 @@ def paper_dataset(
       UserError: a size is missing.
     """
     name, path = config.data.name.partition(":")[0], config.data.path
-    if path and (examples, classes, image_size) == (None, None, None):
-        if "://" in path or os.path.exists(path):
-            return open_dataset(config)
+    sizes_given = (examples, classes, image_size) != (None, None, None)
+    if path and not sizes_given and ("://" in path or os.path.exists(path)):
+        return open_dataset(config)
     known_classes, shape, sizes = _KNOWN.get(name, (None, None, {}))
     if examples is not None:
         data = config.data
