@@ -3,7 +3,12 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_EXCEPTION,
+    CancelledError,
+    ThreadPoolExecutor,
+    wait,
+)
 from typing import Any
 
 import rich.console
@@ -14,16 +19,12 @@ from resnet_jax.machine import usable_cores
 _LINE_SECONDS = 30.0
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: another thread met one
-    """Ends the work of a thread."""
-
-
 def in_threads(
     work: Callable[[Any, Callable[[], None]], None],
     items: Sequence[Any],
-    threads: int | None,
     total: int,
     unit: str,
+    threads: int | None,
     console: rich.console.Console,
 ) -> None:
     """Calls ``work(item, tick)`` for all items and shows the progress.
@@ -31,12 +32,12 @@ def in_threads(
     A terminal shows a bar; elsewhere a line appears every 30 seconds.
 
     Args:
-      work: calls ``tick`` regularly, which raises Stopped once another call failed.
+      work: calls ``tick`` regularly, which stops it once another call failed.
       items: the arguments.
-      threads: concurrent calls; None means one a processor.
       total: number of ticks in all.
       unit: what a tick counts.
-      console: where to show it.
+      threads: concurrent calls; None means one per processor.
+      console: where to show the progress.
 
     Raises:
       Exception: the first one that ``work`` raises; it stops all calls.
@@ -46,7 +47,7 @@ def in_threads(
     def tick() -> None:
         nonlocal ticks
         if stop.is_set():
-            raise Stopped
+            raise CancelledError
         with lock:
             ticks += 1
 
