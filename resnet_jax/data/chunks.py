@@ -1,9 +1,8 @@
 """Chunks: the part of a batch that one thread reads, decodes and crops in one call.
 
-A batch consists of a few chunks of consecutive examples. A chunk has dozens of images,
-which makes the cost of handing work to threads or processes small, and at most 16 MiB.
-Every chunk is a function of its number alone. Worker processes import this module, so
-it uses no device.
+A batch consists of a few chunks of consecutive examples. Dozens of images per chunk
+make the cost of handing work to threads or processes small. Every chunk is a function
+of its number alone. Worker processes import this module, so it uses no device.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ _MAX_IMAGES = 64
 _MAX_BYTES = 16 * 2**20
 
 _REPLACEMENTS = 100
-"""Attempts to replace a broken image before the data set counts as broken."""
+"""Attempts to replace a broken image before the run stops."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Layout:
       batch_size: examples in a global batch.
       host: index of this process; host k makes the k-th part of the rows.
       num_hosts: number of processes.
-      chunk_size: largest number of examples in a chunk.
+      chunk_size: maximum number of examples in a chunk.
     """
 
     batch_size: int
@@ -62,11 +61,6 @@ class Layout:
         # Chunks of equal size keep threads busy equally long.
         number = -(-local // fitting)
         return cls(batch_size, host, num_hosts, -(-local // number))
-
-    def whole(self) -> "Layout":
-        """The same with one chunk a batch, for chunks that are cheap to make."""
-        size = self.batch_size // self.num_hosts
-        return dataclasses.replace(self, chunk_size=size)
 
     @property
     def chunks_per_batch(self) -> int:
@@ -101,7 +95,12 @@ class TrainingChunks:
         if not self.augmentation.on_host:
             taken = self.split.take(indices)
             if taken is not None:
-                return _chunk(*taken)
+                images, labels = taken
+                return {
+                    "image": images,
+                    "label": labels.astype(np.int32),
+                    "skipped": "",
+                }
         chunk = _empty(len(places), self.split.training_shape)
         skipped: list[str] = []
         for row, index in enumerate(indices):
@@ -172,10 +171,6 @@ def join(chunks: Sequence[Chunk]) -> Chunk:
     }
     skipped = [chunk["skipped"] for chunk in chunks if chunk["skipped"]]
     return arrays | {"skipped": "\n".join(skipped)}
-
-
-def _chunk(images: np.ndarray, labels: np.ndarray) -> Chunk:
-    return {"image": images, "label": labels.astype(np.int32), "skipped": ""}
 
 
 def _empty(count: int, shape: tuple[int, ...]) -> Chunk:

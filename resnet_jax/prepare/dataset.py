@@ -26,6 +26,7 @@ import numpy as np
 import rich.console
 from etils import epath
 
+from resnet_jax.data.order import epoch_order
 from resnet_jax.data.sources import Collection, Source, open_path, records
 from resnet_jax.data.sources.tars import find_tars, open_tars
 from resnet_jax.errors import UserError, nearest
@@ -35,7 +36,7 @@ from resnet_jax.prepare.progress import in_threads
 from resnet_jax.storage import locked, replacing, storage_of
 
 PROGRESS = "progress.json"
-_ORDER_KEY = [2, 0]  # of the random order of the examples
+_ORDER_SEED = 2  # of the random order of the examples
 _SAMPLE = 64  # examples of a split that are encoded to estimate its size
 _LEFTOVERS = ".????????????????.part"  # files of ``replacing`` after a kill
 
@@ -354,8 +355,7 @@ def _jobs(
     for split, source in sources.items():
         order = np.arange(len(source))
         if shards.file_names(source) is not None:
-            words = np.random.Philox(key=_ORDER_KEY).random_raw(len(source))
-            order = np.argsort(words, kind="stable")
+            order = epoch_order(len(source), _ORDER_SEED, epoch=0)
         count = progress["num_shards"][split]
         for number, indices in enumerate(np.array_split(order, count)):
             file = records.shard_name(split, number, count)
