@@ -21,10 +21,7 @@ class Feed(Protocol):
 
     @property
     def num_examples(self) -> int:
-        """Examples that an evaluation counts.
-
-        A streamed split includes broken images here: only reading finds them.
-        """
+        """Examples that an evaluation counts; broken ones too if streamed."""
         ...
 
     @property
@@ -35,7 +32,7 @@ class Feed(Protocol):
     def training_batches(
         self, position: int, batch_size: int, seed: int
     ) -> Generator[Batch]:
-        """Endless batches from a global example index on."""
+        """Endless batches, starting at a global example index."""
         ...
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
