@@ -26,6 +26,7 @@ import numpy as np
 import rich.console
 from etils import epath
 
+from resnet_jax.console import say
 from resnet_jax.data.order import epoch_order
 from resnet_jax.data.sources import Collection, Source, open_path, records
 from resnet_jax.data.sources.tars import find_tars, open_tars
@@ -91,9 +92,8 @@ def prepare_dataset(
     console = console or rich.console.Console()
     folder = _output_folder(source, output)
     collection = open_source(source, data_dir)
-    chosen = _chosen_splits(collection, splits)
     encoding = Encoding(shorter_side, quality)
-    sources = {split: _open_split(collection, split) for split in chosen}
+    sources = _open_splits(collection, splits)
     settings = _settings(collection, sources, encoding, num_shards, shard_mib)
     run = functools.partial(in_threads, threads=threads, console=console)
     busy = f"output {folder} is being prepared by another process; wait for it"
@@ -102,13 +102,13 @@ def prepare_dataset(
         if manifest is not None:
             _refuse_other_settings(folder, manifest["settings"], settings)
             (folder / PROGRESS).unlink(missing_ok=True)
-            _say(console, f"{folder} is already prepared; --verify checks it")
+            say(console, f"{folder} is already prepared; --verify checks it")
             return manifest
         progress = _begin(folder, str(source), settings, sources, encoding)
         _refuse_small_disk(folder, progress)
         if done := len(progress["done"]):
             total = sum(progress["num_shards"].values())
-            _say(console, f"{done} of {total} shards are already written")
+            say(console, f"{done} of {total} shards are already written")
         _write_missing(folder, progress, sources, encoding, on_error, run)
         manifest = _finish(folder, progress, collection, run)
     for name, split in manifest["splits"].items():
@@ -118,8 +118,8 @@ def prepare_dataset(
         )
         if left_out := split["left_out"]:
             line += f"; {len(left_out)} left out, such as {left_out[0]['name']}"
-        _say(console, line)
-    _say(console, f"prepared and checked; train on it with data.path={folder}")
+        say(console, line)
+    say(console, f"prepared and checked; train on it with data.path={folder}")
     return manifest
 
 
@@ -146,14 +146,12 @@ def verify(
             f"{folder} holds no {records.MANIFEST}; give a folder that resnet-jax "
             "prepare has finished"
         )
-    entries = [
-        entry for split in manifest["splits"].values() for entry in split["shards"]
-    ]
+    entries = [e for split in manifest["splits"].values() for e in split["shards"]]
     console = console or rich.console.Console()
     run = functools.partial(in_threads, threads=threads, console=console)
     _verify(folder, entries, run)
     examples = sum(entry["examples"] for entry in entries)
-    _say(console, f"{folder}: all {len(entries)} shards are whole, {examples} examples")
+    say(console, f"{folder}: all {len(entries)} shards are whole, {examples} examples")
 
 
 def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collection:
@@ -184,10 +182,6 @@ def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collect
     return open_path(path)
 
 
-def _say(console: rich.console.Console, text: str) -> None:
-    console.out(text, highlight=False)
-
-
 def _output_folder(
     source: str | os.PathLike[str], output: str | os.PathLike[str]
 ) -> Path:
@@ -209,31 +203,22 @@ def _output_folder(
     return folder
 
 
-def _chosen_splits(
+def _open_splits(
     collection: Collection, splits: Sequence[str] | None
-) -> tuple[str, ...]:
-    known = collection.description.splits
-    for split in splits or ():
+) -> dict[str, Source]:
+    known, opened = collection.description.splits, {}
+    for split in splits or known:
         if split not in known:
             raise UserError(
                 f"{collection.description.name} has no split {split!r}; "
                 f"{nearest(split, known)}"
             )
-    return tuple(dict.fromkeys(splits)) if splits else known
-
-
-def _open_split(collection: Collection, split: str) -> Source:
-    try:
-        opened = collection.source(split)
-    except UserError as error:
-        others = [name for name in collection.description.splits if name != split]
-        if not others:
-            raise
-        raise UserError(
-            f"{error} (to leave {split} out: --splits {','.join(others)})"
-        ) from error
-    if not len(opened):
-        raise UserError(f"split {split} has no examples; leave it out with --splits")
+        try:
+            opened[split] = collection.source(split)
+        except UserError as error:
+            others = ",".join(name for name in known if name != split)
+            hint = f" (to leave {split} out: --splits {others})" if others else ""
+            raise UserError(f"{error}{hint}") from error
     return opened
 
 
@@ -308,19 +293,16 @@ def _begin(
         )
     sizes = {split: len(s) * _mean_size(s, encoding) for split, s in sources.items()}
     shard_bytes = (settings["shard_mib"] or 1) * 2**20
-    num_shards = {
-        split: settings["num_shards"] or max(1, -(-round(size) // shard_bytes))
-        for split, size in sizes.items()
-    }
+    num_shards = {}
+    for split, size in sizes.items():
+        count = settings["num_shards"] or max(1, -(-round(size) // shard_bytes))
+        num_shards[split] = min(count, len(sources[split]))
     progress = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": source,
         "settings": settings,
         "guessed_bytes": round(sum(sizes.values())),
-        "num_shards": {
-            split: min(count, len(sources[split]))
-            for split, count in num_shards.items()
-        },
+        "num_shards": num_shards,
         "done": {},
     }
     _write_json(file, progress)
@@ -418,7 +400,9 @@ def _finish(
             "left_out": sorted(left_out, key=lambda item: item["index"]),
         }
         if not splits[split]["examples"]:
-            raise UserError(f"every image of split {split} is broken")
+            raise UserError(
+                f"every image of split {split} is broken; leave it out with --splits"
+            )
     _verify(folder, [e for s in splits.values() for e in s["shards"]], run)
     keeps_size = settings["shorter_side"] is None
     manifest = {

@@ -3,12 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import (
-    FIRST_EXCEPTION,
-    CancelledError,
-    ThreadPoolExecutor,
-    wait,
-)
+from concurrent import futures
 from typing import Any
 
 import rich.console
@@ -47,7 +42,7 @@ def in_threads(
     def tick() -> None:
         nonlocal ticks
         if stop.is_set():
-            raise CancelledError
+            raise futures.CancelledError
         with lock:
             ticks += 1
 
@@ -63,11 +58,11 @@ def in_threads(
     )
     task = bar.add_task("", total=total, speed=0.0)
     began = shown = time.monotonic()
-    with bar, ThreadPoolExecutor(threads or usable_cores()) as pool:
+    with bar, futures.ThreadPoolExecutor(threads or usable_cores()) as pool:
         waiting = {pool.submit(work, item, tick) for item in items}
         try:
             while waiting:
-                finished, waiting = wait(waiting, 0.2, FIRST_EXCEPTION)
+                finished, waiting = futures.wait(waiting, 0.2, futures.FIRST_EXCEPTION)
                 for future in finished:
                     future.result()
                 now = time.monotonic()
