@@ -23,8 +23,7 @@ Chunk = dict[str, Any]
 _MAX_IMAGES = 64
 _MAX_BYTES = 16 * 2**20
 
-_REPLACEMENTS = 100
-"""Attempts to replace a broken image before the run stops."""
+_REPLACEMENTS = 100  # attempts to replace a broken image before the run stops
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,11 +78,11 @@ def open_dataset(config: Config, collection: Collection | None = None) -> Datase
 
 def _refuse_colors(config: Config) -> None:
     """Raises UserError if a config needs colours, for grey images."""
-    wanted = {
+    needs_color = {
         "augmentation.color_noise": config.augmentation.color_noise,
         "augmentation.color_jitter": config.augmentation.color_jitter,
         "data.normalization=imagenet": config.data.normalization == "imagenet",
     }
-    for name, is_set in wanted.items():
+    for name, is_set in needs_color.items():
         if is_set:
             raise UserError(f"{name} needs colour images; these are grey")

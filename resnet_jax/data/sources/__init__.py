@@ -1,8 +1,8 @@
 """Sources: random access to labelled images as they are stored.
 
-A source gives example i; a collection holds the sources and the description of a data
-set. ``data.path`` finds files on disk: a prepared data set, class folders, CIFAR's
-binary files or MNIST's idx files. ``data.name`` finds a tfds data set, which is read
+A source returns example i; a collection opens the sources of a data set and describes
+it. ``data.path`` names files on disk: a prepared data set, class folders, CIFAR's
+binary files or MNIST's idx files. ``data.name`` names a tfds data set, which is read
 from ArrayRecord without TensorFlow. ``docs/data.md`` describes the layouts.
 """
 
@@ -12,12 +12,7 @@ from etils import epath
 
 from resnet_jax.config.schema import DataConfig
 from resnet_jax.data.sources.arrays import open_cifar, open_idx
-from resnet_jax.data.sources.base import (
-    Description,
-    Example,
-    Source,
-    Subset,
-)
+from resnet_jax.data.sources.base import Description, Example, Source, Subset
 from resnet_jax.data.sources.folders import open_folders
 from resnet_jax.data.sources.imagenet import readable_names
 from resnet_jax.data.sources.records import open_records, read_manifest
@@ -97,9 +92,7 @@ def open_sources(
 ) -> tuple[Source, Source, Source | None]:
     """The training source, the test source and, if configured, the held-out source.
 
-    Args:
-      data: names the data set and its splits.
-      collection: replaces the data set that ``data`` names.
+    ``collection`` replaces the data set that ``data`` names.
 
     Raises:
       UserError: data are missing, or two of the splits share examples.

@@ -14,13 +14,7 @@ from resnet_jax.errors import UserError
 
 
 class ArraySource:
-    """Images in memory, uint8 (n, h, w, c).
-
-    Attributes:
-      class_names: in the order of the labels.
-      channels: c.
-      image_shape: (h, w, c).
-    """
+    """Images in memory, uint8 (n, h, w, c)."""
 
     def __init__(
         self,
@@ -109,9 +103,7 @@ def _read_cifar(file: Path, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def open_idx(root: Path) -> Collection | None:
-    """MNIST, Fashion-MNIST and others in four idx files, gzipped or not.
-
-    None if ``root`` has no such files.
+    """MNIST or a similar set in four idx files, gzipped or not; None without them.
 
     Raises:
       UserError: files are missing or damaged.
@@ -130,11 +122,10 @@ def open_idx(root: Path) -> Collection | None:
                     return None
                 raise UserError(f"{candidates[0]} is missing among the idx files")
             arrays.append(_read_idx(file))
-    train_images, train_labels, test_images, test_labels = arrays
-    highest = max(int(train_labels.max()), int(test_labels.max()))
+    highest = max(int(labels.max()) for labels in arrays[1::2])
     names = [str(label) for label in range(highest + 1)]
-    train = ArraySource(train_images[..., None], train_labels, names, f"{root}/train")
-    test = ArraySource(test_images[..., None], test_labels, names, f"{root}/t10k")
+    train = ArraySource(arrays[0][..., None], arrays[1], names, f"{root}/train")
+    test = ArraySource(arrays[2][..., None], arrays[3], names, f"{root}/t10k")
     return array_collection(root, {"train": train, "test": test})
 
 

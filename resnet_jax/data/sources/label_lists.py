@@ -53,7 +53,7 @@ def listed_labels(
     Args:
       root: the folder of the splits.
       split: the split's name.
-      files: names without folders.
+      files: the images' names without folders.
       class_names: in the order of the labels.
       where: the images' folder or archive, for errors.
 

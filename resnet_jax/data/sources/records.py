@@ -89,7 +89,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """Tells array_record a file's size, so that it need not open the file to count."""
+    """Tells array_record how many records a file holds, so that it need not count."""
 
     filename: str
     take: int

@@ -1,9 +1,8 @@
 """Read ImageNet's archives as distributed, without extracting them.
 
 ``ILSVRC2012_img_train.tar`` holds a tar of images for each class, and
-``ILSVRC2012_img_val.tar`` the validation images. Tars are not compressed, so each image
-is a run of bytes in the outer file: one pass indexes them, and then they can be read in
-any order.
+``ILSVRC2012_img_val.tar`` the validation images. Each image is a run of bytes in the
+outer file: one pass indexes them, and then they can be read in any order.
 """
 
 import contextlib

@@ -80,11 +80,10 @@ class TfdsSource:
 
 
 def open_tfds(name: str, data_dir: str | None) -> Collection:
-    """The data set ``NAME`` or ``NAME:VERSION``, prepared if necessary.
+    """The data set ``NAME`` or ``NAME:VERSION`` below ``data_dir``.
 
-    Args:
-      name: of the data set.
-      data_dir: the folder or gs:// URL that holds it; None means tfds's default.
+    ``data_dir`` is a folder or gs:// URL; None means tfds's default. The data set is
+    prepared if necessary.
 
     Raises:
       UserError: there is no such data set, or it cannot be prepared here.
