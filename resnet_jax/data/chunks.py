@@ -62,17 +62,21 @@ class Layout:
         return cls(batch_size, host, num_hosts, -(-local // number))
 
     @property
+    def host_size(self) -> int:
+        """Examples in this host's part of a batch."""
+        return self.batch_size // self.num_hosts
+
+    @property
     def chunks_per_batch(self) -> int:
         """Number of this host's chunks in a batch."""
-        return -(-(self.batch_size // self.num_hosts) // self.chunk_size)
+        return -(-self.host_size // self.chunk_size)
 
     def places(self, number: int) -> range:
         """Positions of the examples of chunk ``number``, counted from batch 0."""
         batch, part = divmod(number, self.chunks_per_batch)
-        local = self.batch_size // self.num_hosts
-        first = batch * self.batch_size + self.host * local
+        first = batch * self.batch_size + self.host * self.host_size
         start = part * self.chunk_size
-        return range(first + start, first + min(start + self.chunk_size, local))
+        return range(first, first + self.host_size)[start : start + self.chunk_size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +98,8 @@ class TrainingChunks:
         if not self.augmentation.on_host:
             taken = self.split.take(indices)
             if taken is not None:
-                images, labels = taken
-                return {
-                    "image": images,
-                    "label": labels.astype(np.int32),
-                    "skipped": "",
-                }
+                labels = taken[1].astype(np.int32)
+                return {"image": taken[0], "label": labels, "skipped": ""}
         chunk = _empty(len(places), self.split.training_shape)
         skipped: list[str] = []
         for row, index in enumerate(indices):

@@ -146,8 +146,7 @@ class StreamingFeed:
         layout = self._layout(batch_size, split.training_shape)
         if split.in_memory and not augmentation.on_host:
             # Copying rows is cheap: one chunk per batch.
-            local = batch_size // layout.num_hosts
-            layout = dataclasses.replace(layout, chunk_size=local)
+            layout = dataclasses.replace(layout, chunk_size=layout.host_size)
         order = training_order(len(split), seed, batch_size, data, augmentation)
         skips = data.on_error == "skip"
         chunks = TrainingChunks(split, augmentation, order, position, layout, skips)
@@ -212,14 +211,10 @@ def host_batches(
     if processes:
         if not flags.FLAGS.is_parsed():  # Grain reads absl's flags; notebooks do not
             flags.FLAGS.mark_as_parsed()
-        workers = grain.MultiprocessingOptions(processes)
-        stream = stream.mp_prefetch(workers)
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(processes))
     stream = stream.batch(per_batch, batch_fn=join)
-    iterator = iter(
-        grain.experimental.ThreadPrefetchIterDataset(
-            stream, prefetch_buffer_size=_READY_BATCHES
-        )
-    )
+    prefetch = grain.experimental.ThreadPrefetchIterDataset
+    iterator = iter(prefetch(stream, prefetch_buffer_size=_READY_BATCHES))
     try:
         yield from _checked(iterator)
     finally:
@@ -277,7 +272,7 @@ class LastDataset:
         self._dataset: Dataset | None = None
 
     def open(self, config: Config) -> Dataset:
-        """The data of a config; calls ``open_dataset`` if they are not the last ones.
+        """The data of a config, as ``open_dataset`` returns them.
 
         Raises:
           UserError: data are missing, broken or contradict the config.

@@ -26,20 +26,20 @@ class Split:
       training_shape: (h, w, c) of images in training.
     """
 
+    image_shape: tuple[int, ...]
+    training_shape: tuple[int, ...]
+
     def __init__(self, name: str, source: Source, data: DataConfig):
         """Reads the first image if the config does not set the size."""
-        self.name = name
-        self._source, self._data = source, data
+        self.name, self._source, self._data = name, source, data
         self._kept: tuple[np.ndarray, np.ndarray] | None = None
-        channels = source.channels
         if data.image_size is None:
-            first = images.decode(source[0], channels)
-            self.image_shape: tuple[int, ...] = first.shape
+            self.image_shape = images.decode(source[0], source.channels).shape
             self.training_shape = self.image_shape
-            return
-        self.training_shape = (data.image_size, data.image_size, channels)
-        size = data.eval_image_size or data.image_size
-        self.image_shape = (size, size, channels)
+        else:
+            size = data.eval_image_size or data.image_size
+            self.image_shape = size, size, source.channels
+            self.training_shape = data.image_size, data.image_size, source.channels
 
     def __len__(self) -> int:
         return len(self._source)
@@ -59,12 +59,10 @@ class Split:
             return self._kept[0][index], int(self._kept[1][index])
         example = self._source[index]
         image = images.decode(example, self._source.channels)
-        if self._data.image_size is not None:
-            size = self.image_shape[0]
-            side = self._data.eval_shorter_side or size
-            image = protocols.center_crop(
-                image, side, size, self._data.eval_interpolation
-            )
+        data, size = self._data, self.image_shape[0]
+        if data.image_size is not None:
+            side = data.eval_shorter_side or size
+            image = protocols.center_crop(image, side, size, data.eval_interpolation)
         elif image.shape != self.image_shape:
             raise UserError(
                 f"image {example.name} is {image.shape[1]}x{image.shape[0]} and the "
@@ -80,16 +78,10 @@ class Split:
         augmentation: AugmentationConfig,
         out: np.ndarray,
     ) -> int:
-        """Writes an example for training, before augmentation on the device.
+        """Writes an example for training into ``out``, and returns its label.
 
-        Args:
-          index: of the example.
-          rng: for the random crop, flip and policy, if these run on the host.
-          augmentation: which operations run on the host, and how.
-          out: uint8 ``training_shape``, contiguous; receives the image.
-
-        Returns:
-          The label.
+        ``out`` is contiguous uint8 ``training_shape``. The random crop, flip and policy
+        are applied if they run on the host.
 
         Raises:
           UserError: the image is broken.
