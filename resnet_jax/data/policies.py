@@ -189,17 +189,11 @@ class Scale:
 
 # RandAugment.
 
-STRONGEST = 10.0
-"""RandAugment's magnitudes are in [0, STRONGEST]."""
-
-_PROBABILITY = 0.5
-"""Probability that a drawn operation is applied; timm's default."""
-
-_IMAGENET_MEAN = (124, 116, 104)
-"""timm's fill colour: 255 times the mean of its normalisation."""
-
+STRONGEST = 10.0  # magnitudes are in [0, STRONGEST]
+_PROBABILITY = 0.5  # that a drawn operation is applied; timm's default
+_IMAGENET_MEAN = (124, 116, 104)  # timm's fill colour, its mean pixel
+# timm's "random" interpolation draws one of these for each operation.
 _FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
-"""timm's "random" interpolation draws one of these for each operation."""
 
 _ENHANCE = Scale(lambda magnitude: max(0.1, 1 + magnitude / STRONGEST * 0.9), True)
 _SHEAR = Scale(lambda magnitude: magnitude / STRONGEST * 0.3, True)
@@ -242,12 +236,11 @@ def _draw_randaugment(
 
 # TrivialAugment Wide.
 
-LAST_BIN = 30
-"""TrivialAugment's magnitudes are the 31 integers 0 .. LAST_BIN."""
+LAST_BIN = 30  # magnitudes are the 31 integers 0 .. LAST_BIN
 
+# As in torchvision's training script. The paper and the default of
+# ``TrivialAugmentWide()`` take the nearest pixel.
 _TRIVIALAUGMENT_SAMPLING = Sampling(Image.Resampling.BILINEAR, (0, 0, 0))
-"""As in torchvision's training script. The paper and the default of
-``TrivialAugmentWide()`` take the nearest pixel."""
 
 _ENHANCE_WIDE = Scale(lambda magnitude: 1 + 0.99 * magnitude / LAST_BIN, True)
 _SHEAR_WIDE = Scale(lambda magnitude: 0.99 * magnitude / LAST_BIN, True)

@@ -11,13 +11,10 @@ from PIL import Image
 from resnet_jax.data.images import to_array, to_pillow
 from resnet_jax.errors import UserError, nearest
 
+# Shorter sides that the paper averages over (He et al. 2015, section 3.4).
 FULL_IMAGE_SCALES = (224, 256, 384, 480, 640)
-"""Shorter sides that the paper averages over (He et al. 2015, section 3.4)."""
 
-_FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
+_FILTERS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic")}
 
 
 def full_image(

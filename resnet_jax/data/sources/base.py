@@ -42,7 +42,6 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Example:
         """Example ``index``, 0 <= index < len(self)."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

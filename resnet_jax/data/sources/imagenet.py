@@ -14,8 +14,7 @@ from pathlib import Path
 
 from resnet_jax.errors import UserError
 
-VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"
-"""File name of validation image 1 to 50,000."""
+VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"  # 1 to 50,000
 
 
 @functools.cache

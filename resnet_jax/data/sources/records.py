@@ -59,7 +59,7 @@ def shard_name(split: str, index: int, count: int) -> str:
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any] | None:
-    """The manifest of a prepared data set, or None if there is none.
+    """The manifest of a prepared data set; None if there is none.
 
     Raises:
       UserError: it is damaged, or has a later version.

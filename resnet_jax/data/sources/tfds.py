@@ -126,7 +126,7 @@ def find_builder(name: str, data_dir: str | None) -> Any:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
-            f"there is no tfds data set {name}; {hint}For your own files give data.path"
+            f"there is no tfds data set {name}; {hint}For your own files set data.path"
         ) from None
     except (AssertionError, ValueError, RuntimeError) as error:
         # A missing version, an unreachable gs:// URL, and more.
