@@ -41,11 +41,7 @@ class Window(NamedTuple):
 
 
 def scale_window(
-    height: int,
-    width: int,
-    size: int,
-    sides: Sequence[int],
-    rng: np.random.Generator,
+    height: int, width: int, size: int, sides: Sequence[int], rng: np.random.Generator
 ) -> Window:
     """The window of the paper's scale augmentation (section 3.4).
 

@@ -112,15 +112,19 @@ def prepare_dataset(
         _write_missing(folder, progress, sources, encoding, on_error, run)
         manifest = _finish(folder, progress, collection, run)
     for name, split in manifest["splits"].items():
-        line = (
-            f"{name}: {split['examples']:,} examples in {len(split['shards'])} shards, "
-            f"{split['bytes'] / 1e6:,.1f} MB"
-        )
-        if left_out := split["left_out"]:
-            line += f"; {len(left_out)} left out, such as {left_out[0]['name']}"
-        say(console, line)
+        say(console, _summary(name, split))
     say(console, f"prepared and checked; train on it with data.path={folder}")
     return manifest
+
+
+def _summary(name: str, split: dict[str, Any]) -> str:
+    line = (
+        f"{name}: {split['examples']:,} examples in {len(split['shards'])} shards, "
+        f"{split['bytes'] / 1e6:,.1f} MB"
+    )
+    if left_out := split["left_out"]:
+        line += f"; {len(left_out)} left out, such as {left_out[0]['name']}"
+    return line
 
 
 def verify(

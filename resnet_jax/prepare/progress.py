@@ -9,6 +9,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
+from resnet_jax.console import say
 from resnet_jax.machine import usable_cores
 
 _LINE_SECONDS = 30.0
@@ -22,20 +23,12 @@ def in_threads(
     threads: int | None,
     console: rich.console.Console,
 ) -> None:
-    """Calls ``work(item, tick)`` for all items and shows the progress.
+    """Calls ``work(item, tick)`` for all items in threads and shows the progress.
 
-    A terminal shows a bar; elsewhere a line appears every 30 seconds.
-
-    Args:
-      work: calls ``tick`` regularly, which stops it once another call failed.
-      items: the arguments.
-      total: number of ticks in all.
-      unit: what a tick counts.
-      threads: concurrent calls; None means one per processor.
-      console: where to show the progress.
-
-    Raises:
-      Exception: the first one that ``work`` raises; it stops all calls.
+    ``work`` calls ``tick`` regularly, ``total`` times in all for all items. The first
+    exception of a call stops the others, by an exception of ``tick``, and is raised. A
+    terminal shows a bar; elsewhere a line appears every 30 seconds. ``threads=None``
+    means one per processor, and ``unit`` is what a tick counts.
     """
     stop, lock, ticks = threading.Event(), threading.Lock(), 0
 
@@ -70,8 +63,7 @@ def in_threads(
                 bar.update(task, completed=ticks, speed=speed)
                 if not console.is_terminal and now - shown > _LINE_SECONDS:
                     shown = now
-                    line = f"{ticks:,} of {total:,} {unit} · {speed:,.0f}/s"
-                    console.out(line, highlight=False)
+                    say(console, f"{ticks:,} of {total:,} {unit} · {speed:,.0f}/s")
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)

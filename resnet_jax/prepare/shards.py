@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import (
-    ArrayRecordReader,
-    ArrayRecordWriter,
-)
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from resnet_jax.data.sources import Source, records
 from resnet_jax.data.sources.folders import Names
@@ -51,12 +48,8 @@ def write_shard(
 ) -> dict[str, Any]:
     """Writes a shard, reads it back, and moves it to its name.
 
-    Args:
-      job: the shard.
-      folder: where to write it.
-      encoding: how images are stored.
-      skip: leave out broken examples instead of raising.
-      tick: called before each example; may raise an exception to stop the work.
+    Calls ``tick`` before each example; it may raise an exception to stop the work. With
+    ``skip``, broken examples are left out.
 
     Returns:
       The shard's entry in the manifest: file, examples, bytes, sha256 and left_out.

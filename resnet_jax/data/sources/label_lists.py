@@ -37,11 +37,7 @@ def has_annotations(root: Path, split: str) -> bool:
 
 
 def listed_labels(
-    root: Path,
-    split: str,
-    files: Sequence[str],
-    class_names: Sequence[str],
-    where: str,
+    root: Path, split: str, files: Sequence[str], class_names: Sequence[str], where: str
 ) -> np.ndarray:
     """The labels, int32 (n,), of a split's images in one folder or archive.
 
