@@ -125,7 +125,7 @@ class TrainingChunks:
                 if not self.skips:
                     raise
                 skipped.append(str(error))
-        raise UserError(f"{skipped[-1]} (and so are {_REPLACEMENTS} replacements)")
+        raise UserError(f"{skipped[-1]}; {_REPLACEMENTS} replacements are broken too")
 
 
 @dataclasses.dataclass(frozen=True)

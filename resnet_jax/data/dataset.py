@@ -11,7 +11,7 @@ from resnet_jax.data.sources import Collection, Subset, open_sources
 from resnet_jax.data.split import Split
 from resnet_jax.errors import UserError
 
-_HOLDOUT_SEED = 1  # whatever the seed of the run
+_HOLDOUT_SEED = 1  # not the run's: every run holds out the same examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def open_dataset(config: Config, collection: Collection | None = None) -> Datase
         if data.holdout_examples >= len(train):
             raise UserError(
                 f"data.holdout_examples={data.holdout_examples} leaves nothing of the "
-                f"{len(train)} training examples"
+                f"{len(train)} training examples; give a smaller number"
             )
         shuffled = epoch_order(len(train), _HOLDOUT_SEED, epoch=0)
         kept, rest = np.split(shuffled, [data.holdout_examples])

@@ -165,7 +165,7 @@ def test_a_data_set_of_broken_images_stops_even_where_they_are_skipped(image_fol
     for file in (image_folder / "train").rglob("*.png"):
         file.write_bytes(b"broken")
     config = config_of(image_folder, data__on_error="skip")
-    with pytest.raises(UserError, match="so are 100 replacements"):
+    with pytest.raises(UserError, match="100 replacements are broken too"):
         batches_of(config, 1)
 
 

@@ -75,9 +75,9 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
         return open_records(root, manifest)
     if "://" in os.fspath(root):
         raise UserError(
-            f"data.path {root} has no manifest.json; only data sets made by resnet-jax "
-            "prepare can be read from a store. Copy other files to a disk, or mount "
-            "the bucket (gcsfuse), and give that folder"
+            f"data.path {root} has no manifest.json: resnet-jax prepare did not make "
+            "it; copy other files to a disk, or mount the bucket (gcsfuse), and give "
+            "that folder"
         )
     if (root / "progress.json").exists():
         raise UserError(
