@@ -123,7 +123,7 @@ def our_resident_steps(
     images, labels = synthetic(model, num_images)
     same = parallel.replicated(learner.mesh)
     resident = parallel.place({"image": images, "label": labels}, same)
-    order, program = Order.of(num_images, seed=0), make_train_steps(learner)
+    order, program = Order(num_images, seed=0), make_train_steps(learner)
     position = 0
 
     def run(count: int) -> bool:

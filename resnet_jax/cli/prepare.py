@@ -12,10 +12,30 @@ _DESCRIPTION = """Write a data set as shards of ArrayRecord, which training read
   resnet-jax prepare tfds:imagenet2012 prepared --data-dir ~/tensorflow_datasets
   resnet-jax prepare --verify prepared
 
-SOURCE is a folder of SPLIT/CLASS/IMAGE (ImageNet as extracted, too), a tar of tars as
-ImageNet is distributed or the folder that holds its tars, or a data set of tfds, also
-one that is prepared as TFRecord. Stopped at any moment, the same command goes on.
+SOURCE is a folder of SPLIT/CLASS/IMAGE (such as ImageNet, extracted), one of ImageNet's
+tars or the folder with them, or a tfds data set, as ArrayRecord or TFRecord. The same
+command continues an interrupted run.
 """
+
+_OPTIONS = (
+    ("--splits", str, "NAME,NAME", "splits to convert (default: all)"),
+    (
+        *("--data-dir", str, "DIR"),
+        "where tfds data sets are prepared (default: ~/tensorflow_datasets)",
+    ),
+    (
+        *("--shorter-side", int, "PIXELS"),
+        "reduce images with a longer shorter side to it (default: keep all sizes)",
+    ),
+    (
+        *("--quality", int, "Q"),
+        "JPEG quality, 1 to 100, of all images that it makes smaller (default: encode "
+        "only reduced images, with 95)",
+    ),
+    ("--shards", int, "N", "number of shards of each split (default: by --shard-mib)"),
+    ("--shard-mib", int, "MIB", "approximate size of a shard (default: 512)"),
+    ("--threads", int, "N", "shards written at once (default: one per processor)"),
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -40,55 +60,15 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="compare the shards of a finished OUTPUT with their checksums",
     )
-    parser.add_argument(
-        "--splits",
-        metavar="NAME,NAME",
-        help="which splits to take (default: all)",
-    )
-    parser.add_argument(
-        "--data-dir",
-        metavar="DIR",
-        help="where tfds data sets are prepared (default: ~/tensorflow_datasets)",
-    )
-    parser.add_argument(
-        "--shorter-side",
-        type=int,
-        metavar="PIXELS",
-        help="make images with a longer shorter side so small (default: keep all)",
-    )
-    parser.add_argument(
-        "--quality",
-        type=int,
-        metavar="Q",
-        help="encode all images as JPEG of this quality, where that is smaller "
-        "(default: those made smaller alone, with 95)",
-    )
-    parser.add_argument(
-        "--shards",
-        type=int,
-        metavar="N",
-        help="number of shards of each split (default: by --shard-mib)",
-    )
-    parser.add_argument(
-        "--shard-mib",
-        type=int,
-        default=512,
-        metavar="MIB",
-        help="size of a shard, about (default: 512)",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="shards that are written at once (default: one for each processor)",
-    )
+    for option, kind, metavar, text in _OPTIONS:
+        parser.add_argument(option, type=kind, metavar=metavar, help=text)
     parser.add_argument(
         "--on-error",
         default="stop",
         choices=("stop", "skip"),
-        help="at a broken image: stop, or leave it out and list it (default: stop)",
+        help="at a broken image, stop, or leave it out and list it (default: stop)",
     )
-    parser.set_defaults(run=_run, takes_overrides=True)
+    parser.set_defaults(shard_mib=512, run=_run, takes_overrides=True)
 
 
 def _run(options: argparse.Namespace) -> None:

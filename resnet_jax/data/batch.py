@@ -17,30 +17,22 @@ class Feed(Protocol):
     @property
     def resident(self) -> Batch | None:
         """The arrays that every step takes beside the batch; None if streamed."""
-        ...
 
     @property
     def num_examples(self) -> int:
-        """Examples that an evaluation counts.
-
-        A streamed split includes broken images here: only reading finds them.
-        """
-        ...
+        """Examples that an evaluation counts; broken ones too if streamed."""
 
     @property
     def skipped(self) -> list[str]:
         """One sentence for each time a broken image was skipped."""
-        ...
 
     def training_batches(
         self, position: int, batch_size: int, seed: int
     ) -> Generator[Batch]:
-        """Endless batches from a global example index on."""
-        ...
+        """Endless batches, starting at a global example index."""
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
         """Every example once, in order; the last batch is padded and masked."""
-        ...
 
 
 def gather(resident: Batch | None, batch: Batch) -> tuple[jax.Array, jax.Array]:

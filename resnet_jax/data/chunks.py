@@ -1,9 +1,8 @@
 """Chunks: the part of a batch that one thread reads, decodes and crops in one call.
 
-A batch consists of a few chunks of consecutive examples. A chunk has dozens of images,
-which makes the cost of handing work to threads or processes small, and at most 16 MiB.
-Every chunk is a function of its number alone. Worker processes import this module, so
-it uses no device.
+A batch consists of a few chunks of consecutive examples. Dozens of images per chunk
+make the cost of handing work to threads or processes small. Every chunk is a function
+of its number alone. Worker processes import this module, so it uses no device.
 """
 
 import dataclasses
@@ -24,8 +23,7 @@ Chunk = dict[str, Any]
 _MAX_IMAGES = 64
 _MAX_BYTES = 16 * 2**20
 
-_REPLACEMENTS = 100
-"""Attempts to replace a broken image before the data set counts as broken."""
+_REPLACEMENTS = 100  # attempts to replace a broken image before the run stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Layout:
       batch_size: examples in a global batch.
       host: index of this process; host k makes the k-th part of the rows.
       num_hosts: number of processes.
-      chunk_size: largest number of examples in a chunk.
+      chunk_size: maximum number of examples in a chunk.
     """
 
     batch_size: int
@@ -63,23 +61,22 @@ class Layout:
         number = -(-local // fitting)
         return cls(batch_size, host, num_hosts, -(-local // number))
 
-    def whole(self) -> "Layout":
-        """The same with one chunk a batch, for chunks that are cheap to make."""
-        size = self.batch_size // self.num_hosts
-        return dataclasses.replace(self, chunk_size=size)
+    @property
+    def host_size(self) -> int:
+        """Examples in this host's part of a batch."""
+        return self.batch_size // self.num_hosts
 
     @property
     def chunks_per_batch(self) -> int:
         """Number of this host's chunks in a batch."""
-        return -(-(self.batch_size // self.num_hosts) // self.chunk_size)
+        return -(-self.host_size // self.chunk_size)
 
     def places(self, number: int) -> range:
         """Positions of the examples of chunk ``number``, counted from batch 0."""
         batch, part = divmod(number, self.chunks_per_batch)
-        local = self.batch_size // self.num_hosts
-        first = batch * self.batch_size + self.host * local
+        first = batch * self.batch_size + self.host * self.host_size
         start = part * self.chunk_size
-        return range(first + start, first + min(start + self.chunk_size, local))
+        return range(first, first + self.host_size)[start : start + self.chunk_size]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +98,8 @@ class TrainingChunks:
         if not self.augmentation.on_host:
             taken = self.split.take(indices)
             if taken is not None:
-                return _chunk(*taken)
+                labels = taken[1].astype(np.int32)
+                return {"image": taken[0], "label": labels, "skipped": ""}
         chunk = _empty(len(places), self.split.training_shape)
         skipped: list[str] = []
         for row, index in enumerate(indices):
@@ -127,7 +125,7 @@ class TrainingChunks:
                 if not self.skips:
                     raise
                 skipped.append(str(error))
-        raise UserError(f"{skipped[-1]} (and so are {_REPLACEMENTS} replacements)")
+        raise UserError(f"{skipped[-1]}; {_REPLACEMENTS} replacements are broken too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +170,6 @@ def join(chunks: Sequence[Chunk]) -> Chunk:
     }
     skipped = [chunk["skipped"] for chunk in chunks if chunk["skipped"]]
     return arrays | {"skipped": "\n".join(skipped)}
-
-
-def _chunk(images: np.ndarray, labels: np.ndarray) -> Chunk:
-    return {"image": images, "label": labels.astype(np.int32), "skipped": ""}
 
 
 def _empty(count: int, shape: tuple[int, ...]) -> Chunk:

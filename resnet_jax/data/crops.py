@@ -15,11 +15,10 @@ from PIL import Image
 # OpenCV's threads would compete with the feed's.
 cv2.setNumThreads(0)
 
-# OpenCV's linear interpolation reads 2 x 2 pixels, so it aliases when it shrinks. Up to
+# OpenCV's linear interpolation reads 2 x 2 pixels, so it aliases when it shrinks. Below
 # the first factor it is still closer to an antialiased result than averaging would be.
-# Up to the second, interpolating to twice the size and averaging 2 x 2 is both closer
-# and faster than averaging over areas. Beyond it, Pillow's triangle filter is used; few
-# windows are that large.
+# Below the second, interpolating to twice the size and averaging 2 x 2 is both closer
+# and faster than averaging over areas. Few windows need Pillow's triangle filter.
 _ALIASES_FROM = 1.33
 _FILTERED_FROM = 2.4
 
@@ -42,24 +41,13 @@ class Window(NamedTuple):
 
 
 def scale_window(
-    height: int,
-    width: int,
-    size: int,
-    sides: Sequence[int],
-    rng: np.random.Generator,
+    height: int, width: int, size: int, sides: Sequence[int], rng: np.random.Generator
 ) -> Window:
     """The window of the paper's scale augmentation (section 3.4).
 
-    The shorter side is uniform over the integers ``sides[0] .. sides[1]``, and the
-    place of the ``size`` x ``size`` crop is uniform. In the source, the crop is a
-    square rounded to whole pixels.
-
-    Args:
-      height: of the image, in pixels.
-      width: of the image, in pixels.
-      size: side of the crop.
-      sides: smallest and largest shorter side, at least ``size``.
-      rng: source of random numbers.
+    The shorter side of the image is uniform over the integers ``sides[0] .. sides[1]``,
+    which are at least ``size``. The place of the ``size`` x ``size`` crop is uniform.
+    In the source, the crop is a square rounded to whole pixels.
     """
     side = int(rng.integers(sides[0], sides[1], endpoint=True))
     extent = max(1, round(size * min(height, width) / side))
@@ -75,16 +63,9 @@ def inception_window(
 ) -> Window:
     """The window of Inception's crop (Szegedy et al. 2015), drawn as torchvision does.
 
-    Its area and the logarithm of its aspect are uniform. A window that does not fit is
-    drawn again, up to ten times; the fallback is the largest central window with an
-    allowed aspect.
-
-    Args:
-      height: of the image, in pixels.
-      width: of the image, in pixels.
-      area: smallest and largest share of the image's area.
-      aspect: smallest and largest ratio of width to height.
-      rng: source of random numbers.
+    Its share of the image's area is uniform over ``area``, and the logarithm of width
+    over height over ``aspect``. A window that does not fit is drawn again, up to ten
+    times; the fallback is the largest central window with an allowed aspect.
     """
     logarithms = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(_ATTEMPTS):
@@ -114,19 +95,14 @@ def _placed(
 
 
 def resize(image: np.ndarray, out: np.ndarray) -> None:
-    """Resizes an image into ``out``, with antialiasing when it shrinks.
+    """Resizes a uint8 image (h, w, c) into contiguous ``out``, with antialiasing.
 
     On photographs the result differs from Pillow's antialiased bilinear resizing by
     0.6 of 255 on average, and takes a third of the time.
-
-    Args:
-      image: uint8 (h, w, c), with any strides.
-      out: uint8 (height, width, c), contiguous; receives the result.
     """
-    source = image
-    target = out
+    source, target = image, out
     if image.shape[2] == 1:  # OpenCV's grey images have no channel axis
-        source, target = source[..., 0], out[..., 0]
+        source, target = image[..., 0], out[..., 0]
     size = (out.shape[1], out.shape[0])
     factor = max(image.shape[0] / size[1], image.shape[1] / size[0])
     if factor > _FILTERED_FROM:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from resnet_jax.config import Config
+from resnet_jax.data.order import epoch_order
 from resnet_jax.data.sources import Collection, Subset, open_sources
 from resnet_jax.data.split import Split
 from resnet_jax.errors import UserError
 
-_HOLDOUT_KEY = [1, 0]
-"""Key of the held-out split: the same examples for every seed of a run."""
+_HOLDOUT_SEED = 1  # not the run's: every run holds out the same examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +54,12 @@ def open_dataset(config: Config, collection: Collection | None = None) -> Datase
         if data.holdout_examples >= len(train):
             raise UserError(
                 f"data.holdout_examples={data.holdout_examples} leaves nothing of the "
-                f"{len(train)} training examples"
+                f"{len(train)} training examples; give a smaller number"
             )
-        words = np.random.Philox(key=_HOLDOUT_KEY).random_raw(len(train))
-        shuffled = np.argsort(words, kind="stable")
-        kept_aside = np.sort(shuffled[: data.holdout_examples])
-        rest = np.sort(shuffled[data.holdout_examples :])
-        holdout = Split("holdout", Subset(train, kept_aside), data)
-        train = Subset(train, rest)
+        shuffled = epoch_order(len(train), _HOLDOUT_SEED, epoch=0)
+        kept, rest = np.split(shuffled, [data.holdout_examples])
+        holdout = Split("holdout", Subset(train, np.sort(kept)), data)
+        train = Subset(train, np.sort(rest))
     if train.channels != 3:
         _refuse_colors(config)
     opened = Dataset(
@@ -80,11 +78,11 @@ def open_dataset(config: Config, collection: Collection | None = None) -> Datase
 
 def _refuse_colors(config: Config) -> None:
     """Raises UserError if a config needs colours, for grey images."""
-    wanted = {
+    needs_color = {
         "augmentation.color_noise": config.augmentation.color_noise,
         "augmentation.color_jitter": config.augmentation.color_jitter,
         "data.normalization=imagenet": config.data.normalization == "imagenet",
     }
-    for name, is_set in wanted.items():
+    for name, is_set in needs_color.items():
         if is_set:
             raise UserError(f"{name} needs colour images; these are grey")

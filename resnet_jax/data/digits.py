@@ -1,8 +1,8 @@
 """scikit-learn's handwritten digits as a tfds data set: small, real, offline.
 
 1,797 grey images of 8x8 pixels from 13 writers (Alpaydin & Kaynak 1998). The split is
-fixed and stratified by class: 1,437 for training and 360 for testing. Both come from
-the same writers.
+fixed and stratified by class: 1,437 for training and 360 for testing, by the same
+writers.
 """
 
 import io

@@ -6,13 +6,13 @@ the step. Both give the same examples; ``batch.gather`` hides the difference fro
 jitted step.
 """
 
-import collections
 import dataclasses
 import itertools
 from collections.abc import Generator, Iterator
 
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh
 
 from resnet_jax import parallel
@@ -36,12 +36,8 @@ def training_order(
     augmentation: AugmentationConfig,
 ) -> Order:
     """The order of the training examples that a config describes."""
-    return Order.of(
-        num_examples,
-        seed,
-        augmentation.repeats,
-        batch_size if data.partial_batch == "drop" else None,
-    )
+    whole_batches_of = batch_size if data.partial_batch == "drop" else None
+    return Order(num_examples, seed, augmentation.repeats, whole_batches_of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +82,13 @@ class ResidentFeed:
         """Examples in the split that are not broken."""
         return int((~self.broken).sum())
 
+    def _order(self, batch_size: int, seed: int) -> Order:
+        size = len(self.broken)
+        return training_order(size, seed, batch_size, self.data, self.augmentation)
+
     def training_batches(self, position, batch_size, seed):
         """See ``Feed``."""
-        order = training_order(
-            len(self.broken), seed, batch_size, self.data, self.augmentation
-        )
+        order = self._order(batch_size, seed)
         sharding = parallel.batch_sharding(self.mesh)
         rows = _local_rows(batch_size)
         for start in itertools.count(position, batch_size):
@@ -101,11 +99,8 @@ class ResidentFeed:
         self, position: int, steps: int, batch_size: int, seed: int
     ) -> jax.Array:
         """The indices of several training batches, int32 (steps, batch_size)."""
-        order = training_order(
-            len(self.broken), seed, batch_size, self.data, self.augmentation
-        )
         rows = _local_rows(batch_size)
-        indices = order.examples(position, steps * batch_size)
+        indices = self._order(batch_size, seed).examples(position, steps * batch_size)
         local = indices.reshape(steps, batch_size)[:, rows.start : rows.stop]
         return parallel.place(local, parallel.steps_sharding(self.mesh))
 
@@ -147,28 +142,21 @@ class StreamingFeed:
 
     def training_batches(self, position, batch_size, seed):
         """See ``Feed``."""
-        layout = self._layout(batch_size, self.split.training_shape)
-        if self.split.in_memory and not self.augmentation.on_host:
-            layout = layout.whole()
-        chunks = TrainingChunks(
-            self.split,
-            self.augmentation,
-            training_order(
-                len(self.split), seed, batch_size, self.data, self.augmentation
-            ),
-            position,
-            layout,
-            skips=self.data.on_error == "skip",
-        )
-        yield from self._placed(host_batches(chunks, self.data))
+        split, data, augmentation = self.split, self.data, self.augmentation
+        layout = self._layout(batch_size, split.training_shape)
+        if split.in_memory and not augmentation.on_host:
+            # Copying rows is cheap: one chunk per batch.
+            layout = dataclasses.replace(layout, chunk_size=layout.host_size)
+        order = training_order(len(split), seed, batch_size, data, augmentation)
+        skips = data.on_error == "skip"
+        chunks = TrainingChunks(split, augmentation, order, position, layout, skips)
+        yield from self._placed(host_batches(chunks, data))
 
     def evaluation_batches(self, batch_size):
         """See ``Feed``."""
-        chunks = EvaluationChunks(
-            self.split,
-            self._layout(batch_size, self.split.image_shape),
-            skips=self.data.on_error == "skip",
-        )
+        layout = self._layout(batch_size, self.split.image_shape)
+        skips = self.data.on_error == "skip"
+        chunks = EvaluationChunks(self.split, layout, skips)
         count = -(-len(self.split) // batch_size)
         yield from self._placed(host_batches(chunks, self.data, count))
 
@@ -184,9 +172,10 @@ class StreamingFeed:
             for batch in batches:
                 skipped = batch.pop("skipped")
                 yield parallel.place(batch, sharding), skipped
+            yield {}, ""  # the last batch has nothing ahead of it
 
         try:
-            for batch, skipped in _ahead(placed()):
+            for (batch, skipped), _ in itertools.pairwise(placed()):
                 self.skipped.extend(skipped.splitlines())
                 yield batch
         finally:
@@ -220,18 +209,12 @@ def host_batches(
     )
     stream = grain.MapDataset.range(length).map(chunks).to_iter_dataset(read)
     if processes:
-        _allow_flags()
-        stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=processes, per_worker_buffer_size=1
-            )
-        )
+        if not flags.FLAGS.is_parsed():  # Grain reads absl's flags; notebooks do not
+            flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(processes))
     stream = stream.batch(per_batch, batch_fn=join)
-    iterator = iter(
-        grain.experimental.ThreadPrefetchIterDataset(
-            stream, prefetch_buffer_size=_READY_BATCHES
-        )
-    )
+    prefetch = grain.experimental.ThreadPrefetchIterDataset
+    iterator = iter(prefetch(stream, prefetch_buffer_size=_READY_BATCHES))
     try:
         yield from _checked(iterator)
     finally:
@@ -253,25 +236,6 @@ def _checked(batches: Iterator[Chunk]) -> Iterator[Chunk]:
             f"a process that reads the data died: {cause}; exit code -9 usually means "
             "out of memory: lower data.num_processes or data.prefetch_batches"
         ) from error
-
-
-def _allow_flags() -> None:
-    """Marks absl's flags as parsed: Grain's processes read them, notebooks do not."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-
-
-def _ahead(
-    batches: Iterator[tuple[Batch, str]], count: int = 1
-) -> Iterator[tuple[Batch, str]]:
-    """Starts the transfer of ``count`` batches before they are needed."""
-    waiting = collections.deque(itertools.islice(batches, count))
-    for batch in batches:
-        waiting.append(batch)
-        yield waiting.popleft()
-    yield from waiting
 
 
 def make_feed(
@@ -308,7 +272,7 @@ class LastDataset:
         self._dataset: Dataset | None = None
 
     def open(self, config: Config) -> Dataset:
-        """The data of a config; calls ``open_dataset`` if they are not the last ones.
+        """The data of a config, as ``open_dataset`` returns them.
 
         Raises:
           UserError: data are missing, broken or contradict the config.

@@ -25,9 +25,9 @@ _LOST_DATA = ("premature end", "bad Huffman code", "found marker", "Unsupported 
 def decode(example: Example, channels: int) -> np.ndarray:
     """The image of an example as uint8 (h, w, channels); grey or RGB.
 
-    The bytes decide the format, not the file's name. Pixels stay as stored: an EXIF
-    rotation is not applied, as in other readers, since labels and boxes were made
-    without it. Transparency is dropped, and 16 bits are reduced to the upper eight.
+    The bytes decide the format, not the file's name. An EXIF rotation is not applied,
+    as in other readers, since labels and boxes were made without it. Transparency is
+    dropped, and 16 bits are reduced to the upper eight.
 
     Raises:
       UserError: the image is broken; names its file.
@@ -38,10 +38,8 @@ def decode(example: Example, channels: int) -> np.ndarray:
     if image.startswith(_JPEG_START):
         return _decode_jpeg(image, channels, example.name)
     color = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-    pixels = None
-    if image:
-        flags = color | cv2.IMREAD_IGNORE_ORIENTATION
-        pixels = cv2.imdecode(np.frombuffer(image, np.uint8), flags)
+    flags = color | cv2.IMREAD_IGNORE_ORIENTATION
+    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), flags) if image else None
     if pixels is None:
         raise _broken(example.name, "it is damaged or not an image")
     return pixels.reshape(*pixels.shape[:2], channels)
@@ -52,13 +50,7 @@ def decode_window(
 ) -> np.ndarray:
     """A window of an example's image: the pixels of ``decode``, but faster.
 
-    Args:
-      example: as stored.
-      channels: 1 for grey, 3 for RGB.
-      choose: returns the window for the image's height and width in pixels.
-
-    Returns:
-      Uint8 (height, width, channels) of the window.
+    ``choose`` returns the window for the image's height and width.
 
     Raises:
       UserError: the image is broken; names its file. Damage outside the window may go
@@ -117,11 +109,10 @@ def to_pillow(image: np.ndarray) -> Image.Image:
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
         raise UserError(
-            f"an image of {image.dtype} {image.shape} was given; expected uint8 "
+            f"got an image of {image.dtype} {image.shape}; expected uint8 "
             "(h, w, 1 or 3)"
         )
-    grey = image.shape[2] == 1
-    return Image.fromarray(image[..., 0] if grey else image)
+    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

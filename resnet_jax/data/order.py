@@ -16,47 +16,32 @@ import numpy as np
 class Order:
     """Maps global example indices to examples.
 
+    Epochs follow each other without a gap, so a batch can span two of them.
+
     Attributes:
       num_examples: of the data set.
       seed: of the shuffles.
       repeats: how often each example is drawn in a row, to be augmented differently
         each time (Hoffer et al. 2020). An epoch stays as long and sees fewer examples.
-      epoch_length: draws per epoch; fewer than ``num_examples`` if the last ones, which
-        do not fill a batch, are dropped.
+      whole_batches_of: a batch size; an epoch ends with its last whole batch, and drops
+        the rest. None drops nothing.
     """
 
     num_examples: int
     seed: int
-    repeats: int
-    epoch_length: int
+    repeats: int = 1
+    whole_batches_of: int | None = None
 
-    @classmethod
-    def of(
-        cls,
-        num_examples: int,
-        seed: int,
-        repeats: int = 1,
-        whole_batches_of: int | None = None,
-    ) -> "Order":
-        """The order of a run.
-
-        Epochs follow each other without a gap, so a batch can span two of them. With
-        ``whole_batches_of``, an epoch ends with its last whole batch of that size.
-        """
-        length = num_examples
-        if whole_batches_of is not None:
-            length -= length % whole_batches_of
-        return cls(num_examples, seed, repeats, length)
-
-    def place(self, position: int) -> tuple[int, int]:
-        """The epoch of a global example index, and its place in that epoch."""
-        return divmod(position, self.epoch_length)
+    @property
+    def epoch_length(self) -> int:
+        """Draws per epoch."""
+        return self.num_examples - self.num_examples % (self.whole_batches_of or 1)
 
     def examples(self, position: int, count: int) -> np.ndarray:
         """The ``count`` examples from a global example index on, int32 (count,)."""
         parts = []
         while count > 0:
-            epoch, offset = self.place(position)
+            epoch, offset = divmod(position, self.epoch_length)
             stop = min(offset + count, self.epoch_length)
             shuffled = epoch_order(self.num_examples, self.seed, epoch)
             if self.repeats == 1:
@@ -82,7 +67,7 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     """A uniform permutation of range(num_examples), int64 and read-only.
 
     It sorts the raw words of a counter-based generator. NumPy guarantees that this
-    stream never changes, so an order can be reproduced in any later year.
+    stream never changes, so an order can be reproduced at any time.
     """
     words = _philox(seed, epoch).random_raw(num_examples)
     order = np.argsort(words, kind="stable")

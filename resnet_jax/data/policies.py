@@ -16,6 +16,7 @@ deterministic function of its arguments.
 import dataclasses
 from collections.abc import Callable, Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -42,7 +43,7 @@ class Step:
     """One drawn operation.
 
     Attributes:
-      operation: a name in ``COLOR_OPERATIONS`` or ``MOVES``.
+      operation: a name in ``OPERATIONS``.
       argument: in the operation's unit.
       sampling: for operations that move pixels; others ignore it.
     """
@@ -58,12 +59,12 @@ def apply_policy(
     """The image after random operations of ``config.policy``.
 
     Args:
-      image: uint8 (h, w, 3) or, for grey, (h, w, 1); not changed.
+      image: uint8 (h, w, 1 or 3); not changed.
       rng: the only source of random numbers.
       config: its fields ``policy`` and ``policy_*``.
 
     Returns:
-      Contiguous uint8 of the same shape; the given array itself if no operation was
+      Contiguous uint8 of the same shape; may be the given array if no operation was
       drawn.
 
     Raises:
@@ -85,63 +86,41 @@ def apply_steps(image: np.ndarray, steps: Sequence[Step]) -> np.ndarray:
         return np.ascontiguousarray(image)
     changed = to_pillow(image)
     for step in steps:
-        if step.operation in MOVES:
-            move = MOVES[step.operation]
-            changed = move(changed, step.argument, step.sampling)
-        else:
-            changed = COLOR_OPERATIONS[step.operation](changed, step.argument)
+        changed = OPERATIONS[step.operation](changed, step.argument, step.sampling)
     return to_array(changed)
 
 
-# Operations that change colours: name -> function of image and argument.
+_Operation = Callable[[Image.Image, float, Sampling], Image.Image]
 
 
-def _solarize_add(image: Image.Image, amount: float) -> Image.Image:
+def _solarize_add(image: Image.Image, amount: float, _: Sampling) -> Image.Image:
     """Brightens values below 128 by ``amount`` of 255."""
     table = [min(255, i + int(amount)) if i < 128 else i for i in range(256)]
     return image.point(table * len(image.getbands()))
 
 
-def _posterize(image: Image.Image, bits: float) -> Image.Image:
-    """Keeps the leading ``bits`` of 8.
+def _posterize(image: Image.Image, bits: float, _: Sampling) -> Image.Image:
+    """Keeps the leading ``bits`` of 8; 0 bits give a black image, as in the recipes.
 
-    0 bits give a black image, as in the recipes; ImageOps.posterize refuses 0 since
-    Pillow 12.
+    ImageOps.posterize refuses 0 since Pillow 12.
     """
     mask = 256 - 2 ** (8 - int(bits))
     return image.point([i & mask for i in range(256)] * len(image.getbands()))
 
 
-COLOR_OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    # No argument.
-    "Identity": lambda image, _: image,
-    "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
-    "Equalize": lambda image, _: ImageOps.equalize(image),
-    "Invert": lambda image, _: ImageOps.invert(image),
-    # Number of bits to keep.
-    "Posterize": _posterize,
-    # Threshold from which values are inverted.
-    "Solarize": lambda image, threshold: ImageOps.solarize(image, ceil(threshold)),
-    "SolarizeAdd": _solarize_add,
-    # Factor: 1 gives the image, and 0 a black, flat grey, grey or blurred one.
-    "Brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
-    "Contrast": lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
-    "Color": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
-    "Sharpness": lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor),
-}
-
-
-# Operations that move pixels: name -> function of image, argument and sampling.
+def _enhance(kind: Callable[[Image.Image], Any]) -> _Operation:
+    """Blends with a degenerate image; a factor of 1 gives the image itself."""
+    return lambda image, factor, _: kind(image).enhance(factor)
 
 
 def _affine(
-    image: Image.Image, coefficients: tuple[float, ...], sampling: Sampling
-) -> Image.Image:
+    coefficients: Callable[[Image.Image, float], tuple[float, ...]],
+) -> _Operation:
     """The pixel at (x, y) comes from (a x + b y + c, d x + e y + f)."""
-    return image.transform(
+    return lambda image, argument, sampling: image.transform(
         image.size,
         Image.Transform.AFFINE,
-        coefficients,
+        coefficients(image, argument),
         resample=sampling.resampling,
         fillcolor=_fill(image, sampling),
     )
@@ -160,31 +139,39 @@ def _fill(image: Image.Image, sampling: Sampling) -> int | tuple[int, int, int]:
     return round(0.299 * red + 0.587 * green + 0.114 * blue)
 
 
-MOVES: dict[str, Callable[[Image.Image, float, Sampling], Image.Image]] = {
-    # Pixels to the left a row, or upwards a column.
-    "ShearX": lambda image, slope, sampling: _affine(
-        image, (1, slope, 0, 0, 1, 0), sampling
-    ),
-    "ShearY": lambda image, slope, sampling: _affine(
-        image, (1, 0, 0, slope, 1, 0), sampling
-    ),
+OPERATIONS: dict[str, _Operation] = {
+    # No argument.
+    "Identity": lambda image, *_: image,
+    "AutoContrast": lambda image, *_: ImageOps.autocontrast(image),
+    "Equalize": lambda image, *_: ImageOps.equalize(image),
+    "Invert": lambda image, *_: ImageOps.invert(image),
+    # Number of bits to keep.
+    "Posterize": _posterize,
+    # Threshold from which values are inverted.
+    "Solarize": lambda image, threshold, _: ImageOps.solarize(image, ceil(threshold)),
+    "SolarizeAdd": _solarize_add,
+    # Factor: 0 gives a black, flat grey, grey or blurred image.
+    "Brightness": _enhance(ImageEnhance.Brightness),
+    "Contrast": _enhance(ImageEnhance.Contrast),
+    "Color": _enhance(ImageEnhance.Color),
+    "Sharpness": _enhance(ImageEnhance.Sharpness),
+    # Pixels to the left per row, or upwards per column.
+    "ShearX": _affine(lambda _, slope: (1, slope, 0, 0, 1, 0)),
+    "ShearY": _affine(lambda _, slope: (1, 0, 0, slope, 1, 0)),
     # Pixels to the right or downwards.
-    "TranslateX": lambda image, pixels, sampling: _affine(
-        image, (1, 0, -pixels, 0, 1, 0), sampling
-    ),
-    "TranslateY": lambda image, pixels, sampling: _affine(
-        image, (1, 0, 0, 0, 1, -pixels), sampling
-    ),
+    "TranslateX": _affine(lambda _, pixels: (1, 0, -pixels, 0, 1, 0)),
+    "TranslateY": _affine(lambda _, pixels: (1, 0, 0, 0, 1, -pixels)),
     # Shares of the width to the left, or of the height upwards.
-    "TranslateXRelative": lambda image, share, sampling: _affine(
-        image, (1, 0, share * image.width, 0, 1, 0), sampling
+    "TranslateXRelative": _affine(
+        lambda image, share: (1, 0, share * image.width, 0, 1, 0)
     ),
-    "TranslateYRelative": lambda image, share, sampling: _affine(
-        image, (1, 0, 0, 0, 1, share * image.height), sampling
+    "TranslateYRelative": _affine(
+        lambda image, share: (1, 0, 0, 0, 1, share * image.height)
     ),
     # Degrees counterclockwise about the centre.
     "Rotate": _rotate,
 }
+"""Functions of an image, the argument and the sampling, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,17 +189,11 @@ class Scale:
 
 # RandAugment.
 
-STRONGEST = 10.0
-"""RandAugment's magnitudes are in [0, STRONGEST]."""
-
-_PROBABILITY = 0.5
-"""Probability that a drawn operation is applied; timm's default."""
-
-_IMAGENET_MEAN = (124, 116, 104)
-"""timm's fill colour: 255 times the mean of its normalisation."""
-
+STRONGEST = 10.0  # magnitudes are in [0, STRONGEST]
+_PROBABILITY = 0.5  # that a drawn operation is applied; timm's default
+_IMAGENET_MEAN = (124, 116, 104)  # timm's fill colour, its mean pixel
+# timm's "random" interpolation draws one of these for each operation.
 _FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
-"""timm's "random" interpolation draws one of these for each operation."""
 
 _ENHANCE = Scale(lambda magnitude: max(0.1, 1 + magnitude / STRONGEST * 0.9), True)
 _SHEAR = Scale(lambda magnitude: magnitude / STRONGEST * 0.3, True)
@@ -226,14 +207,9 @@ RANDAUGMENT = {
     "Posterize": Scale(lambda magnitude: 4 - int(magnitude / STRONGEST * 4)),
     "Solarize": Scale(lambda magnitude: 256 - int(magnitude / STRONGEST * 256)),
     "SolarizeAdd": Scale(lambda magnitude: int(magnitude / STRONGEST * 110)),
-    "Color": _ENHANCE,
-    "Contrast": _ENHANCE,
-    "Brightness": _ENHANCE,
-    "Sharpness": _ENHANCE,
-    "ShearX": _SHEAR,
-    "ShearY": _SHEAR,
-    "TranslateXRelative": _TRANSLATE,
-    "TranslateYRelative": _TRANSLATE,
+    **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), _ENHANCE),
+    **dict.fromkeys(("ShearX", "ShearY"), _SHEAR),
+    **dict.fromkeys(("TranslateXRelative", "TranslateYRelative"), _TRANSLATE),
 }
 """timm's "increasing" operations, for magnitudes in [-10, 10]."""
 
@@ -260,12 +236,11 @@ def _draw_randaugment(
 
 # TrivialAugment Wide.
 
-LAST_BIN = 30
-"""TrivialAugment's magnitudes are the 31 integers 0 .. LAST_BIN."""
+LAST_BIN = 30  # magnitudes are the 31 integers 0 .. LAST_BIN
 
+# As in torchvision's training script. The paper and the default of
+# ``TrivialAugmentWide()`` take the nearest pixel.
 _TRIVIALAUGMENT_SAMPLING = Sampling(Image.Resampling.BILINEAR, (0, 0, 0))
-"""As in torchvision's training script. The paper and the default of
-``TrivialAugmentWide()`` take the nearest pixel."""
 
 _ENHANCE_WIDE = Scale(lambda magnitude: 1 + 0.99 * magnitude / LAST_BIN, True)
 _SHEAR_WIDE = Scale(lambda magnitude: 0.99 * magnitude / LAST_BIN, True)
@@ -273,15 +248,10 @@ _TRANSLATE_WIDE = Scale(lambda magnitude: int(32 * magnitude / LAST_BIN), True)
 
 TRIVIALAUGMENT = {
     "Identity": Scale(),
-    "ShearX": _SHEAR_WIDE,
-    "ShearY": _SHEAR_WIDE,
-    "TranslateX": _TRANSLATE_WIDE,
-    "TranslateY": _TRANSLATE_WIDE,
+    **dict.fromkeys(("ShearX", "ShearY"), _SHEAR_WIDE),
+    **dict.fromkeys(("TranslateX", "TranslateY"), _TRANSLATE_WIDE),
     "Rotate": Scale(lambda magnitude: 135 * magnitude / LAST_BIN, True),
-    "Brightness": _ENHANCE_WIDE,
-    "Color": _ENHANCE_WIDE,
-    "Contrast": _ENHANCE_WIDE,
-    "Sharpness": _ENHANCE_WIDE,
+    **dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), _ENHANCE_WIDE),
     "Posterize": Scale(lambda magnitude: 8 - round(6 * magnitude / LAST_BIN)),
     "Solarize": Scale(lambda magnitude: 255 - 255 * magnitude / LAST_BIN),
     "AutoContrast": Scale(),
@@ -289,15 +259,15 @@ TRIVIALAUGMENT = {
 }
 """The wide space, for magnitudes in -30 .. 30.
 
-torchvision computes it in float32: its arguments may differ in the seventh digit, and a
-translation by 16 pixels may become 15."""
+torchvision computes in float32: its arguments may differ in the seventh digit, and it
+may translate by 15 pixels instead of 16."""
 
 
 def _draw_trivialaugment(
     rng: np.random.Generator, config: AugmentationConfig
 ) -> list[Step]:
     """Draws one operation at a uniform magnitude; it is always applied."""
-    del config  # the policy has no options
+    del config  # TrivialAugment has no options
     names = list(TRIVIALAUGMENT)
     name = names[rng.integers(len(names))]
     magnitude = float(rng.integers(LAST_BIN, endpoint=True))

@@ -1,9 +1,8 @@
 """The views of an image that evaluation uses: the centre, ten crops, or all of it.
 
-Functions run on the host, uint8 in and out. Pillow resizes with antialiasing, and sizes
-and places are rounded as in torchvision: the bytes equal those of its ``Resize``,
-``CenterCrop`` and ``TenCrop`` on Pillow images, so published top-1 errors can be
-reproduced to the last example.
+Functions run on the host, uint8 in and out. The bytes equal those of torchvision's
+``Resize``, ``CenterCrop`` and ``TenCrop`` on Pillow images, so published top-1 errors
+can be reproduced to the last example.
 """
 
 import numpy as np
@@ -12,13 +11,10 @@ from PIL import Image
 from resnet_jax.data.images import to_array, to_pillow
 from resnet_jax.errors import UserError, nearest
 
+# Shorter sides that the paper averages over (He et al. 2015, section 3.4).
 FULL_IMAGE_SCALES = (224, 256, 384, 480, 640)
-"""Shorter sides that the paper averages over (He et al. 2015, section 3.4)."""
 
-_FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
+_FILTERS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic")}
 
 
 def full_image(
@@ -30,7 +26,7 @@ def full_image(
     side rounded down. The paper uses ``FULL_IMAGE_SCALES``.
 
     Args:
-      image: uint8 (h, w, c), grey (c = 1) or colour (c = 3).
+      image: uint8 (h, w, 1 or 3).
       shorter_side: of the result, in pixels.
       interpolation: "bilinear" or "bicubic", antialiased.
 
@@ -46,29 +42,19 @@ def full_image(
             f"{nearest(interpolation, _FILTERS)}"
         )
     pillow = to_pillow(image)
-    width, height = _resized(pillow.width, pillow.height, shorter_side)
-    return to_array(pillow.resize((width, height), _FILTERS[interpolation]))
+    size = _resized(pillow.width, pillow.height, shorter_side)
+    return to_array(pillow.resize(size, _FILTERS[interpolation]))
 
 
 def center_crop(
     image: np.ndarray, shorter_side: int, size: int, interpolation: str = "bilinear"
 ) -> np.ndarray:
-    """The centre of the resized image, for the "1-crop" test.
+    """The centre of ``full_image``, contiguous uint8 (size, size, c).
 
     Equals torchvision's ``Resize(shorter_side)`` and ``CenterCrop(size)``.
 
-    Args:
-      image: uint8 (h, w, c), grey (c = 1) or colour (c = 3).
-      shorter_side: pixels of the shorter side before the crop.
-      size: side of the crop in pixels.
-      interpolation: "bilinear" or "bicubic", antialiased.
-
-    Returns:
-      Contiguous uint8 (size, size, c).
-
     Raises:
-      UserError: the image or interpolation is not supported, or the crop is larger than
-        the resized image.
+      UserError: as in ``full_image``, or the crop is larger than the resized image.
     """
     resized = _resized_for_crops(image, shorter_side, size, interpolation)
     return np.ascontiguousarray(_middle(resized, size))
@@ -77,26 +63,17 @@ def center_crop(
 def ten_crop(
     image: np.ndarray, shorter_side: int, size: int, interpolation: str = "bilinear"
 ) -> np.ndarray:
-    """Corners and centre of the resized image and of its mirror image (AlexNet).
+    """Corners and centre of ``full_image`` and of its mirror image (AlexNet).
 
     Equals torchvision's ``Resize(shorter_side)`` and ``TenCrop(size)``, in its order:
     top left, top right, bottom left, bottom right, centre; then the same places of the
-    image mirrored left to right. So crop 5 mirrors crop 1, crop 6 crop 0, crop 7 crop
-    3 and crop 8 crop 2. Crop 9 mirrors crop 4, shifted by a column if the difference
-    in width is odd.
-
-    Args:
-      image: uint8 (h, w, c), grey (c = 1) or colour (c = 3).
-      shorter_side: pixels of the shorter side before the crops.
-      size: side of each crop in pixels.
-      interpolation: "bilinear" or "bicubic", antialiased.
+    image mirrored left to right.
 
     Returns:
       Contiguous uint8 (10, size, size, c).
 
     Raises:
-      UserError: the image or interpolation is not supported, or a crop is larger than
-        the resized image.
+      UserError: as in ``full_image``, or a crop is larger than the resized image.
     """
     resized = _resized_for_crops(image, shorter_side, size, interpolation)
     return np.stack([*_five(resized, size), *_five(resized[:, ::-1], size)])

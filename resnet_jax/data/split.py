@@ -1,6 +1,5 @@
 """A split of a data set: decoding, cropping and pixel statistics on the host."""
 
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,20 +26,20 @@ class Split:
       training_shape: (h, w, c) of images in training.
     """
 
+    image_shape: tuple[int, ...]
+    training_shape: tuple[int, ...]
+
     def __init__(self, name: str, source: Source, data: DataConfig):
         """Reads the first image if the config does not set the size."""
-        self.name = name
-        self._source, self._data = source, data
+        self.name, self._source, self._data = name, source, data
         self._kept: tuple[np.ndarray, np.ndarray] | None = None
-        channels = source.channels
         if data.image_size is None:
-            first = images.decode(source[0], channels)
-            self.image_shape: tuple[int, ...] = first.shape
+            self.image_shape = images.decode(source[0], source.channels).shape
             self.training_shape = self.image_shape
-            return
-        self.training_shape = (data.image_size, data.image_size, channels)
-        size = data.eval_image_size or data.image_size
-        self.image_shape = (size, size, channels)
+        else:
+            size = data.eval_image_size or data.image_size
+            self.image_shape = size, size, source.channels
+            self.training_shape = data.image_size, data.image_size, source.channels
 
     def __len__(self) -> int:
         return len(self._source)
@@ -60,12 +59,10 @@ class Split:
             return self._kept[0][index], int(self._kept[1][index])
         example = self._source[index]
         image = images.decode(example, self._source.channels)
-        if self._data.image_size is not None:
-            size = self.image_shape[0]
-            side = self._data.eval_shorter_side or size
-            image = protocols.center_crop(
-                image, side, size, self._data.eval_interpolation
-            )
+        data, size = self._data, self.image_shape[0]
+        if data.image_size is not None:
+            side = data.eval_shorter_side or size
+            image = protocols.center_crop(image, side, size, data.eval_interpolation)
         elif image.shape != self.image_shape:
             raise UserError(
                 f"image {example.name} is {image.shape[1]}x{image.shape[0]} and the "
@@ -81,16 +78,10 @@ class Split:
         augmentation: AugmentationConfig,
         out: np.ndarray,
     ) -> int:
-        """Writes an example for training, before augmentation on the device.
+        """Writes an example for training into ``out``, and returns its label.
 
-        Args:
-          index: below ``len(self)``.
-          rng: for the random crop, flip and policy, if these run on the host.
-          augmentation: which operations run on the host, and how.
-          out: uint8 ``training_shape``, contiguous; receives the image.
-
-        Returns:
-          The label.
+        ``out`` is contiguous uint8 ``training_shape``. The random crop, flip and policy
+        are applied if they run on the host.
 
         Raises:
           UserError: the image is broken.
@@ -101,7 +92,11 @@ class Split:
             example = self._source[index]
 
             def choose(height: int, width: int) -> crops.Window:
-                return _window(height, width, out.shape[0], augmentation, rng)
+                if sides := augmentation.shorter_side:
+                    return crops.scale_window(height, width, out.shape[0], sides, rng)
+                area = augmentation.crop_area or (1.0, 1.0)
+                aspect = augmentation.crop_aspect
+                return crops.inception_window(height, width, area, aspect, rng)
 
             window = images.decode_window(example, self._source.channels, choose)
             crops.resize(window, out)
@@ -135,15 +130,13 @@ class Split:
         pixels = np.zeros((len(self), *self.image_shape), np.uint8)
         labels = np.empty(len(self), np.int32)
 
-        def fill(index: int) -> str:
-            try:
-                pixels[index], labels[index] = self.example(index)
-            except UserError as error:
-                if self._data.on_error == "stop":
-                    raise
+        def fill(index: int) -> str | None:
+            found = self._example_or_fault(index)
+            if isinstance(found, str):
                 labels[index] = -1
-                return str(error)
-            return ""
+                return found
+            pixels[index], labels[index] = found
+            return None
 
         with ThreadPoolExecutor(num_threads) as pool:
             faults = list(pool.map(fill, range(len(self))))
@@ -159,25 +152,21 @@ class Split:
             pixels.flags.writeable = labels.flags.writeable = False
             self._kept = pixels, labels
 
-    def statistics_shape(self) -> tuple[int, ...]:
-        """Shape of the mean and deviation in ``statistics``."""
-        if self._data.normalization == "per_pixel_mean":
-            return self.image_shape
-        return (1, 1, self.image_shape[-1])
-
     def statistics(self) -> PixelStatistics:
         """Mean and deviation of the pixels for ``data.normalization``."""
-        shape = self.statistics_shape()
         kind = self._data.normalization
+        per_pixel = kind == "per_pixel_mean"
+        shape = self.image_shape if per_pixel else (1, 1, self.image_shape[-1])
+        ones = np.ones(shape, np.float32)
         if kind == "none":
-            return PixelStatistics(np.zeros(shape, np.float32), _ones(shape))
+            return PixelStatistics(np.zeros(shape, np.float32), ones)
         if kind == "imagenet":
             return PixelStatistics(
                 _IMAGENET_MEAN.reshape(shape), _IMAGENET_STD.reshape(shape)
             )
         total, squares, count = self._moments()
-        if kind == "per_pixel_mean":
-            return PixelStatistics((total / count).astype(np.float32), _ones(shape))
+        if per_pixel:
+            return PixelStatistics((total / count).astype(np.float32), ones)
         mean = (total / count).mean((0, 1), keepdims=True)
         variance = (squares / count).mean((0, 1), keepdims=True) - mean**2
         # A constant channel is not scaled.
@@ -187,49 +176,28 @@ class Split:
     def _moments(self) -> tuple[np.ndarray, np.ndarray, int]:
         """Sums of pixels in [0, 1] and of their squares, and the number of images."""
         count = min(self._data.statistics_examples or len(self), len(self))
-        chosen = order.epoch_order(len(self), seed=0, epoch=0)[:count]
+        chosen = order.epoch_order(len(self), seed=0, epoch=0)[:count].tolist()
         total = np.zeros(self.image_shape, np.float64)
         squares = np.zeros(self.image_shape, np.float64)
         whole = 0
         with ThreadPoolExecutor(self._data.threads) as pool:
-            for chunk in _chunks(chosen, 512):
-                found = [x for x in pool.map(self._whole_image, chunk) if x is not None]
-                if found:
-                    unit = np.stack(found) / MAX_PIXEL
+            for start in range(0, count, 512):
+                found = pool.map(self._example_or_fault, chosen[start : start + 512])
+                pixels = [each[0] for each in found if not isinstance(each, str)]
+                if pixels:
+                    unit = np.stack(pixels) / MAX_PIXEL
                     total += unit.sum(0)
                     squares += np.square(unit).sum(0)
-                    whole += len(found)
+                    whole += len(pixels)
         if not whole:
             raise UserError(f"no image of the {self.name} split can be decoded")
         return total, squares, whole
 
-    def _whole_image(self, index: int) -> np.ndarray | None:
-        """An image; None if it is broken and ``data.on_error`` is "skip"."""
+    def _example_or_fault(self, index: int) -> tuple[np.ndarray, int] | str:
+        """``example``, or its error if ``data.on_error`` is "skip"."""
         try:
-            return self.example(index)[0]
-        except UserError:
+            return self.example(index)
+        except UserError as error:
             if self._data.on_error == "stop":
                 raise
-            return None
-
-
-def _window(
-    height: int,
-    width: int,
-    size: int,
-    augmentation: AugmentationConfig,
-    rng: np.random.Generator,
-) -> crops.Window:
-    if augmentation.shorter_side is not None:
-        return crops.scale_window(height, width, size, augmentation.shorter_side, rng)
-    area = augmentation.crop_area or (1.0, 1.0)
-    return crops.inception_window(height, width, area, augmentation.crop_aspect, rng)
-
-
-def _ones(shape: tuple[int, ...]) -> np.ndarray:
-    return np.ones(shape, np.float32)
-
-
-def _chunks(values: np.ndarray, size: int) -> Iterable[list[int]]:
-    for start in range(0, len(values), size):
-        yield [int(value) for value in values[start : start + size]]
+            return str(error)

@@ -2,10 +2,9 @@
 
 Pure functions of batches (n, h, w, c). Random numbers are drawn for the global batch,
 so results do not depend on the number of devices. Some functions come in pairs: one
-draws random numbers from a key, and the other computes the result for given numbers.
+draws random numbers from a key, the other applies them.
 """
 
-import functools
 from collections.abc import Sequence
 
 import flax.struct
@@ -20,18 +19,13 @@ MAX_PIXEL = 255.0
 # Folded into the key, so that a new operation does not change the numbers of others.
 _JITTER, _ERASING, _MIXING = 1, 2, 3
 
-_GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)
-"""Weights of red, green and blue in a grey value (ITU-R BT.601)."""
+_GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
+# Erased share of an image, height over width, and rectangles drawn until one fits
+# (Zhong et al. 2017, as in torchvision).
 ERASED_AREA = (0.02, 0.33)
-"""Smallest and largest erased share of an image (Zhong et al. 2017, as in
-torchvision)."""
-
 ERASED_ASPECT = (0.3, 3.3)
-"""Smallest and largest height over width of the erased rectangle (likewise)."""
-
 ERASING_ATTEMPTS = 10
-"""Rectangles drawn for an image until one fits (likewise)."""
 
 # Eigenvalues and eigenvectors (columns) of the covariance of ImageNet's RGB pixels in
 # [0, 1], as published with fb.resnet.torch.
@@ -48,12 +42,7 @@ _COLOR_EIGENVECTORS = np.array(
 
 @flax.struct.dataclass
 class PixelStatistics:
-    """Mean and deviation for normalisation, for pixels in [0, 1].
-
-    Attributes:
-      mean: float32 (h, w, c) for a per-pixel mean, else (1, 1, c).
-      std: of the same shape.
-    """
+    """Mean and deviation of pixels in [0, 1], float32 (h, w, c) or (1, 1, c)."""
 
     mean: jax.Array | np.ndarray
     std: jax.Array | np.ndarray
@@ -107,8 +96,8 @@ def augment_and_mix(
     """The images of ``augment``, mixed by ``mix`` if the config sets an alpha.
 
     Returns:
-      The images, and the share (float32, in [0, 1]) that each keeps of itself, which is
-      the weight of its own label in ``mixed_targets``; None if nothing is mixed.
+      The images, and the share (float32, in [0, 1]) that each keeps of itself: the
+      weight of its own label in ``mixed_targets``. None if nothing is mixed.
     """
     images = augment(key, images, statistics, config)
     if not (config.mixup_alpha or config.cutmix_alpha):
@@ -127,19 +116,17 @@ def pad_and_crop(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
     """Pads each side with ``pad`` zeros and crops the original size at random."""
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     corners = jax.random.randint(key, (images.shape[0], 2), 0, 2 * pad + 1)
-    crop = functools.partial(_window, shape=images.shape[1:])
+
+    def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (*corner, 0), images.shape[1:])
+
     return jax.vmap(crop)(padded, corners)
-
-
-def _window(image: jax.Array, corner: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), shape)
 
 
 def add_color_noise(key: jax.Array, images: jax.Array, deviation: float) -> jax.Array:
     """Shifts each image's colour along the principal axes of ImageNet (AlexNet).
 
-    The shift along an axis is its eigenvalue times a normal number of standard
-    deviation ``deviation``.
+    The shift along an axis is its eigenvalue times a number from N(0, deviation^2).
     """
     amounts = deviation * jax.random.normal(key, (images.shape[0], 3))
     shift = (amounts * _COLOR_EIGENVALUES) @ _COLOR_EIGENVECTORS.T
@@ -149,16 +136,11 @@ def add_color_noise(key: jax.Array, images: jax.Array, deviation: float) -> jax.
 def color_jitter(
     key: jax.Array, images: jax.Array, strengths: Sequence[float]
 ) -> jax.Array:
-    """Changes brightness, contrast and saturation of each image (Howard 2013).
+    """Changes brightness, contrast and saturation of images (n, h, w, 3) in [0, 1].
 
-    As in fb.resnet.torch: each factor is drawn from U(1 - strength, 1 + strength), and
-    values outside [0, 1] are not clipped. So the changes commute, and the random order
-    of other implementations makes no difference.
-
-    Args:
-      key: random key.
-      images: (n, h, w, 3) in [0, 1].
-      strengths: largest relative change of brightness, contrast and saturation.
+    Each factor is drawn from U(1 - strength, 1 + strength), as in fb.resnet.torch
+    (Howard 2013). Values outside [0, 1] are not clipped, so the changes commute, and
+    the random order of other implementations makes no difference.
     """
     spread = jnp.asarray(strengths, jnp.float32)
     factors = jax.random.uniform(
@@ -168,18 +150,12 @@ def color_jitter(
 
 
 def jitter_colors(images: jax.Array, factors: jax.Array) -> jax.Array:
-    """Blends each image with black, with its mean grey and with its grey version.
+    """Applies factors (n, 3) of brightness, contrast and saturation.
 
     A factor f turns the image x into f x + (1 - f) y, where y is black for brightness,
     the mean grey value for contrast, and the grey image for saturation.
-
-    Args:
-      images: (n, h, w, 3), float32.
-      factors: (n, 3), of brightness, contrast and saturation.
     """
-    brightness, contrast, saturation = jnp.moveaxis(factors, 1, 0)[
-        ..., None, None, None
-    ]
+    brightness, contrast, saturation = factors.T[..., None, None, None]
     images = brightness * images
     mean = _grey(images).mean((1, 2), keepdims=True)
     images = contrast * images + (1 - contrast) * mean
@@ -192,13 +168,11 @@ def _grey(images: jax.Array) -> jax.Array:
 
 
 def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Sets a random rectangle of an image to zero (Zhong et al. 2017).
+    """Sets a random rectangle to zero, with ``probability`` (Zhong et al. 2017).
 
-    Each image is changed with ``probability``. The rectangle's share of the area is
-    uniform over ``ERASED_AREA``, and the logarithm of its aspect is uniform over
-    ``ERASED_ASPECT``. It is drawn up to ``ERASING_ATTEMPTS`` times until it is smaller
-    than the image on both sides. Its place is uniform. In normalised images, zeros are
-    mean pixels.
+    The rectangle's share of the area is uniform over ``ERASED_AREA``, and the logarithm
+    of its aspect over ``ERASED_ASPECT``. It is drawn up to ``ERASING_ATTEMPTS`` times,
+    until it is smaller than the image on both sides. Its place is uniform.
     """
     chosen_key, box_key = jax.random.split(key)
     count, height, width = images.shape[:3]
@@ -211,7 +185,7 @@ def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
 def erasing_boxes(key: jax.Array, count: int, height: int, width: int) -> jax.Array:
     """Rectangles to erase, (count, 4) int32: top, left, bottom, right (exclusive).
 
-    A rectangle is empty if no attempt gave one that fits.
+    A rectangle is empty if none of its attempts fits.
     """
     area_key, aspect_key, top_key, left_key = jax.random.split(key, 4)
     shape = (count, ERASING_ATTEMPTS)
@@ -243,15 +217,12 @@ def inside_boxes(boxes: jax.Array, height: int, width: int) -> jax.Array:
 def mix(
     key: jax.Array, images: jax.Array, mixup_alpha: float, cutmix_alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes each image with its partner by mixup or cutmix.
+    """Mixes each image with its partner by mixup or cutmix; also returns its own share.
 
     An alpha of 0 disables its kind. If both are set, each batch uses one of them with
     probability 1/2. A batch has one lambda, drawn from Beta(alpha, alpha), and one
     rectangle. The partner of image i is image n - 1 - i: repeated copies of an example
     are neighbours, so almost none of them are partners.
-
-    Returns:
-      The images, and the share that each keeps of itself.
 
     Sources: mixup, Zhang et al. 2017; cutmix, Yun et al. 2019.
     """
@@ -293,8 +264,7 @@ def cutmix_box(
 def cutmix(images: jax.Array, box: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Pastes a rectangle (top, left, bottom, right) of each image's partner into it.
 
-    Returns:
-      The images, and the share that each keeps, from the rectangle's true area.
+    Also returns the share that each image keeps.
     """
     height, width = images.shape[1:3]
     pasted = inside_boxes(box, height, width)[None, :, :, None]

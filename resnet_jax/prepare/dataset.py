@@ -1,17 +1,17 @@
 """Prepare a data set: write its shards of ArrayRecord and the manifest that lists them.
 
 ``progress.json`` lists each finished shard. ``manifest.json`` comes last, after all
-shards were checked once more. A run that is killed at any moment therefore continues
-with the same command, and ends with the same bytes as an undisturbed run.
+shards were checked once more. So a run that is killed at any moment continues with the
+same command, and ends with the same bytes as an undisturbed run.
 
-Shards hold the examples in a fixed random order, the same for every run of the command:
-sub-splits such as ``train[:90%]`` are then random examples of all classes, and each
-shard can be written alone. tfds and prepared data sets were shuffled when they were
-made, so they keep their order and their sub-splits.
+Shards hold the examples in a fixed random order, so that parts such as ``train[:90%]``
+are random examples of all classes. tfds and prepared data sets were shuffled when they
+were made; they keep their order.
 """
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -26,9 +26,10 @@ import numpy as np
 import rich.console
 from etils import epath
 
+from resnet_jax.console import say
+from resnet_jax.data.order import epoch_order
 from resnet_jax.data.sources import Collection, Source, open_path, records
-from resnet_jax.data.sources.folders import FolderSource, Names
-from resnet_jax.data.sources.tars import TarCollection, TarSource, find_tars
+from resnet_jax.data.sources.tars import find_tars, open_tars
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.prepare import shards
 from resnet_jax.prepare.encoding import Encoding
@@ -36,7 +37,7 @@ from resnet_jax.prepare.progress import in_threads
 from resnet_jax.storage import locked, replacing, storage_of
 
 PROGRESS = "progress.json"
-_ORDER_KEY = [2, 0]  # of the random order of the examples
+_ORDER_SEED = 2  # of the random order of the examples
 _SAMPLE = 64  # examples of a split that are encoded to estimate its size
 _LEFTOVERS = ".????????????????.part"  # files of ``replacing`` after a kill
 
@@ -63,12 +64,12 @@ def prepare_dataset(
       output: the folder for the shards; new, or of an interrupted run.
       splits: the splits to convert; None means all.
       data_dir: where tfds data sets are prepared.
-      shorter_side: reduce larger images to it, in pixels; None keeps all sizes.
-      quality: JPEG quality, 1 to 100, to encode all images with where that makes them
-        smaller; None encodes only reduced images, with 95.
-      num_shards: of each split; None means as many as ``shard_mib`` requires.
+      shorter_side: pixels to which larger images are reduced; None keeps all sizes.
+      quality: JPEG quality, 1 to 100, of all images that it makes smaller; None encodes
+        only reduced images, with 95.
+      num_shards: of each split; None follows from ``shard_mib``.
       shard_mib: approximate size of a shard in MiB.
-      threads: shards to write at once; None means one a processor.
+      threads: shards to write at once; None means one per processor.
       on_error: "stop" at a broken image, or "skip" it and list it in the manifest.
       console: where to show progress.
 
@@ -81,46 +82,49 @@ def prepare_dataset(
     """
     if on_error not in ("stop", "skip"):
         raise UserError(f"on_error is stop or skip, not {on_error!r}")
-    numbers = {
-        "shorter-side": shorter_side,
-        "shards": num_shards,
-        "shard-mib": shard_mib,
-        "threads": threads,
-    }
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
     if quality is not None and not 1 <= quality <= 100:
         raise UserError(f"quality is a number from 1 to 100, not {quality}")
+    numbers = (shorter_side, num_shards, shard_mib, threads)
+    names = ("shorter-side", "shards", "shard-mib", "threads")
+    for name, value in zip(names, numbers, strict=True):
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
     console = console or rich.console.Console()
     folder = _output_folder(source, output)
     collection = open_source(source, data_dir)
-    chosen = _chosen_splits(collection, splits)
     encoding = Encoding(shorter_side, quality)
-    sources = {split: _open_split(collection, split) for split in chosen}
+    sources = _open_splits(collection, splits)
     settings = _settings(collection, sources, encoding, num_shards, shard_mib)
+    run = functools.partial(in_threads, threads=threads, console=console)
     busy = f"output {folder} is being prepared by another process; wait for it"
     with locked(folder, busy):
         manifest = records.read_manifest(epath.Path(folder))
         if manifest is not None:
             _refuse_other_settings(folder, manifest["settings"], settings)
             (folder / PROGRESS).unlink(missing_ok=True)
-            _say(console, f"{folder} is already prepared; --verify checks it")
+            say(console, f"{folder} is already prepared; --verify checks it")
             return manifest
         progress = _begin(folder, str(source), settings, sources, encoding)
         _refuse_small_disk(folder, progress)
-        _write_missing(folder, progress, sources, encoding, on_error, threads, console)
-        manifest = _finish(folder, progress, collection, threads, console)
+        if done := len(progress["done"]):
+            total = sum(progress["num_shards"].values())
+            say(console, f"{done} of {total} shards are already written")
+        _write_missing(folder, progress, sources, encoding, on_error, run)
+        manifest = _finish(folder, progress, collection, run)
     for name, split in manifest["splits"].items():
-        line = (
-            f"{name}: {split['examples']:,} examples in {len(split['shards'])} shards, "
-            f"{split['bytes'] / 1e6:,.1f} MB"
-        )
-        if left_out := split["left_out"]:
-            line += f"; {len(left_out)} left out, such as {left_out[0]['name']}"
-        _say(console, line)
-    _say(console, f"prepared and checked; train on it with data.path={folder}")
+        say(console, _summary(name, split))
+    say(console, f"prepared and checked; train on it with data.path={folder}")
     return manifest
+
+
+def _summary(name: str, split: dict[str, Any]) -> str:
+    line = (
+        f"{name}: {split['examples']:,} examples in {len(split['shards'])} shards, "
+        f"{split['bytes'] / 1e6:,.1f} MB"
+    )
+    if left_out := split["left_out"]:
+        line += f"; {len(left_out)} left out, such as {left_out[0]['name']}"
+    return line
 
 
 def verify(
@@ -133,7 +137,7 @@ def verify(
 
     Args:
       output: the folder.
-      threads: shards to read at once; None means one a processor.
+      threads: shards to read at once; None means one per processor.
       console: where to show progress.
 
     Raises:
@@ -143,16 +147,15 @@ def verify(
     manifest = records.read_manifest(epath.Path(folder))
     if manifest is None:
         raise UserError(
-            f"{folder} holds no {records.MANIFEST}: resnet-jax prepare did not make "
-            "it, or has not finished it"
+            f"{folder} holds no {records.MANIFEST}; give a folder that resnet-jax "
+            "prepare has finished"
         )
-    entries = [
-        entry for split in manifest["splits"].values() for entry in split["shards"]
-    ]
+    entries = [e for split in manifest["splits"].values() for e in split["shards"]]
     console = console or rich.console.Console()
-    _verify(folder, entries, threads, console)
+    run = functools.partial(in_threads, threads=threads, console=console)
+    _verify(folder, entries, run)
     examples = sum(entry["examples"] for entry in entries)
-    _say(console, f"{folder}: all {len(entries)} shards are whole, {examples} examples")
+    say(console, f"{folder}: all {len(entries)} shards are whole, {examples} examples")
 
 
 def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collection:
@@ -163,14 +166,14 @@ def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collect
     """
     given = os.fspath(source)
     if given.startswith("tfds:"):
-        from resnet_jax.data.sources.tfds import TfdsCollection, find_builder
-        from resnet_jax.data.sources.tfrecords import TfRecordCollection
+        from resnet_jax.data.sources.tfds import find_builder, open_tfds
+        from resnet_jax.data.sources.tfrecords import open_tfrecords
 
         name = given.removeprefix("tfds:")
         builder = find_builder(name, data_dir)
         if builder.is_prepared() and builder.info.file_format.value == "tfrecord":
-            return TfRecordCollection(builder)
-        return TfdsCollection(name, data_dir)
+            return open_tfrecords(builder)
+        return open_tfds(name, data_dir)
     path = Path(given).expanduser()
     if not path.exists():
         raise UserError(
@@ -179,12 +182,8 @@ def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collect
         )
     tars = find_tars(path)
     if tars and not (path.is_dir() and (path / "train").is_dir()):
-        return TarCollection(tars)
+        return open_tars(tars)
     return open_path(path)
-
-
-def _say(console: rich.console.Console, text: str) -> None:
-    console.out(text, highlight=False)
 
 
 def _output_folder(
@@ -192,8 +191,8 @@ def _output_folder(
 ) -> Path:
     if "://" in os.fspath(output):
         raise UserError(
-            f"output {output} is not a folder of this machine; prepare into one, and "
-            "copy it there"
+            f"output {output} is not a folder of this machine; prepare into a folder "
+            "and copy it to the store"
         )
     folder = Path(output).expanduser().absolute()
     around = Path(source).expanduser().absolute()
@@ -208,31 +207,22 @@ def _output_folder(
     return folder
 
 
-def _chosen_splits(
+def _open_splits(
     collection: Collection, splits: Sequence[str] | None
-) -> tuple[str, ...]:
-    known = collection.description.splits
-    for split in splits or ():
+) -> dict[str, Source]:
+    known, opened = collection.description.splits, {}
+    for split in splits or known:
         if split not in known:
             raise UserError(
                 f"{collection.description.name} has no split {split!r}; "
                 f"{nearest(split, known)}"
             )
-    return tuple(dict.fromkeys(splits)) if splits else known
-
-
-def _open_split(collection: Collection, split: str) -> Source:
-    try:
-        opened = collection.source(split)
-    except UserError as error:
-        others = [name for name in collection.description.splits if name != split]
-        if not others:
-            raise
-        raise UserError(
-            f"{error} (to leave {split} out: --splits {','.join(others)})"
-        ) from error
-    if not len(opened):
-        raise UserError(f"split {split} has no examples; leave it out with --splits")
+        try:
+            opened[split] = collection.source(split)
+        except UserError as error:
+            others = ",".join(name for name in known if name != split)
+            hint = f" (to leave {split} out: --splits {others})" if others else ""
+            raise UserError(f"{error}{hint}") from error
     return opened
 
 
@@ -247,7 +237,7 @@ def _settings(
     class_names = "\n".join(collection.description.class_names)
     identities = {}
     for split, source in sources.items():
-        names = _file_names(source)
+        names = shards.file_names(source)
         identities[split] = {
             "examples": len(source),
             "order": "of the source" if names is None else "shuffled",
@@ -264,11 +254,6 @@ def _settings(
         ).hexdigest(),
         "splits": identities,
     }
-
-
-def _file_names(source: Source) -> Names | None:
-    """The names of a source's files; None if it is not a list of files."""
-    return source.names if isinstance(source, (FolderSource, TarSource)) else None
 
 
 def _refuse_other_settings(
@@ -299,33 +284,29 @@ def _begin(
         try:
             progress: dict[str, Any] = json.loads(file.read_text())
             _refuse_other_settings(folder, progress["settings"], settings)
+            done = progress["done"].items()
         except (ValueError, KeyError) as error:
             raise UserError(f"{file} is damaged; empty {folder}") from error
-        return progress
+        kept = {name: entry for name, entry in done if (folder / name).is_file()}
+        return progress | {"done": kept}
     others = sorted(entry.name for entry in folder.iterdir())
     if others:
         raise UserError(
             f"output {folder} holds {others[0]}, which resnet-jax prepare did not "
             "make; give a new or an empty folder"
         )
-    sizes = {
-        split: len(opened) * _mean_size(opened, encoding)
-        for split, opened in sources.items()
-    }
-    counts = {
-        split: settings["num_shards"]
-        or -(-round(size) // (settings["shard_mib"] * 2**20))
-        for split, size in sizes.items()
-    }
+    sizes = {split: len(s) * _mean_size(s, encoding) for split, s in sources.items()}
+    shard_bytes = (settings["shard_mib"] or 1) * 2**20
+    num_shards = {}
+    for split, size in sizes.items():
+        count = settings["num_shards"] or max(1, -(-round(size) // shard_bytes))
+        num_shards[split] = min(count, len(sources[split]))
     progress = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source": source,
         "settings": settings,
         "guessed_bytes": round(sum(sizes.values())),
-        "num_shards": {
-            split: max(1, min(count, len(sources[split])))
-            for split, count in counts.items()
-        },
+        "num_shards": num_shards,
         "done": {},
     }
     _write_json(file, progress)
@@ -358,15 +339,13 @@ def _jobs(
     """The shards of all splits."""
     jobs = []
     for split, source in sources.items():
-        names = _file_names(source)
         order = np.arange(len(source))
-        if names is not None:
-            words = np.random.Philox(key=_ORDER_KEY).random_raw(len(source))
-            order = np.argsort(words, kind="stable")
+        if shards.file_names(source) is not None:
+            order = epoch_order(len(source), _ORDER_SEED, epoch=0)
         count = progress["num_shards"][split]
         for number, indices in enumerate(np.array_split(order, count)):
             file = records.shard_name(split, number, count)
-            jobs.append(shards.ShardJob(file, split, source, indices, names))
+            jobs.append(shards.ShardJob(file, split, source, indices))
     return jobs
 
 
@@ -376,13 +355,9 @@ def _write_missing(
     sources: dict[str, Source],
     encoding: Encoding,
     on_error: str,
-    threads: int | None,
-    console: rich.console.Console,
+    run: Callable[..., None],
 ) -> None:
-    jobs = _jobs(progress, sources)
     done = progress["done"]
-    for file in [file for file in done if not (folder / file).is_file()]:
-        del done[file]
     for entry in done.values():
         if on_error == "stop" and entry["left_out"]:
             raise UserError(
@@ -390,9 +365,7 @@ def _write_missing(
                 f"leaves out {entry['left_out'][0]['name']}; continue with that "
                 "option, or delete the shard"
             )
-    missing = [job for job in jobs if job.file not in done]
-    if done:
-        _say(console, f"{len(done)} of {len(jobs)} shards are already written")
+    missing = [job for job in _jobs(progress, sources) if job.file not in done]
     lock = threading.Lock()
 
     def write(job: shards.ShardJob, tick: Callable[[], None]) -> None:
@@ -401,8 +374,7 @@ def _write_missing(
             done[job.file] = entry
             _write_json(folder / PROGRESS, progress)
 
-    total = sum(len(job.indices) for job in missing)
-    in_threads(write, missing, threads, total, "examples", console)
+    run(write, missing, sum(len(job.indices) for job in missing), "examples")
 
 
 def _write_json(file: Path, content: Any) -> None:
@@ -414,8 +386,7 @@ def _finish(
     folder: Path,
     progress: dict[str, Any],
     collection: Collection,
-    threads: int | None,
-    console: rich.console.Console,
+    run: Callable[..., None],
 ) -> dict[str, Any]:
     """Checks all shards and writes the manifest."""
     described, settings = collection.description, progress["settings"]
@@ -433,8 +404,10 @@ def _finish(
             "left_out": sorted(left_out, key=lambda item: item["index"]),
         }
         if not splits[split]["examples"]:
-            raise UserError(f"every image of split {split} is broken")
-    _verify(folder, [e for s in splits.values() for e in s["shards"]], threads, console)
+            raise UserError(
+                f"every image of split {split} is broken; leave it out with --splits"
+            )
+    _verify(folder, [e for s in splits.values() for e in s["shards"]], run)
     keeps_size = settings["shorter_side"] is None
     manifest = {
         "format": records.FORMAT,
@@ -453,10 +426,7 @@ def _finish(
 
 
 def _verify(
-    folder: Path,
-    entries: list[dict[str, Any]],
-    threads: int | None,
-    console: rich.console.Console,
+    folder: Path, entries: list[dict[str, Any]], run: Callable[..., None]
 ) -> None:
     faults: list[str] = []
 
@@ -466,7 +436,7 @@ def _verify(
         if fault is not None:
             faults.append(fault)
 
-    in_threads(check, entries, threads, len(entries), "shards checked", console)
+    run(check, entries, len(entries), "shards checked")
     if faults:
         others = f" ({len(faults)} shards in all)" if len(faults) > 1 else ""
         raise UserError(

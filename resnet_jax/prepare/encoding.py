@@ -8,7 +8,7 @@ import numpy as np
 from resnet_jax.data import images
 from resnet_jax.data.sources import Example
 
-_SHRUNK_QUALITY = 95  # of images made smaller, if no quality is given
+_REDUCED_QUALITY = 95  # of reduced images, if no quality is given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Encoding:
     """How to store an image.
 
     Attributes:
-      shorter_side: images with a longer shorter side are reduced to it, with their
-        aspect kept, and encoded as JPEG; None means that no image is reduced.
-      quality: JPEG quality, 1 to 100, of all images whose file shrinks by it; None
-        means that images keep their bytes, and reduced ones get 95.
+      shorter_side: in pixels; images with a longer shorter side are reduced to it and
+        stored as JPEG. None reduces no image.
+      quality: JPEG quality, 1 to 100, of reduced images, and of all others whose file
+        shrinks by it. None gives reduced images 95 and keeps the bytes of the others.
     """
 
     shorter_side: int | None = None
@@ -40,7 +40,7 @@ class Encoding:
         pixels = images.decode(example, channels)
         stored = example.image
         if self.shorter_side is not None and min(pixels.shape[:2]) > self.shorter_side:
-            return _jpeg(_shrunk(pixels, self.shorter_side), self.quality)
+            return _jpeg(_reduced(pixels, self.shorter_side), self.quality)
         if not isinstance(stored, bytes):
             stored = _encoded(".png", pixels, [])
         if self.quality is None:
@@ -48,29 +48,25 @@ class Encoding:
         return min(_jpeg(pixels, self.quality), stored, key=len)
 
 
-def _jpeg(pixels: np.ndarray, quality: int | None) -> bytes:
-    """A JPEG file with 4:2:0 colours, which decodes fastest."""
-    options = {
-        cv2.IMWRITE_JPEG_QUALITY: quality or _SHRUNK_QUALITY,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR: cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420,
-        # Huffman codes fitted to the image: a few percent smaller and faster to read.
-        cv2.IMWRITE_JPEG_OPTIMIZE: 1,
-    }
-    return _encoded(".jpg", pixels, [part for item in options.items() for part in item])
-
-
-def _shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
+def _reduced(pixels: np.ndarray, side: int) -> np.ndarray:
     height, width, channels = pixels.shape
     scale = side / min(height, width)
     size = max(side, round(width * scale)), max(side, round(height * scale))
     # Each new pixel is the mean of the area it covers, which avoids aliasing.
-    shrunk = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    return shrunk.reshape(size[1], size[0], channels)
+    reduced = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    return reduced.reshape(size[1], size[0], channels)
+
+
+def _jpeg(pixels: np.ndarray, quality: int | None) -> bytes:
+    # 4:2:0 colours decode fastest. Huffman codes fitted to the image make the file a
+    # few percent smaller and faster to read.
+    subsampling = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality or _REDUCED_QUALITY]
+    options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, subsampling]
+    return _encoded(".jpg", pixels, [*options, cv2.IMWRITE_JPEG_OPTIMIZE, 1])
 
 
 def _encoded(kind: str, pixels: np.ndarray, options: list[int]) -> bytes:
-    colored = pixels.shape[2] == 3
-    # OpenCV expects blue first.
-    ordered = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if colored else pixels
-    _, encoded = cv2.imencode(kind, ordered, options)
-    return encoded.tobytes()
+    if pixels.shape[2] == 3:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)  # OpenCV expects blue first
+    return cv2.imencode(kind, pixels, options)[1].tobytes()

@@ -3,50 +3,39 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent import futures
 from typing import Any
 
 import rich.console
 import rich.progress
 
+from resnet_jax.console import say
 from resnet_jax.machine import usable_cores
 
 _LINE_SECONDS = 30.0
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: another thread met one
-    """Ends the work of a thread."""
-
-
 def in_threads(
     work: Callable[[Any, Callable[[], None]], None],
     items: Sequence[Any],
-    threads: int | None,
     total: int,
     unit: str,
+    threads: int | None,
     console: rich.console.Console,
 ) -> None:
-    """Calls ``work(item, tick)`` for all items and shows the progress.
+    """Calls ``work(item, tick)`` for all items in threads and shows the progress.
 
-    A terminal shows a bar; elsewhere a line appears every 30 seconds.
-
-    Args:
-      work: calls ``tick`` regularly, which raises Stopped once another call failed.
-      items: the arguments.
-      threads: concurrent calls; None means one a processor.
-      total: number of ticks in all.
-      unit: what a tick counts.
-      console: where to show it.
-
-    Raises:
-      Exception: the first one that ``work`` raises; it stops all calls.
+    ``work`` calls ``tick`` regularly, ``total`` times in all for all items. The first
+    exception of a call stops the others, by an exception of ``tick``, and is raised. A
+    terminal shows a bar; elsewhere a line appears every 30 seconds. ``threads=None``
+    means one per processor, and ``unit`` is what a tick counts.
     """
     stop, lock, ticks = threading.Event(), threading.Lock(), 0
 
     def tick() -> None:
         nonlocal ticks
         if stop.is_set():
-            raise Stopped
+            raise futures.CancelledError
         with lock:
             ticks += 1
 
@@ -62,11 +51,11 @@ def in_threads(
     )
     task = bar.add_task("", total=total, speed=0.0)
     began = shown = time.monotonic()
-    with bar, ThreadPoolExecutor(threads or usable_cores()) as pool:
+    with bar, futures.ThreadPoolExecutor(threads or usable_cores()) as pool:
         waiting = {pool.submit(work, item, tick) for item in items}
         try:
             while waiting:
-                finished, waiting = wait(waiting, 0.2, FIRST_EXCEPTION)
+                finished, waiting = futures.wait(waiting, 0.2, futures.FIRST_EXCEPTION)
                 for future in finished:
                     future.result()
                 now = time.monotonic()
@@ -74,8 +63,7 @@ def in_threads(
                 bar.update(task, completed=ticks, speed=speed)
                 if not console.is_terminal and now - shown > _LINE_SECONDS:
                     shown = now
-                    line = f"{ticks:,} of {total:,} {unit} · {speed:,.0f}/s"
-                    console.out(line, highlight=False)
+                    say(console, f"{ticks:,} of {total:,} {unit} · {speed:,.0f}/s")
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)

@@ -3,15 +3,12 @@
 import dataclasses
 import hashlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import (
-    ArrayRecordReader,
-    ArrayRecordWriter,
-)
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from resnet_jax.data.sources import Source, records
 from resnet_jax.data.sources.folders import Names
@@ -27,16 +24,19 @@ class ShardJob:
     Attributes:
       file: its name.
       split: whose examples it holds.
-      source: where they are read.
+      source: of the split.
       indices: of the examples, in the order of the shard.
-      names: of all examples of the source; None means that examples carry them.
     """
 
     file: str
     split: str
     source: Source
     indices: np.ndarray
-    names: Names | None
+
+
+def file_names(source: Source) -> Names | None:
+    """The names of a source's files; None if it is not a list of files."""
+    return getattr(source, "names", None)
 
 
 def write_shard(
@@ -48,12 +48,8 @@ def write_shard(
 ) -> dict[str, Any]:
     """Writes a shard, reads it back, and moves it to its name.
 
-    Args:
-      job: the shard.
-      folder: where to write it.
-      encoding: how images are stored.
-      skip: leave out broken examples instead of raising.
-      tick: called for each example; an exception of it ends the work.
+    Calls ``tick`` before each example; it may raise an exception to stop the work. With
+    ``skip``, broken examples are left out.
 
     Returns:
       The shard's entry in the manifest: file, examples, bytes, sha256 and left_out.
@@ -67,25 +63,22 @@ def write_shard(
     try:
         with replacing(final) as partial:
             writer = ArrayRecordWriter(str(partial), records.WRITER_OPTIONS)
-            for index in job.indices:
-                tick()
-                record = _record(job, int(index), encoding, skip, left_out)
-                if record is not None:
-                    writer.write(record)
-                    checksums.append(zlib.crc32(record))
+            for record in _records(job, encoding, skip, tick, left_out):
+                writer.write(record)
+                checksums.append(zlib.crc32(record))
                 if not writer.ok():
                     break  # close() raises the reason
             writer.close()
             if not _reads_back(partial, checksums):
                 raise UserError(
                     f"shard {final} reads back differently than it was written: the "
-                    "disk is full or faulty; give the same command again"
+                    "disk is full or faulty; run the same command again"
                 )
             digest = _sha256(partial)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"shard {final} cannot be written: {error}; free space or give another "
-            "output, and give the same command again"
+            "output, and run the same command again"
         ) from error
     return {
         "file": job.file,
@@ -96,31 +89,33 @@ def write_shard(
     }
 
 
-def _record(
+def _records(
     job: ShardJob,
-    index: int,
     encoding: Encoding,
     skip: bool,
+    tick: Callable[[], None],
     left_out: list[dict[str, Any]],
-) -> bytes | None:
-    """The record of an example; None after noting a broken one in ``left_out``."""
-    source = job.source
-    try:
-        example = source[index]
-        if not 0 <= example.label < len(source.class_names):
-            raise UserError(f"image {example.name} has no label ({example.label})")
-        name = example.name if job.names is None else job.names[index]
-        image = encoding.encode(example, source.channels)
-        return records.pack(example.label, name, image)
-    except UserError as error:
-        if not skip:
-            raise UserError(
-                f"example {index} of {job.split} is broken: {error}, or leave such "
-                "examples out with --on-error skip"
-            ) from error
-        name = job.names[index] if job.names else f"{job.split}[{index}]"
-        left_out.append({"index": index, "name": name, "reason": str(error)})
-        return None
+) -> Iterator[bytes]:
+    """The records of a shard; appends what it skips to ``left_out``."""
+    source, names = job.source, file_names(job.source)
+    for index in map(int, job.indices):
+        tick()
+        try:
+            example = source[index]
+            if not 0 <= example.label < len(source.class_names):
+                raise UserError(f"image {example.name} has no label ({example.label})")
+            image = encoding.encode(example, source.channels)
+        except UserError as error:
+            if not skip:
+                raise UserError(
+                    f"example {index} of {job.split} is broken: {error}, or leave such "
+                    "examples out with --on-error skip"
+                ) from error
+            name = names[index] if names else f"{job.split}[{index}]"
+            left_out.append({"index": index, "name": name, "reason": str(error)})
+        else:
+            name = names[index] if names else example.name
+            yield records.pack(example.label, name, image)
 
 
 def _reads_back(file: Path, checksums: list[int]) -> bool:
@@ -143,7 +138,7 @@ def _sha256(file: Path) -> str:
 
 
 def shard_fault(folder: Path, entry: dict[str, Any]) -> str | None:
-    """What is wrong with a finished shard of a manifest's entry, or None."""
+    """How a shard differs from its entry in the manifest; None if it is whole."""
     file = folder / entry["file"]
     if not file.is_file():
         return f"shard {file} is missing"

@@ -58,7 +58,7 @@ def test_training_batches_follow_the_order(image_folder, resident):
     images, labels = all_examples(image_folder, "train")
     position = 32  # within the second epoch of 18, and the batches enter the third
     got = drawn(feed.training_batches(position, 4, seed=3), feed.resident, 3)
-    expected = Order.of(18, seed=3).examples(position, 12)
+    expected = Order(18, seed=3).examples(position, 12)
     np.testing.assert_array_equal(got[0], images[expected])
     np.testing.assert_array_equal(got[1], labels[expected])
 
@@ -201,7 +201,7 @@ def test_an_incomplete_batch_may_be_dropped(image_folder, resident):
     got = drawn(feed.training_batches(0, 8, seed=3), feed.resident, 4)
     # Of 18 examples an epoch has two batches of 8.
     expected = np.concatenate(
-        [Order.of(18, seed=3).examples(epoch * 18, 16) for epoch in range(2)]
+        [Order(18, seed=3).examples(epoch * 18, 16) for epoch in range(2)]
     )
     np.testing.assert_array_equal(got[0], images[expected])
     np.testing.assert_array_equal(got[1], labels[expected])
@@ -246,6 +246,6 @@ def test_arrays_in_memory_are_streamed_as_they_are():
     split = Split("train", source, config.data)
     feed = make_feed(split, parallel.data_mesh(1), config.data, config.augmentation)
     got = drawn(feed.training_batches(0, 3, seed=1), None, 2)
-    expected = 2 + Order.of(8, seed=1).examples(0, 6)
+    expected = 2 + Order(8, seed=1).examples(0, 6)
     np.testing.assert_array_equal(got[0], images[expected])
     np.testing.assert_array_equal(got[1], labels[expected])

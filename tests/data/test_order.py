@@ -5,7 +5,7 @@ from resnet_jax.data.order import Order, epoch_order
 
 
 def order(num_examples, seed, **options):
-    return Order.of(num_examples, seed, **options)
+    return Order(num_examples, seed, **options)
 
 
 def test_an_epoch_holds_every_example_once():

@@ -485,7 +485,7 @@ def test_shape_dtype_and_layout_stay_and_the_input_too(config, channels):
     np.testing.assert_array_equal(image, copy)
 
 
-@pytest.mark.parametrize("operation", [*policies.COLOR_OPERATIONS, *policies.MOVES])
+@pytest.mark.parametrize("operation", policies.OPERATIONS)
 def test_a_grey_image_changes_as_the_same_image_in_colour(operation):
     grey = IMAGES[0][..., :1]
     color = np.repeat(grey, 3, 2)

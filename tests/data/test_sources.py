@@ -134,7 +134,7 @@ def test_folder_faults_are_named(image_folder, tmp_path):
     with pytest.raises(UserError, match=r"has no class folders"):
         sources(path=str(empty))
     (empty / "train" / "ant").mkdir()
-    with pytest.raises(UserError, match=r"hold no images"):
+    with pytest.raises(UserError, match=r"holds no images"):
         sources(path=str(empty))
     (image_folder / "test" / "wasp").mkdir()
     with pytest.raises(UserError, match=r"class wasp, which the training split lacks"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from resnet_jax.data.sources.arrays import ArrayCollection, ArraySource
+from resnet_jax.data.sources.arrays import ArraySource, array_collection
 from resnet_jax.data.sources.base import Description
 from resnet_jax.data.sources.splits import parse, refuse_overlap
 from resnet_jax.errors import UserError
@@ -92,14 +92,14 @@ def test_sums_of_parts_are_those_of_tfds():
         ("train+", "cannot be read"),
         ("train[50]", "cannot be read"),
         ("train[1:2:3]", "cannot be read"),
-        ("train[:]", "no bound in its brackets"),
-        ("train[a:b]", "bound 'a'; expected a number of examples such as 1000"),
-        ("train[:1.5]", "bound '1.5'"),
-        ("train[:1e3]", "bound '1e3'"),
+        ("train[:]", "cannot be read"),
+        ("train[a:b]", "cannot be read"),
+        ("train[:1.5]", "cannot be read"),
+        ("train[:1e3]", "cannot be read"),
         ("train[10:50%]", "mixes examples and percentages"),
-        ("train[:101]", "bound 101, which is beyond the 100 examples of train"),
-        ("train[:200%]", "beyond the 100 examples"),
-        ("train[-101:]", "beyond the 100 examples"),
+        ("train[:101]", "bound 101, but train has only 100 examples"),
+        ("train[:200%]", "only 100 examples"),
+        ("train[-101:]", "only 100 examples"),
         ("train[20:20]", "is empty: train has 100 examples"),
         ("train[30%:20%]", "goes from 30 up to 20"),
         ("train[:0.1%]", "goes from 0 up to 0"),
@@ -129,7 +129,7 @@ def collection():
         return ArraySource(images, np.zeros(count, int), ["disc"], "numbered")
 
     sources = {"train": numbered(20, 0), "test": numbered(5, 100)}
-    return ArrayCollection("numbered", sources)
+    return array_collection("numbered", sources)
 
 
 def test_parts_give_the_examples_in_order():

@@ -282,12 +282,10 @@ def test_mixing_is_the_same_on_eight_devices():
     )
     pixels = PixelStatistics(np.float32(0.5), np.float32(0.2))
 
+    run = jax.jit(lambda key, x: transforms.augment_and_mix(key, x, pixels, config))
+
     def prepared(devices, seed):
         sharding = parallel.batch_sharding(parallel.data_mesh(devices))
-        run = jax.jit(
-            lambda key, x: transforms.augment_and_mix(key, x, pixels, config),
-            in_shardings=(None, sharding),
-        )
         return run(jax.random.key(seed), jax.device_put(images, sharding))
 
     for seed in range(3):

@@ -23,7 +23,7 @@ import resnet_jax
 from resnet_jax.config import default_config, resolve
 from resnet_jax.data import images
 from resnet_jax.data.sources import imagenet, open_collection, open_path
-from resnet_jax.data.sources.tars import TarCollection
+from resnet_jax.data.sources.tars import open_tars
 from resnet_jax.data.sources.tfrecords import TfRecordSource, masked_checksum
 from resnet_jax.errors import UserError
 from resnet_jax.prepare import verify
@@ -246,7 +246,7 @@ def test_sources_are_read_by_many_threads_and_sent_to_processes(extracted, tmp_p
     (tmp_path / "tars").mkdir()
     write_tars(tmp_path / "tars", extracted, "val")
     prepare(extracted, tmp_path / "out", splits=("train",), num_shards=3)
-    tars = TarCollection({"train": tmp_path / "tars" / "ILSVRC2012_img_train.tar"})
+    tars = open_tars({"train": tmp_path / "tars" / "ILSVRC2012_img_train.tar"})
     context = multiprocessing.get_context("spawn")
     for collection in (tars, open_path(extracted), open_path(tmp_path / "out")):
         source = collection.source("train[:5]+train[-4:]")
@@ -403,9 +403,9 @@ def test_damaged_tfrecords_are_named(tmp_path):
 def test_a_tfrecord_source_pickles(tmp_path):
     expected = write_tfrecords(tmp_path / "tfds", per_shard=(3,))
     builder = tfds.builder("tiny_shapes", data_dir=str(tmp_path / "tfds"))
-    from resnet_jax.data.sources.tfrecords import TfRecordCollection
+    from resnet_jax.data.sources.tfrecords import open_tfrecords
 
-    source = TfRecordCollection(builder).source("train")
+    source = open_tfrecords(builder).source("train")
     assert isinstance(source, TfRecordSource)
     assert source[1].image == expected[1][0]
     assert pickle.loads(pickle.dumps(source))[2].label == expected[2][1]

@@ -1,8 +1,8 @@
 """Sources: random access to labelled images as they are stored.
 
-A source gives example i; a collection holds the sources and the description of a data
-set. ``data.path`` finds files on disk: a prepared data set, class folders, CIFAR's
-binary files or MNIST's idx files. ``data.name`` finds a tfds data set, which is read
+A source returns example i; a collection opens the sources of a data set and describes
+it. ``data.path`` names files on disk: a prepared data set, class folders, CIFAR's
+binary files or MNIST's idx files. ``data.name`` names a tfds data set, which is read
 from ArrayRecord without TensorFlow. ``docs/data.md`` describes the layouts.
 """
 
@@ -12,17 +12,11 @@ from etils import epath
 
 from resnet_jax.config.schema import DataConfig
 from resnet_jax.data.sources.arrays import open_cifar, open_idx
-from resnet_jax.data.sources.base import (
-    Collection,
-    Description,
-    Example,
-    Source,
-    Subset,
-)
-from resnet_jax.data.sources.folders import FolderCollection
+from resnet_jax.data.sources.base import Description, Example, Source, Subset
+from resnet_jax.data.sources.folders import open_folders
 from resnet_jax.data.sources.imagenet import readable_names
-from resnet_jax.data.sources.records import RecordsCollection, read_manifest
-from resnet_jax.data.sources.splits import refuse_overlap, split_names
+from resnet_jax.data.sources.records import open_records, read_manifest
+from resnet_jax.data.sources.splits import Collection, refuse_overlap, split_names
 from resnet_jax.errors import UserError
 from resnet_jax.storage import reached
 
@@ -47,9 +41,9 @@ def open_collection(data: DataConfig) -> Collection:
     """
     if data.path is None:
         # tfds is slow to import, and reading other files does not need it.
-        from resnet_jax.data.sources.tfds import TfdsCollection
+        from resnet_jax.data.sources.tfds import open_tfds
 
-        return TfdsCollection(data.name, data.data_dir)
+        return open_tfds(data.name, data.data_dir)
     return open_path(data.path, classes_of=split_names(data.train_split)[0])
 
 
@@ -78,23 +72,19 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
         )
     manifest = read_manifest(root)
     if manifest is not None:
-        return RecordsCollection(root, manifest)
+        return open_records(root, manifest)
     if "://" in os.fspath(root):
         raise UserError(
-            f"data.path {root} has no manifest.json; only data sets made by resnet-jax "
-            "prepare can be read from a store. Copy other files to a disk, or mount "
-            "the bucket (gcsfuse), and give that folder"
+            f"data.path {root} has no manifest.json: resnet-jax prepare did not make "
+            "it; copy other files to a disk, or mount the bucket (gcsfuse), and give "
+            "that folder"
         )
     if (root / "progress.json").exists():
         raise UserError(
             f"data.path {root} is only partly prepared; run the same resnet-jax "
             "prepare command again"
         )
-    for reader in (open_cifar, open_idx):
-        found = reader(root)
-        if found is not None:
-            return found
-    return FolderCollection(root, classes_of)
+    return open_cifar(root) or open_idx(root) or open_folders(root, classes_of)
 
 
 def open_sources(
@@ -102,9 +92,7 @@ def open_sources(
 ) -> tuple[Source, Source, Source | None]:
     """The training source, the test source and, if configured, the held-out source.
 
-    Args:
-      data: names the data set and its splits.
-      collection: replaces the data set that ``data`` names.
+    ``collection`` replaces the data set that ``data`` names.
 
     Raises:
       UserError: data are missing, or two of the splits share examples.

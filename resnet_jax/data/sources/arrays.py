@@ -9,18 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from resnet_jax.data.sources.base import Description, Example
-from resnet_jax.data.sources.splits import SplitCollection
+from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
 
 
 class ArraySource:
-    """Images in memory, uint8 (n, h, w, c).
-
-    Attributes:
-      class_names: in the order of the labels.
-      channels: c.
-      image_shape: (h, w, c).
-    """
+    """Images in memory, uint8 (n, h, w, c)."""
 
     def __init__(
         self,
@@ -47,63 +41,48 @@ class ArraySource:
         return np.take(self._images, indices, axis=0), self._labels[indices]
 
 
-class ArrayCollection(SplitCollection):
+def array_collection(folder: Path, sources: Mapping[str, ArraySource]) -> Collection:
     """Splits in memory, read from the files of ``folder``."""
-
-    def __init__(self, folder: Path, sources: Mapping[str, ArraySource]):
-        self._sources = dict(sources)
-        first = next(iter(sources.values()))
-        height, width, channels = first.image_shape
-        self.description = Description(
-            name=str(folder),
-            class_names=tuple(first.class_names),
-            channels=channels,
-            num_examples={split: len(source) for split, source in sources.items()},
-            image_shape=(height, width, channels),
-        )
-
-    def _open(self, split: str) -> ArraySource:
-        return self._sources[split]
+    first = next(iter(sources.values()))
+    description = Description(
+        name=str(folder),
+        class_names=tuple(first.class_names),
+        channels=first.channels,
+        num_examples={split: len(source) for split, source in sources.items()},
+        image_shape=first.image_shape,
+    )
+    return Collection(description, sources.__getitem__)
 
 
-# (files of the training set, file of the test set, label bytes, names' file)
+# Training files, test file, class names' file, label bytes and number of classes.
 _CIFAR_LAYOUTS = (
     (
         [f"data_batch_{i}.bin" for i in range(1, 6)],
-        "test_batch.bin",
-        1,
-        "batches.meta.txt",
+        *("test_batch.bin", "batches.meta.txt", 1, 10),
     ),
-    (["train.bin"], "test.bin", 2, "fine_label_names.txt"),
+    (["train.bin"], "test.bin", "fine_label_names.txt", 2, 100),
 )
 
 
-def open_cifar(root: Path) -> ArrayCollection | None:
+def open_cifar(root: Path) -> Collection | None:
     """CIFAR-10 or CIFAR-100 in the binary version; None if ``root`` has neither.
 
     Raises:
       UserError: files are missing or damaged.
     """
     for folder in (root, root / "cifar-10-batches-bin", root / "cifar-100-binary"):
-        for train_files, test_file, label_bytes, names_file in _CIFAR_LAYOUTS:
+        for train_files, test_file, names_file, label_bytes, classes in _CIFAR_LAYOUTS:
             if not (folder / test_file).is_file():
                 continue
-            num_classes = 10 if label_bytes == 1 else 100
-            names = [str(label) for label in range(num_classes)]
+            names = [str(label) for label in range(classes)]
             if (folder / names_file).is_file():
                 names = (folder / names_file).read_text().split()
-            parts = [_read_cifar(folder / file, label_bytes) for file in train_files]
-            images, labels = map(np.concatenate, zip(*parts, strict=True))
-            test_images, test_labels = _read_cifar(folder / test_file, label_bytes)
-            return ArrayCollection(
-                folder,
-                {
-                    "train": ArraySource(images, labels, names, f"{folder}/train"),
-                    "test": ArraySource(
-                        test_images, test_labels, names, f"{folder}/test"
-                    ),
-                },
-            )
+            sources = {}
+            for split, files in (("train", train_files), ("test", [test_file])):
+                parts = [_read_cifar(folder / file, label_bytes) for file in files]
+                images, labels = map(np.concatenate, zip(*parts, strict=True))
+                sources[split] = ArraySource(images, labels, names, f"{folder}/{split}")
+            return array_collection(folder, sources)
     return None
 
 
@@ -123,10 +102,8 @@ def _read_cifar(file: Path, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(images), rows[:, label_bytes - 1]
 
 
-def open_idx(root: Path) -> ArrayCollection | None:
-    """MNIST, Fashion-MNIST and others in four idx files, gzipped or not.
-
-    None if ``root`` has no such files.
+def open_idx(root: Path) -> Collection | None:
+    """MNIST or a similar set in four idx files, gzipped or not; None without them.
 
     Raises:
       UserError: files are missing or damaged.
@@ -145,12 +122,11 @@ def open_idx(root: Path) -> ArrayCollection | None:
                     return None
                 raise UserError(f"{candidates[0]} is missing among the idx files")
             arrays.append(_read_idx(file))
-    train_images, train_labels, test_images, test_labels = arrays
-    highest = max(int(train_labels.max()), int(test_labels.max()))
+    highest = max(int(labels.max()) for labels in arrays[1::2])
     names = [str(label) for label in range(highest + 1)]
-    train = ArraySource(train_images[..., None], train_labels, names, f"{root}/train")
-    test = ArraySource(test_images[..., None], test_labels, names, f"{root}/t10k")
-    return ArrayCollection(root, {"train": train, "test": test})
+    train = ArraySource(arrays[0][..., None], arrays[1], names, f"{root}/train")
+    test = ArraySource(arrays[2][..., None], arrays[3], names, f"{root}/t10k")
+    return array_collection(root, {"train": train, "test": test})
 
 
 def _read_idx(file: Path) -> np.ndarray:

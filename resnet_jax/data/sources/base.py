@@ -1,12 +1,12 @@
-"""The interfaces of a source and of a collection of sources."""
+"""What every source shares: examples, descriptions, subsets."""
 
 import dataclasses
-import os
-import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
+
+from resnet_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Example:
     Attributes:
       image: an encoded file's bytes, or a uint8 array (h, w, c).
       label: index of the class.
-      name: file or index, for error sentences.
+      name: file or index, for errors.
     """
 
     image: bytes | np.ndarray
@@ -31,7 +31,7 @@ class Source(Protocol):
     names of its files, so that worker processes can receive it.
 
     Attributes:
-      class_names: the classes' names in the order of the labels.
+      class_names: in the order of the labels.
       channels: 1 for grey images, 3 for colour.
     """
 
@@ -42,7 +42,6 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Example:
         """Example ``index``, 0 <= index < len(self)."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +70,23 @@ class Description:
         return tuple(self.num_examples)
 
 
-class Collection(Protocol):
-    """The splits of a data set, and its description."""
+class Counts(Mapping[str, int]):
+    """Numbers of examples by split, counted on demand."""
 
-    description: Description
+    def __init__(self, splits: Sequence[str], count: Callable[[str], int]):
+        self._splits, self._count = splits, count
 
-    def source(self, split: str) -> Source:
-        """A split, or a part such as ``train[:90%]`` (see ``splits``).
+    def __getitem__(self, split: str) -> int:
+        return self._count(split)
 
-        Raises:
-          UserError: there is no such split or part, or it cannot be read.
-        """
-        ...
+    def __contains__(self, split: object) -> bool:
+        return split in self._splits
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._splits)
+
+    def __len__(self) -> int:
+        return len(self._splits)
 
 
 class Subset:
@@ -112,26 +116,33 @@ def take(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] |
     return None if at_once is None else at_once(indices)
 
 
-class FileReader:
-    """Reads parts of files from many threads; opens a file when first needed.
+def class_labels(
+    found: Sequence[str], class_names: Sequence[str], where: object
+) -> np.ndarray:
+    """The labels of the classes in a folder or archive ``where``, int32.
 
-    It can be pickled: the copy opens the files again.
+    Raises:
+      UserError: a class is not in ``class_names``.
     """
+    label_of = {name: label for label, name in enumerate(class_names)}
+    for name in found:
+        if name not in label_of:
+            raise UserError(
+                f"{where} has the class {name}, which the training split lacks; remove "
+                "it"
+            )
+    return np.array([label_of[name] for name in found], np.int32)
 
-    def __init__(self, paths: Sequence[str]):
-        self.paths = list(paths)
-        self._lock, self._opened = threading.Lock(), dict[int, int]()
 
-    def read(self, number: int, start: int, size: int) -> bytes:
-        """Up to ``size`` bytes from ``start`` of file ``number``; may raise OSError."""
-        with self._lock:
-            if number not in self._opened:
-                self._opened[number] = os.open(self.paths[number], os.O_RDONLY)
-        return os.pread(self._opened[number], size, start)
+def read_bytes(path: str, start: int, size: int, name: str) -> bytes:
+    """Up to ``size`` bytes of a file.
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FileReader, (self.paths,)
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_opened", {}).values():
-            os.close(file)
+    Raises:
+      UserError: the file cannot be read; calls it ``name``.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from error

@@ -1,17 +1,19 @@
 """Folders of images: ``root/SPLIT/CLASS/IMAGE``, at the scale of ImageNet."""
 
+import dataclasses
+import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from resnet_jax.data.sources import imagenet
-from resnet_jax.data.sources.base import Description, Example
-from resnet_jax.data.sources.label_lists import find_list, has_annotations
-from resnet_jax.data.sources.splits import SplitCollection
+from resnet_jax.data.sources.base import Counts, Description, Example, class_labels
+from resnet_jax.data.sources.label_lists import has_annotations, listed_labels
+from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -25,11 +27,7 @@ def is_image_name(name: str) -> bool:
 
 
 class Names:
-    """Many file names in one bytes object.
-
-    The 1,281,167 names of ImageNet's training images take 48 MB; as Path objects in a
-    list they take 390 MB.
-    """
+    """Many file names in one bytes object: a tenth of the memory of a list of paths."""
 
     def __init__(self, names: Iterable[str]):
         joined = bytearray()
@@ -53,33 +51,29 @@ class Names:
         return hashlib.sha256(self._ends.tobytes() + self._joined).hexdigest()
 
 
+@dataclasses.dataclass(eq=False)
 class FolderSource:
     """The images of a folder.
 
     Attributes:
-      class_names: in the order of the labels.
-      channels: 3; grey images are read as colour.
+      folder: their folder.
       names: of the files, relative to the folder.
       labels: int32 (n,).
+      class_names: in the order of the labels.
+      channels: 3; grey images are read as colour.
     """
 
-    channels = 3
-
-    def __init__(
-        self,
-        folder: Path,
-        names: Names,
-        labels: np.ndarray,
-        class_names: Sequence[str],
-    ):
-        self._folder, self.names, self.labels = str(folder), names, labels
-        self.class_names = class_names
+    folder: str
+    names: Names
+    labels: np.ndarray
+    class_names: Sequence[str]
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        file = os.path.join(self._folder, self.names[index])
+        file = os.path.join(self.folder, self.names[index])
         try:
             with open(file, "rb") as opened:
                 return Example(opened.read(), int(self.labels[index]), file)
@@ -87,107 +81,64 @@ class FolderSource:
             raise UserError(f"image {file} cannot be read: {error.strerror}") from error
 
 
-class FolderCollection(SplitCollection):
+def open_folders(root: Path, classes_of: str = "train") -> Collection:
     """``root/SPLIT/CLASS/IMAGE``, and splits with a list of labels.
 
     Classes are sorted by name, and so are the images of a class, at any depth, as in
-    torchvision's ImageFolder. A split is listed when first needed.
+    torchvision's ImageFolder. The folders of the split ``classes_of`` are the classes.
+    A split is listed when first needed.
+
+    Raises:
+      UserError: ``root`` has no folders.
     """
+    splits = subfolders(root)
+    if not splits:
+        raise UserError(f"{root} has no folders; expected {root}/train/CLASS/IMAGE")
+    candidates = [split for split in (classes_of, *splits) if split in splits]
+    classes = (subfolders(root / split) for split in candidates)
+    # The validation images alone: their list has ImageNet's classes.
+    class_names = tuple(next(filter(None, classes), imagenet.class_ids()))
 
-    def __init__(self, root: Path, classes_of: str = "train"):
-        """Finds the splits of ``root``, and the classes in the split ``classes_of``.
+    @functools.cache
+    def open_split(split: str) -> FolderSource:
+        folder = root / split
+        found = subfolders(folder)
+        if found and not has_annotations(root, split):
+            names, labels = _list_classes(folder, found, class_names)
+        else:
+            names, labels = _list_flat(root, split, class_names)
+        return FolderSource(str(folder), names, labels, class_names)
 
-        Raises:
-          UserError: ``root`` has no folders.
-        """
-        self._root = root
-        self._sources: dict[str, FolderSource] = {}
-        splits = subfolders(root)
-        if not splits:
-            raise UserError(f"{root} has no folders; expected {root}/train/CLASS/IMAGE")
-        self.description = Description(
-            name=str(root),
-            class_names=tuple(self._class_names(splits, classes_of)),
-            channels=FolderSource.channels,
-            num_examples=Counts(splits, lambda split: len(self._open(split))),
+    counts = Counts(splits, lambda split: len(open_split(split)))
+    return Collection(Description(str(root), class_names, 3, counts), open_split)
+
+
+def _list_classes(
+    folder: Path, found: list[str], class_names: Sequence[str]
+) -> tuple[Names, np.ndarray]:
+    labels = class_labels(found, class_names, folder)
+    counts: list[int] = []
+    names = Names(_names_below(folder, found, counts))
+    if 0 in counts:
+        empty = folder / found[counts.index(0)]
+        raise UserError(
+            f"class folder {empty} holds no images ({', '.join(_SUFFIXES)}); add them "
+            "or remove it"
         )
+    return names, np.repeat(labels, counts)
 
-    def _class_names(self, splits: Sequence[str], classes_of: str) -> Sequence[str]:
-        for split in (classes_of, *splits):
-            if split in splits and (found := subfolders(self._root / split)):
-                return found
-        # The validation images alone: their list has ImageNet's classes.
-        return imagenet.class_ids()
 
-    def _open(self, split: str) -> FolderSource:
-        if split not in self._sources:
-            folder = self._root / split
-            found = subfolders(folder)
-            if found and not has_annotations(self._root, split):
-                names, labels = self._list_classes(folder, found)
-            else:
-                names, labels = self._list_flat(folder, split)
-            self._sources[split] = FolderSource(
-                folder, names, labels, self.description.class_names
-            )
-        return self._sources[split]
-
-    def _list_classes(self, folder: Path, found: list[str]) -> tuple[Names, np.ndarray]:
-        label_of = {
-            name: label for label, name in enumerate(self.description.class_names)
-        }
-        unknown = [name for name in found if name not in label_of]
-        if unknown:
-            raise UserError(
-                f"{folder} has the class {unknown[0]}, which the training split lacks; "
-                "remove it"
-            )
-        counts: list[int] = []
-        names = Names(_names_below(folder, found, counts))
-        if not len(names):
-            raise UserError(
-                f"the class folders of {folder} hold no images ({', '.join(_SUFFIXES)})"
-            )
-        if 0 in counts:
-            raise UserError(
-                f"class folder {folder / found[counts.index(0)]} holds no images "
-                f"({', '.join(_SUFFIXES)}); add them or remove it"
-            )
-        labels = np.array([label_of[name] for name in found], np.int32)
-        return names, np.repeat(labels, counts)
-
-    def _list_flat(self, folder: Path, split: str) -> tuple[Names, np.ndarray]:
-        files = _images_below(folder)
-        if not files:
-            raise UserError(
-                f"{folder} has no class folders; expected {folder}/CLASS/IMAGE.jpg"
-            )
-        bare = [name.rpartition("/")[2] for name in files]
-        labels = find_list(self._root, split, bare, str(folder)).labels(
-            bare, self.description.class_names, str(folder)
+def _list_flat(
+    root: Path, split: str, class_names: Sequence[str]
+) -> tuple[Names, np.ndarray]:
+    folder = root / split
+    files = _images_below(folder)
+    if not files:
+        raise UserError(
+            f"{folder} has no class folders; expected {folder}/CLASS/IMAGE.jpg"
         )
-        return Names(files), labels
-
-
-class Counts(Mapping[str, int]):
-    """Numbers of examples by split, counted on demand."""
-
-    def __init__(self, splits: Sequence[str], count: Callable[[str], int]):
-        self._splits, self._count = splits, count
-
-    def __getitem__(self, split: str) -> int:
-        if split not in self._splits:
-            raise KeyError(split)
-        return self._count(split)
-
-    def __contains__(self, split: object) -> bool:
-        return split in self._splits
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._splits)
-
-    def __len__(self) -> int:
-        return len(self._splits)
+    bare = [name.rpartition("/")[2] for name in files]
+    return Names(files), listed_labels(root, split, bare, class_names, str(folder))
 
 
 def subfolders(folder: Path) -> list[str]:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from resnet_jax.errors import UserError
 
-VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"
-"""File name of validation image 1 to 50,000."""
+VALIDATION_NAME = "ILSVRC2012_val_{:08d}.JPEG"  # 1 to 50,000
 
 
 @functools.cache
@@ -38,16 +37,11 @@ def readable_names(class_names: Sequence[str]) -> tuple[str, ...]:
     WordNet's first name, or all of them if two classes share the first. A class that
     is not in ImageNet keeps its name.
     """
-    table = _table()
-    first = Counter(names[0] for names in table.values())
-
-    def readable(name: str) -> str:
-        if name not in table:
-            return name
-        names = table[name]
-        return names[0] if first[names[0]] == 1 else ", ".join(names)
-
-    return tuple(readable(name) for name in class_names)
+    count = Counter(names[0] for names in _table().values())
+    found = [_table().get(name, (name,)) for name in class_names]
+    return tuple(
+        ", ".join(names) if count[names[0]] > 1 else names[0] for names in found
+    )
 
 
 def validation_list() -> Path:
@@ -58,11 +52,10 @@ def validation_list() -> Path:
     """
     # Importing tensorflow_datasets would take a second.
     spec = importlib.util.find_spec("tensorflow_datasets")
-    if spec is not None and spec.submodule_search_locations:
-        for folder in spec.submodule_search_locations:
-            file = Path(folder, "datasets", "imagenet2012", "validation_labels.txt")
-            if file.is_file():
-                return file
+    for folder in (spec and spec.submodule_search_locations) or ():
+        file = Path(folder, "datasets", "imagenet2012", "validation_labels.txt")
+        if file.is_file():
+            return file
     raise UserError(
         "tensorflow_datasets has no list of ImageNet's validation labels; put one "
         "beside the images (see docs/data.md)"

@@ -21,7 +21,7 @@ from typing import Any
 from etils import epath
 
 from resnet_jax.data.sources.base import Description, Example
-from resnet_jax.data.sources.splits import SplitCollection
+from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
 
 WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -59,7 +59,7 @@ def shard_name(split: str, index: int, count: int) -> str:
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any] | None:
-    """The manifest of a prepared data set, or None if there is none.
+    """The manifest of a prepared data set; None if there is none.
 
     Raises:
       UserError: it is damaged, or has a later version.
@@ -89,7 +89,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """Tells array_record a file's size, so that it need not open the file to count."""
+    """Tells array_record how many records a file holds, so that it need not count."""
 
     filename: str
     take: int
@@ -133,29 +133,25 @@ class RecordsSource:
             ) from error
 
 
-class RecordsCollection(SplitCollection):
-    """A prepared data set, in a folder or below a gs:// URL."""
+def open_records(folder: epath.Path, manifest: Mapping[str, Any]) -> Collection:
+    """A prepared data set, in a folder or below a gs:// URL; opens no shard."""
+    splits, shape = manifest["splits"], manifest.get("image_shape")
+    described = Description(
+        name=str(folder),
+        class_names=tuple(manifest["class_names"]),
+        channels=manifest["channels"],
+        num_examples={name: split["examples"] for name, split in splits.items()},
+        image_shape=None if shape is None else tuple(shape),
+        version=manifest.get("source", {}).get("version"),
+    )
 
-    def __init__(self, folder: epath.Path, manifest: Mapping[str, Any]):
-        """Reads the description from the manifest; opens no shard."""
-        self._folder, self._splits = folder, manifest["splits"]
-        shape = manifest.get("image_shape")
-        self.description = Description(
-            name=str(folder),
-            class_names=tuple(manifest["class_names"]),
-            channels=manifest["channels"],
-            num_examples={
-                name: split["examples"] for name, split in self._splits.items()
-            },
-            image_shape=None if shape is None else tuple(shape),
-            version=manifest.get("source", {}).get("version"),
-        )
-
-    def _open(self, split: str) -> RecordsSource:
-        shards = self._splits[split]["shards"]
+    def open_split(split: str) -> RecordsSource:
+        shards = splits[split]["shards"]
         return RecordsSource(
-            [os.fspath(self._folder / shard["file"]) for shard in shards],
+            [os.fspath(folder / shard["file"]) for shard in shards],
             [shard["examples"] for shard in shards],
-            self.description.class_names,
-            self.description.channels,
+            described.class_names,
+            described.channels,
         )
+
+    return Collection(described, open_split)

@@ -1,23 +1,25 @@
 """Parts of splits: ``train[:90%]``, ``train[1000:2000]``, ``train[:10%]+test[-5%:]``.
 
-Expressions and rounding follow tensorflow_datasets: percentages may be fractions,
-negative bounds count from the end, and a percentage is rounded to the nearest example,
-halves to even. So ``train[:90%]`` and ``train[90%:]`` share no example and leave none
-out. Unlike tfds, empty or overlapping parts and bounds in two units are refused.
+Expressions and rounding follow tensorflow_datasets: a percentage may be a fraction, a
+negative bound counts from the end, and bounds round to the nearest example, halves to
+even. So ``train[:90%]`` and ``train[90%:]`` together hold each example once. Unlike
+tfds, empty or overlapping parts and bounds in two units are refused.
 """
 
 import bisect
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from resnet_jax.data.sources.base import Description, Example, Source
 from resnet_jax.errors import UserError
 
-_PART = re.compile(r"(?P<split>[\w.-]+)(\[(?P<low>[^:\[\]]*):(?P<high>[^:\[\]]*)\])?")
-_BOUND = re.compile(r"-?\d+(\.\d+)?%|-?\d+")
-_FORMS = "expected SPLIT, SPLIT[:90%], SPLIT[1000:2000] or such parts joined by +"
+_BOUND = r"-?\d+(?:\.\d+)?%|-?\d+"
+_PART = re.compile(
+    r"(?P<split>[\w.-]+)"
+    rf"(\[(?!\s*:\s*\])\s*(?P<low>{_BOUND})?\s*:\s*(?P<high>{_BOUND})?\s*\])?"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +33,11 @@ class Part:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def overlaps(self, other: "Part") -> bool:
-        """Whether an example is in both."""
-        return self.split == other.split and (
-            max(self.start, other.start) < min(self.stop, other.stop)
-        )
+    def shared(self, other: "Part") -> int:
+        """Number of examples in both parts."""
+        if self.split != other.split:
+            return 0
+        return max(0, min(self.stop, other.stop) - max(self.start, other.start))
 
 
 def split_names(expression: str) -> list[str]:
@@ -57,53 +59,40 @@ def parse(expression: str, description: Description) -> tuple[Part, ...]:
     parts: list[Part] = []
     for match in _matches(expression):
         part = _part(match, expression, description)
-        for other in parts:
-            if part.overlaps(other):
-                raise UserError(
-                    f"split {expression!r} names examples of {part.split} twice; "
-                    "give parts that do not overlap"
-                )
+        if any(part.shared(other) for other in parts):
+            raise UserError(
+                f"split {expression!r} names examples of {part.split} twice; give "
+                "parts that do not overlap"
+            )
         parts.append(part)
     return tuple(parts)
 
 
 def _matches(expression: str) -> list[re.Match[str]]:
-    matches = []
-    for text in expression.split("+"):
-        match = _PART.fullmatch(text.strip())
-        if match is None:
-            raise UserError(f"split {expression!r} cannot be read; {_FORMS}")
-        matches.append(match)
-    return matches
+    matches = [_PART.fullmatch(text.strip()) for text in expression.split("+")]
+    if None in matches:
+        raise UserError(
+            f"split {expression!r} cannot be read; expected SPLIT, SPLIT[:90%], "
+            "SPLIT[1000:2000] or such parts joined by +"
+        )
+    return [match for match in matches if match]
 
 
 def _part(match: re.Match[str], expression: str, description: Description) -> Part:
-    split, counts = match["split"], description.num_examples
-    if split not in counts:
+    split, low, high = match.group("split", "low", "high")
+    if split not in description.num_examples:
         raise UserError(
             f"{description.name} has no split {split!r}; its splits are "
-            f"{', '.join(counts) or 'none'}"
+            f"{', '.join(description.splits) or 'none'}"
         )
-    total = counts[split]
-    bounds = [(match[side] or "").strip() for side in ("low", "high")]
-    given = [bound for bound in bounds if bound]
-    if match["low"] is not None and not given:
-        raise UserError(f"split {expression!r} has no bound in its brackets; {_FORMS}")
-    for bound in given:
-        if not _BOUND.fullmatch(bound):
-            raise UserError(
-                f"split {expression!r} has the bound {bound!r}; expected a number of "
-                "examples such as 1000 or a percentage such as 90%"
-            )
-    if len({bound.endswith("%") for bound in given}) > 1:
+    if low and high and low.endswith("%") != high.endswith("%"):
         raise UserError(
             f"split {expression!r} mixes examples and percentages; give both bounds "
             "in one unit"
         )
-    start, stop = (
-        _position(bound, default, total, expression, split)
-        for bound, default in zip(bounds, (0, total), strict=True)
-    )
+    total = description.num_examples[split]
+    start = _position(low, total, expression, split) if low else 0
+    stop = _position(high, total, expression, split) if high else total
     if start >= stop:
         raise UserError(
             f"split {expression!r} is empty: {split} has {total} examples, and the "
@@ -112,9 +101,7 @@ def _part(match: re.Match[str], expression: str, description: Description) -> Pa
     return Part(split, start, stop)
 
 
-def _position(bound: str, default: int, total: int, expression: str, split: str) -> int:
-    if not bound:
-        return default
+def _position(bound: str, total: int, expression: str, split: str) -> int:
     if bound.endswith("%"):
         # A product with 0.01 would round differently from tfds.
         position = round(float(bound[:-1]) * total / 100.0)
@@ -122,8 +109,8 @@ def _position(bound: str, default: int, total: int, expression: str, split: str)
         position = int(bound)
     if abs(position) > total:
         raise UserError(
-            f"split {expression!r} has the bound {bound}, which is beyond the {total} "
-            f"examples of {split}"
+            f"split {expression!r} has the bound {bound}, but {split} has only {total} "
+            "examples"
         )
     return position + total if position < 0 else position
 
@@ -138,8 +125,7 @@ def refuse_overlap(description: Description, uses: Mapping[str, str]) -> None:
     parsed = {use: parse(split, description) for use, split in uses.items()}
     for (first, ours), (second, others) in itertools.combinations(parsed.items(), 2):
         for part, other in itertools.product(ours, others):
-            if part.overlaps(other):
-                shared = min(part.stop, other.stop) - max(part.start, other.start)
+            if shared := part.shared(other):
                 raise UserError(
                     f"{first}={uses[first]} and {second}={uses[second]} share "
                     f"{shared} examples of {part.split}; give parts that do not "
@@ -168,18 +154,26 @@ class Parts:
         return self._sources[place][self._parts[place].start + index - before]
 
 
-class SplitCollection:
-    """A ``Collection`` that opens base splits by ``_open`` and cuts parts from them."""
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """The splits of a data set.
+
+    Attributes:
+      description: of the data set.
+      open_split: returns the source of a base split.
+    """
 
     description: Description
+    open_split: Callable[[str], Source]
 
     def source(self, split: str) -> Source:
-        """See ``Collection``."""
+        """A split, or parts such as ``train[:90%]``.
+
+        Raises:
+          UserError: there is no such split or part, or it cannot be read.
+        """
         parts = parse(split, self.description)
-        sources = {part.split: self._open(part.split) for part in parts}
+        sources = {part.split: self.open_split(part.split) for part in parts}
         if len(parts) == 1 and len(parts[0]) == len(sources[parts[0].split]):
             return sources[parts[0].split]
         return Parts([sources[part.split] for part in parts], parts)
-
-    def _open(self, split: str) -> Source:
-        raise NotImplementedError

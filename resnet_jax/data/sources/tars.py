@@ -1,27 +1,33 @@
 """Read ImageNet's archives as distributed, without extracting them.
 
 ``ILSVRC2012_img_train.tar`` holds a tar of images for each class, and
-``ILSVRC2012_img_val.tar`` the validation images. Tars are not compressed, so each image
-is a run of bytes in the outer file: one pass indexes them, and then they can be read in
-any order.
+``ILSVRC2012_img_val.tar`` the validation images. Each image is a run of bytes in the
+outer file: one pass indexes them, and then they can be read in any order.
 """
 
-import array
 import contextlib
+import dataclasses
+import functools
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 
 from resnet_jax.data.sources import imagenet
-from resnet_jax.data.sources.base import Description, Example, FileReader
-from resnet_jax.data.sources.folders import Counts, Names, is_image_name
-from resnet_jax.data.sources.label_lists import find_list
-from resnet_jax.data.sources.splits import SplitCollection
+from resnet_jax.data.sources.base import (
+    Counts,
+    Description,
+    Example,
+    class_labels,
+    read_bytes,
+)
+from resnet_jax.data.sources.folders import Names, is_image_name
+from resnet_jax.data.sources.label_lists import listed_labels
+from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
 
 _DISTRIBUTED = re.compile(r"ILSVRC2012_img_(train|val|test)(_v\d+)?")
@@ -30,135 +36,98 @@ _DISTRIBUTED = re.compile(r"ILSVRC2012_img_(train|val|test)(_v\d+)?")
 _Member = tuple[str, int, int]
 
 
+@dataclasses.dataclass(eq=False)
 class TarSource:
     """Images in a tar, or in tars in a tar.
 
     Attributes:
+      path: of the outer tar.
+      names: of the images, as in the extracted folder.
+      places: int64 (n, 2), first byte in the outer tar and size of each image.
+      labels: int32 (n,).
       class_names: in the order of the labels.
       channels: 3; grey images are read as colour.
-      names: of the images, as in the extracted folder.
-      labels: int32 (n,).
     """
 
-    channels = 3
-
-    def __init__(
-        self,
-        path: Path,
-        members: Iterable[_Member],
-        labels: Callable[[Names], np.ndarray],
-        class_names: Sequence[str],
-    ):
-        """Indexes ``members``; ``labels`` gives the labels of all names."""
-        starts, sizes = array.array("q"), array.array("q")
-
-        def names() -> Iterator[str]:
-            for name, start, size in members:
-                starts.append(start)
-                sizes.append(size)
-                yield name
-
-        self._path = str(path)
-        self.names = Names(names())
-        self._starts, self._sizes = np.array(starts), np.array(sizes)
-        self.labels = labels(self.names)
-        self.class_names = class_names
-        self._file = FileReader([self._path])
+    path: str
+    names: Names
+    places: np.ndarray
+    labels: np.ndarray
+    class_names: Sequence[str]
+    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
-        start, size = int(self._starts[index]), int(self._sizes[index])
-        name = f"{self._path}/{self.names[index]}"
-        try:
-            image = self._file.read(0, start, size)
-        except OSError as error:
-            raise UserError(f"image {name} cannot be read: {error.strerror}") from error
+        start, size = map(int, self.places[index])
+        name = f"{self.path}/{self.names[index]}"
+        image = read_bytes(self.path, start, size, f"image {name}")
         if len(image) < size:
-            raise UserError(f"{self._path} became shorter; image {name} is cut off")
+            raise UserError(f"{self.path} became shorter; image {name} is cut off")
         return Example(image, int(self.labels[index]), name)
 
 
 def find_tars(path: Path) -> dict[str, Path]:
     """Tars by split at ``path``, which is a tar or a folder with ImageNet's tars."""
-    if path.is_dir():
-        files = sorted(path.glob("*.tar"))
-        found = {match[1]: file for file in files if (match := _match(file))}
-        return {split: file for split, file in found.items() if split != "test"}
-    match = _match(path)
-    return {match[1] if match else path.stem: path}
+    if not path.is_dir():
+        match = _DISTRIBUTED.fullmatch(path.stem)
+        return {match[1] if match else path.stem: path}
+    found = [(_DISTRIBUTED.fullmatch(f.stem), f) for f in sorted(path.glob("*.tar"))]
+    return {match[1]: f for match, f in found if match and match[1] != "test"}
 
 
-def _match(path: Path) -> re.Match[str] | None:
-    return _DISTRIBUTED.fullmatch(path.stem)
+def open_tars(tars: Mapping[str, Path]) -> Collection:
+    """Splits in tars: a tar with a tar for each class, or images with a list.
 
+    A tar of tars defines the classes; without one they are ImageNet's. The images of a
+    split are indexed on demand.
+    """
+    members = {split: _outer_members(path) for split, path in tars.items()}
+    nested = [found for found in members.values() if _is_nested(found)]
+    class_names = tuple(map(_class_of, nested[0])) if nested else imagenet.class_ids()
 
-class TarCollection(SplitCollection):
-    """Splits in tars: a tar with a tar for each class, or images with a list."""
-
-    def __init__(self, tars: Mapping[str, Path]):
-        """Opens tars by split; indexes the images of a split on demand.
-
-        A tar of tars defines the classes; without one they are ImageNet's.
-        """
-        self._tars = dict(tars)
-        self._sources: dict[str, TarSource] = {}
-        self._outer = {split: _outer_members(path) for split, path in tars.items()}
-        nested = [found for found in self._outer.values() if _is_nested(found)]
-        class_names = [_class_of(member) for member in nested[0]] if nested else None
-        self.description = Description(
-            name=", ".join(map(str, tars.values())),
-            class_names=tuple(class_names or imagenet.class_ids()),
-            channels=TarSource.channels,
-            num_examples=Counts(tuple(tars), lambda split: len(self._open(split))),
-        )
-
-    def _open(self, split: str) -> TarSource:
-        if split not in self._sources:
-            path, outer = self._tars[split], self._outer[split]
-            read = self._by_class if _is_nested(outer) else self._by_list
-            with _tar_errors(path):
-                self._sources[split] = read(path, split, outer)
-        return self._sources[split]
-
-    def _by_class(self, path: Path, split: str, outer: list[_Member]) -> TarSource:
-        class_names = self.description.class_names
-        label_of = {name: label for label, name in enumerate(class_names)}
-        labels = array.array("i")
-
-        def members() -> Iterator[_Member]:
-            with open(path, "rb") as file:
-                for tar in outer:
-                    name, images = _class_of(tar), _images(file, tar, path)
-                    if name not in label_of:
-                        raise UserError(
-                            f"{path} has the class {name}, which the training split "
-                            "lacks; remove it"
-                        )
-                    labels.extend([label_of[name]] * len(images))
-                    yield from (
-                        (f"{name}/{each}", at, size) for each, at, size in images
-                    )
-
-        return TarSource(
-            path, members(), lambda _: np.array(labels, np.int32), class_names
-        )
-
-    def _by_list(self, path: Path, split: str, outer: list[_Member]) -> TarSource:
-        class_names = self.description.class_names
+    @functools.cache
+    def open_split(split: str) -> TarSource:
+        path, outer = tars[split], members[split]
         if not outer:
             raise UserError(
                 f"{path} holds no images and no tars of images; expected the content "
                 "of ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar"
             )
+        if _is_nested(outer):
+            return _index_classes(path, outer, class_names)
+        files = [name for name, *_ in outer]
+        labels = listed_labels(path.parent, split, files, class_names, str(path))
+        places = np.array([place for _, *place in outer])
+        return TarSource(str(path), Names(files), places, labels, class_names)
 
-        def labels(names: Names) -> np.ndarray:
-            files = [names[i] for i in range(len(names))]
-            listed = find_list(path.parent, split, files, str(path))
-            return listed.labels(files, class_names, str(path))
+    description = Description(
+        name=", ".join(map(str, tars.values())),
+        class_names=class_names,
+        channels=3,
+        num_examples=Counts(tuple(tars), lambda split: len(open_split(split))),
+    )
+    return Collection(description, open_split)
 
-        return TarSource(path, outer, labels, class_names)
+
+def _index_classes(
+    path: Path, outer: list[_Member], class_names: Sequence[str]
+) -> TarSource:
+    labels = class_labels([_class_of(tar) for tar in outer], class_names, path)
+    places: list[np.ndarray] = []
+
+    def names() -> Iterator[str]:
+        with open(path, "rb") as file:
+            for tar in outer:
+                images = _images(file, tar, path)
+                places.append(np.array([place for _, *place in images]))
+                yield from (f"{_class_of(tar)}/{name}" for name, *_ in images)
+
+    with _tar_errors(path):
+        found = Names(names())
+    labels = np.repeat(labels, list(map(len, places)))
+    return TarSource(str(path), found, np.concatenate(places), labels, class_names)
 
 
 def _is_nested(outer: list[_Member]) -> bool:

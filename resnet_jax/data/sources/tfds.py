@@ -1,26 +1,22 @@
 """Data sets of tensorflow_datasets by name, read from ArrayRecord."""
 
 import contextlib
+import dataclasses
 import difflib
 import importlib.util
 import io
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from resnet_jax.data.sources.base import Description, Example
-from resnet_jax.data.sources.splits import SplitCollection
+from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
 
 
 class TfdsFeatures:
-    """The image and label features of a tfds data set.
-
-    Attributes:
-      features: tfds's description, which decodes records.
-      image, label: names of the two features.
-    """
+    """The image and label features of a tfds data set."""
 
     def __init__(self, builder: Any):
         """Finds the features.
@@ -30,7 +26,7 @@ class TfdsFeatures:
         """
         import tensorflow_datasets as tfds
 
-        features = dict(builder.info.features)
+        self._features = features = builder.info.features
 
         def first(kind: type) -> str | None:
             return next((k for k, f in features.items() if isinstance(f, kind)), None)
@@ -41,69 +37,71 @@ class TfdsFeatures:
                 f"tfds data set {builder.info.name} has the features "
                 f"{', '.join(features)}: expected an image and a class label"
             )
-        self.features, self.image, self.label = builder.info.features, image, label
+        self._image, self._label = image, label
+        # The image stays as stored.
+        self.decoders = {image: tfds.decode.SkipDecoding()}
 
     def describe(self, builder: Any) -> Description:
         """The data set's description, from tfds's metadata."""
-        shape = self.features[self.image].shape
-        channels = shape[-1] or 3
-        known = all(side is not None for side in shape)
-        splits = builder.info.splits
+        shape, info = self._features[self._image].shape, builder.info
         return Description(
-            name=f"tfds data set {builder.info.full_name}",
-            class_names=tuple(self.features[self.label].names),
-            channels=channels,
-            num_examples={name: split.num_examples for name, split in splits.items()},
-            image_shape=tuple(shape) if known else None,
-            version=str(builder.info.version),
+            name=f"tfds data set {info.full_name}",
+            class_names=tuple(self._features[self._label].names),
+            channels=shape[-1] or 3,
+            num_examples={name: s.num_examples for name, s in info.splits.items()},
+            image_shape=None if None in shape else tuple(shape),
+            version=str(info.version),
         )
 
-    def decoders(self) -> dict[str, Any]:
-        """Makes tfds return the image as stored."""
-        import tensorflow_datasets as tfds
+    def parse(self, record: bytes) -> dict[str, Any]:
+        """The features of a serialized record."""
+        return self._features.deserialize_example_np(record, decoders=self.decoders)
 
-        return {self.image: tfds.decode.SkipDecoding()}
+    def example(self, record: Mapping[str, Any], name: str) -> Example:
+        """The example of a record's features."""
+        return Example(record[self._image], int(record[self._label]), name)
 
 
+@dataclasses.dataclass(eq=False)
 class TfdsSource:
     """A split of a tfds image classification data set in ArrayRecord."""
 
-    def __init__(
-        self, builder: Any, split: str, features: TfdsFeatures, described: Description
-    ):
-        """Opens a base split."""
-        self._image_key, self._label_key = features.image, features.label
-        self._name = f"{builder.info.full_name}/{split}"
-        self._records = builder.as_data_source(
-            split=split, decoders=features.decoders()
-        )
-        self.class_names: Sequence[str] = described.class_names
-        self.channels = described.channels
+    records: Sequence[Mapping[str, Any]]
+    features: TfdsFeatures
+    class_names: Sequence[str]
+    channels: int
+    name: str
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
-        label = int(record[self._label_key])
-        return Example(record[self._image_key], label, f"{self._name}[{index}]")
+        return self.features.example(self.records[index], f"{self.name}[{index}]")
 
 
-class TfdsCollection(SplitCollection):
-    """A tfds data set in ArrayRecord; prepares it if necessary."""
+def open_tfds(name: str, data_dir: str | None) -> Collection:
+    """The data set ``NAME`` or ``NAME:VERSION`` below ``data_dir``.
 
-    def __init__(self, name: str, data_dir: str | None):
-        """Opens ``NAME`` or ``NAME:VERSION`` below ``data_dir``, a folder or gs:// URL.
+    ``data_dir`` is a folder or gs:// URL; None means tfds's default. The data set is
+    prepared if necessary.
 
-        Raises:
-          UserError: there is no such data set, or it cannot be prepared here.
-        """
-        self._builder = _prepared_builder(name, data_dir)
-        self._features = TfdsFeatures(self._builder)
-        self.description = self._features.describe(self._builder)
+    Raises:
+      UserError: there is no such data set, or it cannot be prepared here.
+    """
+    builder = _prepared_builder(name, data_dir)
+    features = TfdsFeatures(builder)
+    described = features.describe(builder)
 
-    def _open(self, split: str) -> TfdsSource:
-        return TfdsSource(self._builder, split, self._features, self.description)
+    def open_split(split: str) -> TfdsSource:
+        return TfdsSource(
+            builder.as_data_source(split=split, decoders=features.decoders),
+            features,
+            described.class_names,
+            described.channels,
+            f"{builder.info.full_name}/{split}",
+        )
+
+    return Collection(described, open_split)
 
 
 def find_builder(name: str, data_dir: str | None) -> Any:
@@ -128,7 +126,7 @@ def find_builder(name: str, data_dir: str | None) -> Any:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(
-            f"there is no tfds data set {name}; {hint}For your own files give data.path"
+            f"there is no tfds data set {name}; {hint}For your own files set data.path"
         ) from None
     except (AssertionError, ValueError, RuntimeError) as error:
         # A missing version, an unreachable gs:// URL, and more.

@@ -8,6 +8,8 @@ the data, all little-endian. The checksums are masked CRC-32C (tensorflow's
 core/lib/io/record_writer.h).
 """
 
+import dataclasses
+import functools
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -16,8 +18,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from resnet_jax.data.sources.base import Description, Example, FileReader
-from resnet_jax.data.sources.splits import SplitCollection
+from resnet_jax.data.sources.base import Example, read_bytes
+from resnet_jax.data.sources.splits import Collection
 from resnet_jax.data.sources.tfds import TfdsFeatures
 from resnet_jax.errors import UserError
 
@@ -32,31 +34,58 @@ def masked_checksum(data: bytes) -> int:
     return ((checksum >> 15 | checksum << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
+@dataclasses.dataclass(eq=False)
 class TfRecordSource:
     """A split of a tfds data set in TFRecord files.
 
     Attributes:
+      files: the files of the split.
+      places: int64 (n, 3), the file, first byte and size of each record.
+      features: reads the records.
       class_names: in the order of the labels.
       channels: 1 or 3.
     """
 
-    def __init__(
-        self,
-        files: Sequence[str],
-        counts: Sequence[int],
-        features: TfdsFeatures,
-        described: Description,
-    ):
-        """Indexes the files; ``files[i]`` must hold ``counts[i]`` records.
+    files: Sequence[str]
+    places: np.ndarray
+    features: TfdsFeatures
+    class_names: Sequence[str]
+    channels: int
 
-        Raises:
-          UserError: a file is missing, cut short or damaged.
-        """
-        self._features = features
-        self.class_names: Sequence[str] = described.class_names
-        self.channels = described.channels
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Example:
+        number, start, size = map(int, self.places[index])
+        name = f"{self.files[number]}[{index}]"
+        frame = read_bytes(self.files[number], start, size + _CHECKSUM.size, name)
+        data, checksum = frame[:size], frame[size:]
+        if checksum != _CHECKSUM.pack(masked_checksum(data)):
+            raise UserError(f"record {name} is damaged: its checksum differs")
+        return self.features.example(self.features.parse(data), name)
+
+
+def open_tfrecords(builder: Any) -> Collection:
+    """The data set of a tfds builder that is prepared as TFRecord.
+
+    Raises:
+      UserError: the data set has no image or no class label, or is not on a disk.
+    """
+    if "://" in str(builder.data_dir):
+        raise UserError(
+            f"TFRecord files are read only from a disk; copy {builder.data_dir} there"
+        )
+    features = TfdsFeatures(builder)
+    described = features.describe(builder)
+
+    @functools.cache
+    def open_split(split: str) -> TfRecordSource:
+        info = builder.info.splits[split]
+        files = [os.fspath(file) for file in info.filepaths]
         places: list[tuple[int, int, int]] = []
-        for number, (file, count) in enumerate(zip(files, counts, strict=True)):
+        for number, (file, count) in enumerate(
+            zip(files, info.shard_lengths, strict=True)
+        ):
             found = [(number, *place) for place in _frames(file)]
             if len(found) != count:
                 raise UserError(
@@ -64,30 +93,15 @@ class TfRecordSource:
                     "it again"
                 )
             places += found
-        self._places = np.array(places, np.int64).reshape(-1, 3)
-        self._files = FileReader(files)
-        self._decoders = features.decoders()
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> Example:
-        number, start, size = (int(value) for value in self._places[index])
-        name = f"{self._files.paths[number]}[{index}]"
-        try:
-            frame = self._files.read(number, start, size + _CHECKSUM.size)
-        except OSError as error:
-            raise UserError(f"{name} cannot be read: {error.strerror}") from error
-        data = frame[:size]
-        if len(frame) < size + _CHECKSUM.size or (
-            _CHECKSUM.unpack_from(frame, size)[0] != masked_checksum(data)
-        ):
-            raise UserError(f"record {name} is damaged: its checksum differs")
-        record = self._features.features.deserialize_example_np(
-            data, decoders=self._decoders
+        return TfRecordSource(
+            files,
+            np.array(places, np.int64).reshape(-1, 3),
+            features,
+            described.class_names,
+            described.channels,
         )
-        label = int(record[self._features.label])
-        return Example(record[self._features.image], label, name)
+
+    return Collection(described, open_split)
 
 
 def _frames(path: str) -> Iterator[tuple[int, int]]:
@@ -98,15 +112,15 @@ def _frames(path: str) -> Iterator[tuple[int, int]]:
             position = 0
             while position < end:
                 header = file.read(_LENGTH.size)
-                start = position + _LENGTH.size
-                size, checksum = _LENGTH.unpack(header.ljust(_LENGTH.size, b"\0"))
-                if len(header) == _LENGTH.size and (
-                    checksum != masked_checksum(header[:8])
-                ):
+                if len(header) < _LENGTH.size:
+                    raise UserError(f"{path} is cut short; copy it again")
+                size, checksum = _LENGTH.unpack(header)
+                if checksum != masked_checksum(header[:8]):
                     raise UserError(
                         f"{path} is not a TFRecord file, or it is damaged at byte "
                         f"{position}"
                     )
+                start = position + _LENGTH.size
                 position = start + size + _CHECKSUM.size
                 if position > end:
                     raise UserError(f"{path} is cut short; copy it again")
@@ -114,34 +128,3 @@ def _frames(path: str) -> Iterator[tuple[int, int]]:
                 file.seek(position)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-
-
-class TfRecordCollection(SplitCollection):
-    """A tfds data set in TFRecord."""
-
-    def __init__(self, builder: Any):
-        """Opens a prepared tfds builder.
-
-        Raises:
-          UserError: the data set has no image or no class label.
-        """
-        self._builder = builder
-        self._features = TfdsFeatures(builder)
-        self.description = self._features.describe(builder)
-        self._sources: dict[str, TfRecordSource] = {}
-
-    def _open(self, split: str) -> TfRecordSource:
-        if split not in self._sources:
-            if "://" in str(self._builder.data_dir):
-                raise UserError(
-                    f"TFRecord files are read only from a disk; copy "
-                    f"{self._builder.data_dir} there"
-                )
-            info = self._builder.info.splits[split]
-            self._sources[split] = TfRecordSource(
-                [os.fspath(file) for file in info.filepaths],
-                info.shard_lengths,
-                self._features,
-                self.description,
-            )
-        return self._sources[split]
