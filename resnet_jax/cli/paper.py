@@ -63,7 +63,7 @@ def _names(text: str | None) -> list[str]:
 
 
 def _list(_: argparse.Namespace) -> None:
-    from resnet_jax.paper.listing import print_experiments
+    from resnet_jax.paper.experiments import print_experiments
 
     print_experiments()
 
