@@ -328,8 +328,8 @@ class EvaluationConfig:
     )
     precise_statistics_examples: int = option(
         0,
-        "training examples, in whole batches, that give the batch statistics at the end; "
-        "0: keep the running averages",
+        "training examples, in whole batches, that give the final batch statistics; 0: "
+        "keep the running averages",
         at_least=0,
     )
 
