@@ -213,7 +213,8 @@ def _counts(config: Config) -> Iterator[str]:
         choices = [str(count) for count in range(1, groups + 1) if groups % count == 0]
         yield (
             f"training.micro_batches={parts} does not divide model.batch_norm_groups="
-            f"{groups}: choose from {', '.join(choices)}"
+            f"{groups}, and a micro-batch holds whole groups: choose from "
+            f"{', '.join(choices)}"
         )
     if augmentation.repeats > batch:
         yield (
