@@ -58,60 +58,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def local(options: argparse.Namespace, command: Sequence[str]) -> int:
-    """Several processes on this machine; the status of the first that fails."""
+    """Runs processes on this machine; returns the status of the first that fails."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = options.port or server.getsockname()[1]
     processes = []
-    port = options.port or free_port()
     for index in range(options.processes):
-        variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": options.devices}
+        devices = str(options.devices)
+        variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
         if options.gpu:
             variables = {"CUDA_VISIBLE_DEVICES": str(index)}
-        flags = [
-            f"--coordinator=127.0.0.1:{port}",
-            f"--processes={options.processes}",
-            f"--process-id={index}",
-        ]
+        flags = [f"--coordinator=127.0.0.1:{port}", f"--processes={options.processes}"]
         program = [sys.executable, "-m", "resnet_jax", *command, *flags]
+        program.append(f"--process-id={index}")
         processes.append(subprocess.Popen(program, env=os.environ | variables))
-    # A terminal's Ctrl-C reaches the processes by itself.
+
+    def stop(*_: Any) -> None:
+        for process in processes:
+            process.terminate()
+
+    # A terminal sends Ctrl-C to the processes itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: terminate(processes))
+    signal.signal(signal.SIGTERM, stop)
     failed = 0
     while True:
         codes = [process.poll() for process in processes]
         failed = failed or next(filter(None, codes), 0)
         if None not in codes:
-            break
+            return failed if failed >= 0 else 128 - failed
         time.sleep(0.1)
-    return failed if failed >= 0 else 128 - failed
-
-
-def terminate(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Sends SIGTERM to the processes that still run."""
-    for process in processes:
-        process.terminate()
 
 
 def tpu(options: argparse.Namespace, command: Sequence[str]) -> int:
-    """A Cloud TPU slice, from its creation to its deletion."""
-    check_command(command)
-    check_folders(command, is_gcs, "must be gs://BUCKET/FOLDER: a slice has no disk")
+    """Creates a Cloud TPU slice, runs the command on it and deletes it."""
+    check(command, is_gcs, "must be gs://BUCKET/FOLDER: a slice has no disk")
     config = (option(command, "--config") or "configs/imagenet.py").split(":")[0]
     if os.path.isabs(config) or not (FOLDER.parent / config).is_file():
         fail(f"--config {config} is not a file of this repository, as hosts need it")
     kind = options.accelerator.partition("-")[0]
     image = options.runtime_version or RUNTIME_VERSIONS.get(kind)
     if image is None:
-        fail(
-            f"no image is known for {kind}; give --runtime-version, or one of "
-            f"{', '.join(RUNTIME_VERSIONS)}"
-        )
+        known = ", ".join(RUNTIME_VERSIONS)
+        fail(f"no image is known for {kind}, only for {known}: give --runtime-version")
     where = [f"--zone={options.zone}", flag("project", options.project)]
     request = [
         f"--accelerator-type={options.accelerator}",
         f"--runtime-version={image}",
-        *(["--spot"] if options.spot else []),
-        *(["--reserved"] if options.reserved else []),
-        *(["--internal-ips"] if options.internal_ip else []),
+        "--spot" * options.spot,
+        "--reserved" * options.reserved,
+        "--internal-ips" * options.internal_ip,
         flag("service-account", options.service_account),
     ]
     variables = [f"{name}={value}" for name, value in options.env]
@@ -119,41 +113,39 @@ def tpu(options: argparse.Namespace, command: Sequence[str]) -> int:
     result = f"{option(command, '--workdir')}/result.json"
     script = fill(
         "tpu.sh",
-        name=options.name,
+        options,
         where=shlex.join(filter(None, where)),
         request=shlex.join(filter(None, request)),
-        connection="--internal-ip" if options.internal_ip else "",
-        restarts=options.restarts,
-        poll=f"{options.poll_seconds:g}",
+        connection="--internal-ip" * options.internal_ip,
         # A preemption may show a minute late.
         looks=math.ceil(60 / options.poll_seconds) if options.spot else 0,
-        keep="1" if options.keep else "",
+        keep="1" * options.keep,
         program=shlex.quote(shlex.join(program)),
         repository=shlex.quote(str(FOLDER.parent)),
         result=shlex.quote(result if command[0] == "train" else ""),
     )
     if options.dry_run:
-        return show(script)
-    require("gcloud", "git")
-    # The script replaces this process, so that it gets its signals.
+        return submit(script, [], dry_run=True)
+    require("gcloud")
+    require("git")
+    # The script replaces this process, so it gets the signals.
     return os.execvp("bash", ["bash", "-c", script])
 
 
 def gke(options: argparse.Namespace, command: Sequence[str]) -> int:
-    """A JobSet on Kubernetes, in the namespace of kubectl's context."""
-    check_command(command)
+    """Creates a JobSet on Kubernetes, in the namespace of kubectl's context."""
     on_tpu = bool(options.tpu and options.topology)
     on_gpu = bool(options.hosts and options.gpus_per_host)
     if on_tpu == on_gpu or (on_gpu and (options.tpu or options.topology)):
         fail("give --tpu and --topology, or --hosts and --gpus-per-host")
+    # Worker processes pass images in shared memory.
     volumes: list[Any] = [{"name": "memory", "emptyDir": {"medium": "Memory"}}]
-    # Worker processes pass images on in shared memory.
     mounts = [{"name": "memory", "mountPath": "/dev/shm"}]
     if options.volume_claim is None:
-        check_folders(command, is_gcs, "must be gs://BUCKET/FOLDER: pods have no disk")
+        check(command, is_gcs, "must be gs://BUCKET/FOLDER: pods have no disk")
     else:
         claim, mount = options.volume_claim
-        check_folders(
+        check(
             command,
             lambda path: is_gcs(path) or is_inside(path, mount),
             f"must be gs://BUCKET/FOLDER, or in the shared folder {mount}",
@@ -161,43 +153,42 @@ def gke(options: argparse.Namespace, command: Sequence[str]) -> int:
         volumes += [{"name": "data", "persistentVolumeClaim": {"claimName": claim}}]
         mounts += [{"name": "data", "mountPath": mount}]
     variables: list[Any] = [{"name": key, "value": text} for key, text in options.env]
-    resource = "google.com/tpu" if on_tpu else "nvidia.com/gpu"
-    selector = {
-        "cloud.google.com/gke-tpu-accelerator": options.tpu,
-        "cloud.google.com/gke-tpu-topology": options.topology,
-        "cloud.google.com/gke-accelerator": options.gpu_label,
-        "cloud.google.com/gke-spot": "true" if options.spot else None,
-    }
-    tolerated = [resource, *(["cloud.google.com/gke-spot"] if options.spot else [])]
     annotations = {}
     if on_tpu:
         hosts, chips = hosts_of_slice(options), options.chips_per_host
         command = [*command, "--distributed"]
         # One Job per node pool, which is a slice.
         exclusive = "alpha.jobset.sigs.k8s.io/exclusive-topology"
-        annotations = {exclusive: "cloud.google.com/gke-nodepool"}
+        annotations[exclusive] = "cloud.google.com/gke-nodepool"
     else:
         hosts, chips = options.hosts, options.gpus_per_host
         variables += process_variables(options.name, hosts)
+    resource = "google.com/tpu" if on_tpu else "nvidia.com/gpu"
+    labels = {
+        "tpu-accelerator": options.tpu,
+        "tpu-topology": options.topology,
+        "accelerator": options.gpu_label,
+        "spot": "true" if options.spot else None,
+    }
+    selector = {f"cloud.google.com/gke-{k}": v for k, v in labels.items() if v}
+    tolerated = [resource, *["cloud.google.com/gke-spot"] * options.spot]
     manifest = fill(
         "gke.yaml",
-        name=options.name,
-        labels=json.dumps(dropped_none({"kueue.x-k8s.io/queue-name": options.queue})),
-        annotations=json.dumps(annotations),
-        restarts=options.restarts,
+        options,
+        labels={"kueue.x-k8s.io/queue-name": options.queue} if options.queue else {},
+        annotations=annotations,
         slices=options.slices if on_tpu else 1,
         hosts=hosts,
-        grace_seconds=options.grace_seconds,
         service_account=json.dumps(options.service_account or "default"),
-        node_selector=json.dumps(dropped_none(selector)),
-        tolerations=json.dumps([{"key": k, "operator": "Exists"} for k in tolerated]),
-        on_tpu=json.dumps(on_tpu),
+        node_selector=selector,
+        tolerations=[{"key": key, "operator": "Exists"} for key in tolerated],
+        on_tpu=on_tpu,
         dns_policy="ClusterFirstWithHostNet" if on_tpu else "ClusterFirst",
-        volumes=json.dumps(volumes),
-        mounts=json.dumps(mounts),
+        volumes=volumes,
+        mounts=mounts,
         image=json.dumps(options.image),
-        env=json.dumps(variables),
-        limits=json.dumps({resource: chips}),
+        env=variables,
+        limits={resource: chips},
         # Kubernetes would replace $(NAME) by a variable.
         arguments=json.dumps(["sh", "resnet-jax", *command]).replace("$(", "$$("),
     )
@@ -205,51 +196,34 @@ def gke(options: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def slurm(options: argparse.Namespace, command: Sequence[str]) -> int:
-    """A batch job on Slurm, with a process for every GPU."""
-    check_command(command)
-    check_folders(
-        command, is_shared, "must be gs://BUCKET/FOLDER or a folder that hosts share"
-    )
+    """Submits a batch job to Slurm, with one process per GPU."""
+    check(command, is_shared, "must be gs://BUCKET/FOLDER or a folder that hosts share")
     words = ("cpus-per-task", "partition", "account", "qos", "constraint")
-    given = {word: getattr(options, word.replace("-", "_")) for word in words}
-    directives = [
-        f"#SBATCH {flag(word, value)}" for word, value in given.items() if value
-    ]
+    flags = [flag(word, getattr(options, word.replace("-", "_"))) for word in words]
     setup = [options.setup] if options.setup else []
     setup += [f"export {name}={shlex.quote(value)}" for name, value in options.env]
     script = fill(
         "slurm.sbatch",
-        name=options.name,
-        nodes=options.nodes,
-        gpus_per_node=options.gpus_per_node,
-        time=options.time,
-        grace_seconds=options.grace_seconds,
+        options,
         requeue="requeue" if options.restarts else "no-requeue",
-        directives="\n".join(directives),
+        directives="\n".join(f"#SBATCH {text}" for text in flags if text),
         setup="\n".join(setup),
         srun=flag("cpus-per-task", options.cpus_per_task),
         command=shlex.join(command),
-        restarts=options.restarts,
     )
     return submit(script, ["sbatch", "--parsable"], options.dry_run)
 
 
-def check_command(command: Sequence[str]) -> None:
-    """Refuses a command that does not run on several hosts."""
+def check(command: Sequence[str], accepted: Callable[[str], Any], rule: str) -> None:
+    """Refuses a command, workdir or data that cannot be used on several hosts."""
     many = (["train"], ["evaluate"], ["benchmark", "input"])
     if list(command[: 1 + (command[0] == "benchmark")]) not in many:
         fail(f"resnet-jax {command[0]} does not run on several hosts")
     for word in ("--distributed", "--coordinator", "--processes", "--process-id"):
         if any(argument.split("=")[0] == word for argument in command):
-            fail(f"leave {word} out: every process gets it from the launcher")
+            fail(f"leave {word} out: the launcher passes it to every process")
     if command[0] != "benchmark" and option(command, "--workdir") is None:
         fail(f"resnet-jax {command[0]} needs --workdir DIR")
-
-
-def check_folders(
-    command: Sequence[str], accepted: Callable[[str], bool], rule: str
-) -> None:
-    """Refuses a workdir or data that not every host can reach."""
     for name in ("--workdir", "--config.data.path", "--config.data.data_dir"):
         path = option(command, name)
         if path is not None and not accepted(path):
@@ -268,16 +242,15 @@ def option(command: Sequence[str], name: str) -> str | None:
 
 
 def is_gcs(path: str) -> bool:
-    """Whether a path is in a bucket, and not the bucket itself."""
+    """Whether a path is inside a bucket."""
     return re.fullmatch(r"gs://[^/]+/.+", path) is not None
 
 
 def is_shared(path: str) -> bool:
     """Whether several hosts may share a path."""
-    here = ("/tmp", "/var/tmp", "/dev/shm", "/run")
-    return is_gcs(path) or (
-        path.startswith("/") and not any(is_inside(path, folder) for folder in here)
-    )
+    local = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+    on_disk = path.startswith("/") and not any(is_inside(path, here) for here in local)
+    return on_disk or is_gcs(path)
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -286,20 +259,18 @@ def is_inside(path: str, folder: str) -> bool:
 
 
 def hosts_of_slice(options: argparse.Namespace) -> int:
-    """Hosts of a TPU slice, by its topology."""
-    chips = math.prod(int(side) for side in options.topology.split("x"))
-    if chips % options.chips_per_host:
-        fail(
-            f"--topology {options.topology} has {chips} chips, which is no multiple of "
-            f"--chips-per-host {options.chips_per_host}"
-        )
-    return chips // options.chips_per_host
+    """The number of hosts of a TPU slice."""
+    per_host = options.chips_per_host
+    chips = math.prod(map(int, options.topology.split("x")))
+    if chips % per_host:
+        fail(f"--topology has {chips} chips, which --chips-per-host does not divide")
+    return chips // per_host
 
 
 def process_variables(name: str, hosts: int) -> list[dict[str, Any]]:
-    """The variables that connect the pods of a JobSet, whose host names are known.
+    """The variables that connect the pods of a JobSet, by their known host names.
 
-    jax could ask Kubernetes, which needs an extra and the right to read pods and jobs.
+    jax could ask Kubernetes, but needs an extra and the right to read pods and jobs.
     """
     index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
     address = f"{name}-workers-0-0.{name}:{COORDINATOR_PORT}"
@@ -310,16 +281,25 @@ def process_variables(name: str, hosts: int) -> list[dict[str, Any]]:
     ]
 
 
-def fill(template: str, **values: Any) -> str:
-    """The template with each ``@WORD@`` replaced by the value of that name."""
-    text = (FOLDER / template).read_text()
-    return re.sub("@([A-Z_]+)@", lambda found: str(values[found[1].lower()]), text)
+def fill(template: str, options: argparse.Namespace, **values: Any) -> str:
+    """A template with each ``@WORD@`` replaced by a value, or the option of that name.
+
+    Values that are not text are written as JSON.
+    """
+    known = vars(options) | values
+
+    def word(found: re.Match[str]) -> str:
+        value = known[found[1].lower()]
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return re.sub("@([A-Z_]+)@", word, (FOLDER / template).read_text())
 
 
 def submit(text: str, program: Sequence[str], dry_run: bool) -> int:
-    """Passes a text to another program, or prints it."""
+    """Passes a text to another program; a dry run prints it instead."""
     if dry_run:
-        return show(text)
+        print(text, end="")
+        return 0
     require(program[0])
     status = subprocess.run(program, input=text, text=True, check=False).returncode
     if status:
@@ -327,43 +307,24 @@ def submit(text: str, program: Sequence[str], dry_run: bool) -> int:
     return 0
 
 
-def show(text: str) -> int:
-    """Prints a filled template."""
-    print(text, end="")
-    return 0
-
-
-def require(*tools: str) -> None:
-    """Refuses to go on without a tool."""
-    for tool in tools:
-        if shutil.which(tool) is None:
-            fail(f"{tool} is not installed or not on PATH; --dry-run does not need it")
+def require(tool: str) -> None:
+    """Fails if a tool is missing."""
+    if shutil.which(tool) is None:
+        fail(f"{tool} is not installed or not on PATH; --dry-run does not need it")
 
 
 def fail(sentence: str) -> NoReturn:
-    """Ends with exit status 1 and a sentence."""
+    """Exits with status 1 and a sentence."""
     sys.exit(f"launch.py: error: {sentence}")
 
 
 def flag(name: str, value: object) -> str:
-    """``--name=value``, or nothing without a value."""
+    """``--name=value``; empty if there is no value."""
     return f"--{name}={value}" if value else ""
 
 
-def dropped_none(items: dict[str, Any]) -> dict[str, Any]:
-    """The items that have a value."""
-    return {key: value for key, value in items.items() if value is not None}
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def matching(pattern: str, what: str, kind: Callable[[str], Any] = str) -> Any:
-    """A type for argparse: a text that matches a pattern."""
+    """An argparse type: text that matches a pattern."""
 
     def check(value: str) -> Any:
         if not re.fullmatch(pattern, value):
@@ -383,6 +344,17 @@ WORD = matching(r"[A-Za-z0-9_.,&|-]+", "a word without spaces and quotes")
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The launcher's own options, with ``launch``, the function of the subcommand."""
+    number = matching(r"\d+", "a whole number of at least 0", int)
+    pair = matching(
+        r"(?s)[A-Za-z_]\w*=.*", "NAME=VALUE", lambda text: text.split("=", 1)
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    add = common.add_argument
+    add("--restarts", type=number, default=0, help="after preemptions (default: 0)")
+    add("--env", metavar="NAME=VALUE", action="append", default=[], type=pair,
+        help="a variable for every process; may be repeated")  # fmt: skip
+    add("--dry-run", action="store_true", help="print what would run, and run nothing")
+
     parser = argparse.ArgumentParser(
         prog="launch.py",
         description=__doc__,
@@ -391,59 +363,62 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     kinds = parser.add_subparsers(metavar="local|tpu|gke|slurm", required=True)
     add = kinds.add_parser("local", help="processes on this machine").add_argument
     add("--processes", type=COUNT, default=2, metavar="N")
-    add("--devices", type=matching(r"[1-9]\d*", "at least 1"), default="1", metavar="N",
-        help="simulated CPU devices of each process (default: 1)")  # fmt: skip
-    add("--port", type=COUNT, help="of process 0 (default: a free one)")
-    add("--gpu", action="store_true", help="give process I GPU number I")
+    add("--devices", type=COUNT, default=1, help="simulated CPU devices per process")
+    add("--port", type=COUNT, help="port of process 0 (default: a free one)")
+    add("--gpu", action="store_true", help="give GPU number I to process I")
 
-    add = kinds.add_parser("tpu", help="a Cloud TPU slice").add_argument
-    add("--name", type=NAME, required=True, help="of the slice")
-    add("--zone", type=WORD, required=True, help="such as us-east5-a")
+    kind = kinds.add_parser("tpu", help="a Cloud TPU slice", parents=[common])
+    add = kind.add_argument
+    add("--name", type=NAME, required=True, help="name of the slice")
+    add("--zone", type=WORD, required=True, help="zone, such as us-east5-a")
     add("--accelerator", type=matching(r"v\d+[a-z]*-\d+", "such as v5litepod-16"),
-        required=True, help="such as v5litepod-16, v6e-64, v5p-32")  # fmt: skip
+        required=True, help="v5litepod-16, v6e-64, v5p-32, ...")  # fmt: skip
     add("--runtime-version", help="image of the hosts (default: by the accelerator)")
     add("--project", help="(default: the project of gcloud's configuration)")
     add("--spot", action="store_true", help="cheaper, but may be preempted at any time")
-    add("--reserved", action="store_true", help="from a reservation")
-    add("--service-account", help="that reads and writes the bucket")
+    add("--reserved", action="store_true", help="use a reservation")
+    add("--service-account", help="account that reads and writes the bucket")
     add("--internal-ip", action="store_true", help="no external addresses")
     add("--keep", action="store_true", help="do not delete the slice at the end")
     add("--poll-seconds", type=matching(r"(\d+\.)?\d*[1-9]\d*", "above 0", float),
-        default=30.0, help="between looks at the state")  # fmt: skip
-    add_common(add, "how often to request a preempted slice again")
+        default=30.0, help="seconds between checks (default: 30)")  # fmt: skip
 
-    add = kinds.add_parser("gke", help="Kubernetes with JobSet").add_argument
-    add("--name", type=NAME, required=True, help="of the JobSet")
-    add("--image", required=True, help="built from docker/tpu.Dockerfile or gpu's")
+    kind = kinds.add_parser("gke", help="Kubernetes with JobSet", parents=[common])
+    add = kind.add_argument
+    add("--name", type=NAME, required=True, help="name of the JobSet")
+    add(
+        "--image",
+        required=True,
+        help="built from docker/tpu.Dockerfile or gpu.Dockerfile",
+    )
     add("--tpu", metavar="LABEL", help="gke-tpu-accelerator: tpu-v5-lite-podslice, ...")
     add("--topology", metavar="AxB[xC]", help="gke-tpu-topology of a slice",
         type=matching(r"[1-9]\d*(x[1-9]\d*){1,2}", "such as 4x4 or 2x2x4"))  # fmt: skip
-    add("--slices", type=COUNT, default=1, help="of TPUs")
-    add("--chips-per-host", type=COUNT, default=4, help="of TPUs (default: 4)")
-    add("--hosts", type=COUNT, help="with GPUs")
+    add("--slices", type=COUNT, default=1, help="TPU slices (default: 1)")
+    add("--chips-per-host", type=COUNT, default=4, help="of a slice (default: 4)")
+    add("--hosts", type=COUNT, help="hosts with GPUs")
     add("--gpus-per-host", type=COUNT)
     add("--gpu-label", metavar="LABEL", help="gke-accelerator: nvidia-h100-80gb, ...")
     add("--spot", action="store_true", help="on spot VMs")
     add("--queue", help="LocalQueue of Kueue; xpk's clusters have multislice-queue")
-    add("--service-account", help="of Kubernetes, that reads and writes the bucket")
+    add("--service-account", help="Kubernetes account that reaches the bucket")
     add("--volume-claim", metavar="CLAIM:/FOLDER", help="a shared file system",
         type=matching(r"[^:]+:(/[^/]+)+", "CLAIM:/FOLDER",
                       lambda value: tuple(value.split(":"))))  # fmt: skip
     add("--grace-seconds", type=COUNT, default=120, help="from SIGTERM to SIGKILL")
-    add_common(add, "how often to restart all pods after a failure or preemption")
 
-    add = kinds.add_parser("slurm", help="a Slurm cluster with GPUs").add_argument
-    add("--name", type=WORD, required=True, help="of the job")
+    kind = kinds.add_parser("slurm", help="a Slurm cluster with GPUs", parents=[common])
+    add = kind.add_argument
+    add("--name", type=WORD, required=True, help="name of the job")
     add("--nodes", type=COUNT, required=True)
     add("--gpus-per-node", type=COUNT, required=True)
     add("--time", type=matching(r"\d+|(\d+-)?\d+(:\d\d){0,2}", "such as 24:00:00"),
         required=True, help="limit: 24:00:00, 2-00:00:00, or minutes")  # fmt: skip
-    add("--cpus-per-task", type=COUNT, help="cores for each GPU")
+    add("--cpus-per-task", type=COUNT, help="cores per GPU")
     for name in ("partition", "account", "qos", "constraint"):
         add(f"--{name}", type=WORD, help="as for sbatch")
     add("--setup", help="shell command before the run, such as module load")
     add("--grace-seconds", type=COUNT, default=120, help="to save before the limit")
-    add_common(add, "how often to queue a stopped job again")
 
     for name, kind in kinds.choices.items():
         kind.set_defaults(launch=globals()[name])
@@ -451,17 +426,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if getattr(options, "reserved", False) and options.spot:
         parser.error("--spot and --reserved exclude each other")
     return options
-
-
-def add_common(add: Callable[..., Any], restarts: str) -> None:
-    """Adds the options of tpu, gke and slurm."""
-    number = matching(r"\d+", "a whole number of at least 0", int)
-    add("--restarts", type=number, default=0, help=restarts)
-    add("--env", metavar="NAME=VALUE", action="append", default=[],
-        type=matching(r"(?s)[A-Za-z_]\w*=.*", "NAME=VALUE",
-                      lambda value: value.split("=", 1)),
-        help="a variable for every process; may be repeated")  # fmt: skip
-    add("--dry-run", action="store_true", help="print what would run, and run nothing")
 
 
 if __name__ == "__main__":

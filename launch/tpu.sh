@@ -1,13 +1,13 @@
 #!/bin/bash
 # Runs resnet-jax on all hosts of a Cloud TPU slice, from its creation to its deletion.
-# launch.py fills in the words between @ signs. Exit status: that of the run; 130 when
-# interrupted.
+# launch.py fills in the words between @ signs. Exits with the status of the run, or with
+# 130 when interrupted.
 set -u
 name=@NAME@
 where=(@WHERE@)
 connection=(@CONNECTION@) # of ssh and scp
 restarts=@RESTARTS@
-poll=@POLL@
+poll=@POLL_SECONDS@
 scratch=$(mktemp -d)
 exists= # whether there may be a slice to delete
 child=

@@ -1,7 +1,7 @@
-"""A training run on paper: steps, memory, work and input rate, without devices or data.
+"""Plans a training run: steps, memory, work and input rate, without devices or data.
 
-``plan`` answers by arithmetic. With a target, it also compiles the training step for
-that chip and reports the compiler's figures; see ``targets.compile``.
+``plan`` computes them by arithmetic. With a target, it also compiles the training step
+for that chip and reports the compiler's figures; see ``targets.compile``.
 """
 
 import dataclasses
@@ -34,13 +34,13 @@ files of 106 KB on average, one core of a shared Intel Xeon, 2026-11-21
 (benchmarks/results/input_pipeline.json)."""
 
 STEP_PER_FORWARD = 3
-"""Work of a training step over its forward pass: the backward pass has two products for
-each one of the forward pass."""
+"""Work of a training step relative to its forward pass: the backward pass has two
+products for each of the forward pass."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """The learning rate of a step, counted from 1, and what happens there."""
+    """The learning rate at a step, counted from 1, and why it is listed."""
 
     when: str
     step: int
@@ -52,11 +52,11 @@ class ChipBound:
     """The roofline by FLOPs of one kind of chip: a bound, not a measurement.
 
     Attributes:
-      name: of the chip.
-      step_seconds: FLOPs of a step over the peak of all devices; the least time.
-      images_per_second: of all devices; the highest rate.
-      run_seconds: of all steps, without evaluation and checkpoints.
-      host_cores: of each host, to load images at that rate; None if nothing streams.
+      name: name of the chip.
+      step_seconds: least time per step: its FLOPs over the peak of all devices.
+      images_per_second: highest rate of all devices.
+      run_seconds: all steps, without evaluation and checkpoints.
+      host_cores: cores per host to load images at that rate; None if nothing streams.
     """
 
     name: str
@@ -71,21 +71,21 @@ class Plan:
     """A run on paper; see ``plan``.
 
     Attributes:
-      model, dataset, dtype: of the config.
-      devices, hosts: of the run.
+      model, dataset, dtype: from the config.
+      devices, hosts: number of each.
       streamed: whether hosts load training images during the run; otherwise the devices
         hold them all.
       training_examples, steps, epochs: length of the run.
-      global_batch_size, images_per_device, images_per_host: per step.
+      global_batch_size, images_per_device, images_per_host: images per step.
       learning_rates: where the schedule changes.
-      parameters: trainable numbers.
-      memory: bytes on one device, by part, without activations and scratch memory.
-      forward_multiply_adds: of one image.
-      step_flops: of one step on all devices, 2 * 3 * forward_multiply_adds * batch.
-      images_per_core: images per second that one core of a host loads.
+      parameters: number of trainable parameters.
+      memory: bytes per device by part, without activations and scratch memory.
+      forward_multiply_adds: per image.
+      step_flops: per step on all devices, 2 * 3 * forward_multiply_adds * batch.
+      images_per_core: images per second that one core loads.
       rate: images per second of all devices, if given.
-      host_images_per_second, host_cores: that this rate asks of each host.
-      chips: bounds, one per chip.
+      host_images_per_second, host_cores: what that rate needs per host.
+      chips: a bound per chip.
       compiled: the compiler's figures, if a target was given.
       notes: sentences on surprises.
     """
@@ -138,13 +138,13 @@ def plan(
 
     Args:
       config: made by a config file's ``get_config``, or a Config.
-      devices: that share the batch; by default those of a TPU target, else 1.
-      hosts: of the devices; by default those of a TPU target, else 1.
-      chips: names of ``CHIPS``; by default all of them.
-      rate: images per second of all devices, for the input that it needs.
-      images_per_core: images per second that one core of a host loads.
-      examples: training examples, for a data set that is neither known nor here.
-      classes: of such a data set.
+      devices: devices that share the batch; by default those of a TPU target, else 1.
+      hosts: hosts of the devices; by default those of a TPU target, else 1.
+      chips: names of ``CHIPS``; by default all.
+      rate: images per second of all devices, to compute the input that it needs.
+      images_per_core: images per second that one core loads.
+      examples: training examples, if the data set is neither known nor present.
+      classes: classes of such a data set.
       image_size: side of its images in pixels.
       target: chip to compile the training step for; see ``compile_step``.
       console: shows a running clock while compiling.
@@ -172,8 +172,19 @@ def plan(
     )
     derived, batch = learner.derived, config.training.global_batch_size
     forward = count_multiply_adds(learner.model, dataset.image_shape)
+    flops = 2 * STEP_PER_FORWARD * forward * batch
     streamed = not is_resident(dataset.train, config.data, config.augmentation)
-    on_paper = Plan(
+
+    def bound(chip: Chip) -> ChipBound:
+        seconds = flops / devices / chip.peak(config.model.dtype)
+        cores = batch / seconds / hosts / images_per_core if streamed else None
+        run_seconds = seconds * derived.steps
+        return ChipBound(chip.name, seconds, batch / seconds, run_seconds, cores)
+
+    compiled = None
+    if target is not None:
+        compiled = compile_step(config, dataset, target, devices, console)
+    return Plan(
         model=config.model.name,
         dataset=config.data.name,
         dtype=config.model.dtype,
@@ -190,27 +201,22 @@ def plan(
         parameters=count_parameters(learner.abstract_state().params),
         memory=plan_memory(learner, dataset),
         forward_multiply_adds=forward,
-        step_flops=2 * STEP_PER_FORWARD * forward * batch,
+        step_flops=flops,
         images_per_core=images_per_core,
         rate=rate,
         host_images_per_second=rate and rate / hosts,
         host_cores=rate and rate / hosts / images_per_core,
-        chips=(),
-        compiled=None,
+        chips=tuple(bound(chip) for chip in chosen),
+        compiled=compiled,
         notes=_notes(config, derived),
     )
-    bounds = tuple(_bound(on_paper, chip) for chip in chosen)
-    compiled = None
-    if target is not None:
-        compiled = compile_step(config, dataset, target, devices, console)
-    return dataclasses.replace(on_paper, chips=bounds, compiled=compiled)
 
 
 def learning_rates(config: Config, derived: Derived) -> tuple[Rate, ...]:
     """The learning rate where the schedule changes.
 
-    A warm-up that waits for the training error is taken to end after the first step,
-    and drops at plateaus are left out: both depend on the run.
+    A warm-up until a training error counts as one step, and drops at plateaus are left
+    out: both depend on the run.
     """
     schedule = Schedule(config.optimizer, config.schedule, derived)
     points = {0: "first step", derived.steps - 1: "last step"}
@@ -233,8 +239,8 @@ def learning_rates(config: Config, derived: Derived) -> tuple[Rate, ...]:
 def plan_memory(learner: Learner, dataset: Dataset) -> dict[str, int]:
     """Bytes on each device of a run, by part.
 
-    The gradients are those of all parameters. Two streamed batches are in memory: the
-    step's and the next one. Activations and scratch memory are not included.
+    Streamed batches count twice: the step's and the next. Activations and scratch
+    memory are not included.
     """
     config, state = learner.config, learner.abstract_state()
     leaves = jax.tree.map(_part_bytes, state)
@@ -265,13 +271,6 @@ def _part_bytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 def _sum(tree: Any) -> int:
     return sum(jax.tree.leaves(tree))
-
-
-def _bound(run: Plan, chip: Chip) -> ChipBound:
-    seconds = run.step_flops / run.devices / chip.peak(run.dtype)
-    rate = run.global_batch_size / seconds
-    cores = rate / run.hosts / run.images_per_core if run.streamed else None
-    return ChipBound(chip.name, seconds, rate, seconds * run.steps, cores)
 
 
 def _notes(config: Config, derived: Derived) -> tuple[str, ...]:
@@ -339,10 +338,10 @@ def _run_rows(run: Plan) -> dict[str, str]:
     return {
         "steps": f"{run.steps:,} of {run.global_batch_size:,} images",
         "epochs": f"{run.epochs:.4g} of {run.training_examples:,} examples",
-        "per device": f"{run.images_per_device:,} images a step",
-        "per host": f"{run.images_per_host:,} images a step",
+        "per device": f"{run.images_per_device:,} images per step",
+        "per host": f"{run.images_per_host:,} images per step",
         "parameters": f"{run.parameters:,}",
-        "forward pass": f"{run.forward_multiply_adds / 1e9:.4g} G multiply-adds an "
+        "forward pass": f"{run.forward_multiply_adds / 1e9:.4g} G multiply-adds per "
         "image",
         "training step": f"{run.step_flops / 1e12:.4g} TFLOP, {STEP_PER_FORWARD} times "
         "the forward pass",
@@ -352,9 +351,9 @@ def _run_rows(run: Plan) -> dict[str, str]:
 def _print_chips(console: rich.console.Console, run: Plan) -> None:
     say(console, "\nroofline by FLOPs: bounds at the published peaks, not measured")
     table = rich.table.Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("chip", no_wrap=True)
-    for heading in ("ms/step", "images/s", "run", "cores/host"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("chip", "ms/step", "images/s", "run", "cores/host"):
+        justify: Any = "left" if heading == "chip" else "right"
+        table.add_column(heading, justify=justify, no_wrap=True)
     for chip in run.chips:
         table.add_row(
             chip.name,
@@ -398,7 +397,7 @@ def _print_rows(
 
 
 def _bytes(nbytes: float) -> str:
-    """With 10^9 bytes to a GB, as in data sheets; nothing for no bytes."""
+    """In decimal units, as in data sheets; empty for 0 bytes."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= size:
             return f"{nbytes / size:,.2f} {unit}"

@@ -1,6 +1,7 @@
 """The command ``resnet-jax``: each subcommand is one call of a public function."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -25,36 +26,27 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax benchmark step --model cifar_resnet20 --batch 128
 """
 
+_COMMANDS = (
+    *("train", "evaluate", "report", "sweep", "paper"),
+    *("summary", "plan", "prepare", "convert", "benchmark"),
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
-    Returns the exit status: 0 done, or stopped by SIGTERM and saved; 1 for a fault; 130
-    interrupted.
+    Returns:
+      The exit status: 0 if it finished, or saved on SIGTERM; 1 on an error; 130 if
+      interrupted.
     """
-    from resnet_jax.cli import (
-        benchmark,
-        convert,
-        evaluate,
-        paper,
-        plan,
-        prepare,
-        report,
-        summary,
-        sweep,
-        train,
-    )
-
     parser = argparse.ArgumentParser(
         prog="resnet-jax",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    runs = (train, evaluate, report, sweep, paper)
-    tools = (summary, plan, prepare, convert, benchmark)
-    for module in (*runs, *tools):
-        module.add_parser(commands)
+    for name in _COMMANDS:
+        importlib.import_module(f"resnet_jax.cli.{name}").add_parser(commands)
     # Overrides of config fields have names that argparse cannot list.
     options, rest = parser.parse_known_args(
         sys.argv[1:] if arguments is None else arguments
@@ -68,10 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.unraisablehook = _hide_late_writes
     try:
         options.run(options)
-    except UserError as error:
-        print(f"resnet-jax: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
+    except (UserError, OSError) as error:
         print(f"resnet-jax: error: {error}", file=sys.stderr)
         return 1
     except Preempted:
@@ -92,8 +81,6 @@ def _hide_late_writes(unraisable: Any) -> None:
     If a save fails, Orbax closes its event loop while TensorStore still writes other
     arrays. Each of these writes then fails too, after the save's own error.
     """
-    late = unraisable.object is None and str(unraisable.exc_value) == (
-        "Event loop is closed"
-    )
-    if not late:
+    late = str(unraisable.exc_value) == "Event loop is closed"
+    if unraisable.object is not None or not late:
         sys.__unraisablehook__(unraisable)

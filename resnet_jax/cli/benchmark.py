@@ -18,36 +18,16 @@ def add_parser(commands: Any) -> None:
         "normalisation and, for a CIFAR net, crop and flip. Prints medians, and the "
         "compile time separately.",
     )
-    step.add_argument(
-        "--model",
-        default="cifar_resnet20",
-        metavar="NAME",
-        help="a name of resnet_jax.list_models() (default: cifar_resnet20)",
-    )
-    step.add_argument(
-        "--batch",
-        type=int,
-        default=128,
-        metavar="N",
-        help="images per step, over all devices (default: 128)",
-    )
-    step.add_argument(
-        "--image-size",
-        type=int,
-        metavar="PIXELS",
-        help="side of the images (default: the net's own)",
-    )
-    step.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16"),
-        help="of the convolutions (default: float32)",
-    )
-    step.add_argument(
-        "--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)"
-    )
-    step.add_argument("--json", metavar="FILE", help="also write the result here")
+    add = step.add_argument
+    net, dtypes = "cifar_resnet20", ("float32", "bfloat16")
+    add("--model", default=net, metavar="NAME", help=f"net (default: {net})")
+    add("--batch", type=int, default=128, help="images per step (default: 128)")
+    add("--image-size", type=int, metavar="PIXELS", help="side (default: the net's)")
+    add("--dtype", default="float32", choices=dtypes, help="default: float32")
+    add("--steps", type=int, default=20, help="timed steps (default: 20)")
+    add("--json", metavar="FILE", help="also write the result here")
     step.set_defaults(run=_run_step)
+
     reading = kinds.add_parser(
         "input",
         help="the input pipeline of a config, up to the device",
@@ -56,16 +36,11 @@ def add_parser(commands: Any) -> None:
         "--config.data.num_threads=4",
         allow_abbrev=False,
     )
-    reading.add_argument(
-        "--config", required=True, metavar="FILE.py[:ARG]", help="config file"
-    )
-    reading.add_argument(
-        "--batches", type=int, default=50, metavar="N", help="per round (default: 50)"
-    )
-    reading.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="(default: 5)"
-    )
-    reading.add_argument("--json", metavar="FILE", help="also write the result here")
+    add = reading.add_argument
+    add("--config", required=True, metavar="FILE.py[:ARG]", help="config file")
+    add("--batches", type=int, default=50, help="batches per round (default: 50)")
+    add("--rounds", type=int, default=5, metavar="N", help="repetitions (default: 5)")
+    add("--json", metavar="FILE", help="also write the result here")
     add_process_flags(reading)
     reading.set_defaults(run=_run_input, takes_overrides=True)
 

@@ -20,29 +20,24 @@ def add_parser(commands: Any) -> None:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="the run's folder"
-    )
-    parser.add_argument(
-        "--split",
-        default="test",
-        choices=("test", "holdout", "train"),
-        help="what to evaluate on (default: test)",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--workdir", required=True, metavar="DIR", help="the run's folder")
+    splits = ("test", "holdout", "train")
+    add("--split", default="test", choices=splits, help="(default: test)")
+    add(
         "--checkpoint",
         default="last",
         type=_checkpoint,
         metavar="last|best|STEP",
         help="which checkpoint (default: last)",
     )
-    parser.add_argument(
+    add(
         "--batch-size",
         type=int,
         metavar="N",
         help="examples per batch (default: the config's); changes no result",
     )
-    parser.add_argument(
+    add(
         "--precise-batches",
         type=int,
         metavar="N",

@@ -12,8 +12,8 @@ _RUN = """Run an experiment: train what is missing, then analyse it.
       --workdir runs/paper --config.data.path=/data/cifar-10-batches-bin
   resnet-jax paper run figure6 --workdir runs/paper --dataset digits --scale small
 
-The same command continues where it stopped and skips finished runs.
-Experiments in one folder share their runs. Any config field may be overridden.
+The same command continues where it stopped and skips finished runs. Experiments in one
+folder share their runs. --config.FIELD=VALUE overrides any config field.
 """
 
 
@@ -34,19 +34,13 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    run.add_argument("experiment", help="a name of `resnet-jax paper list`")
-    run.add_argument("--workdir", required=True, metavar="DIR", help="holds all runs")
-    run.add_argument("--only", metavar="RUN,RUN", help="some of its runs")
-    run.add_argument(
-        "--seeds",
-        type=int,
-        metavar="N",
-        help="number of seeds per run; default: as published",
-    )
-    run.add_argument(
-        "--scale", default="paper", help="paper, small (1/100) or tiny (1/1000)"
-    )
-    run.add_argument(
+    add = run.add_argument
+    add("experiment", help="a name of `resnet-jax paper list`")
+    add("--workdir", required=True, metavar="DIR", help="folder of all runs")
+    add("--only", metavar="RUN,RUN", help="only these runs")
+    add("--seeds", type=int, metavar="N", help="per run (default: as published)")
+    add("--scale", default="paper", help="paper, small (1/100) or tiny (1/1000)")
+    add(
         "--dataset",
         metavar="NAME|FOLDER",
         help="other data: cifar10, cifar100, digits, mnist, fashion_mnist or a folder",
@@ -57,11 +51,10 @@ def add_parser(commands: Any) -> None:
     report = actions.add_parser(
         "report", help="published and measured numbers, as a page and as Markdown"
     )
-    report.add_argument(
-        "--workdir", required=True, metavar="DIR", help="holds all runs"
-    )
-    report.add_argument("--only", metavar="EXPERIMENT,EXPERIMENT")
-    report.add_argument("--figures", metavar="DIR", help="also draw PNG files there")
+    add = report.add_argument
+    add("--workdir", required=True, metavar="DIR", help="folder of all runs")
+    add("--only", metavar="EXPERIMENT,EXPERIMENT", help="only these experiments")
+    add("--figures", metavar="DIR", help="also draw PNG files there")
     report.set_defaults(run=_report)
 
 
@@ -70,7 +63,7 @@ def _names(text: str | None) -> list[str]:
 
 
 def _list(_: argparse.Namespace) -> None:
-    from resnet_jax.paper.listing import print_experiments
+    from resnet_jax.paper.experiments import print_experiments
 
     print_experiments()
 

@@ -24,6 +24,12 @@ _NO_TPU_HOST = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
+_OPTIONS = (
+    *("devices", "hosts", "chips", "rate", "images_per_core"),
+    *("examples", "classes", "image_size", "target"),
+)
+"""Options that ``plan`` takes under the same name."""
+
 
 def add_parser(commands: Any) -> None:
     """Adds the subcommand to the parser of ``resnet-jax``."""
@@ -34,22 +40,17 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-
-    def number(name: str, kind: Any, metavar: str, meaning: str) -> None:
-        parser.add_argument(name, type=kind, metavar=metavar, help=meaning)
-
-    parser.add_argument(
-        "--config", required=True, metavar="FILE.py[:ARG]", help="config file"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE.py[:ARG]", help="config file")
+    add(
         "--compile",
         metavar="TARGET",
         dest="target",
         help="compile the step for cpu, h100, h200 or a slice such as tpu:v5e:4x4",
     )
-    number("--devices", int, "N", "devices that share a batch (default: 1)")
-    number("--hosts", int, "N", "hosts of these devices (default: 1)")
-    parser.add_argument(
+    add("--devices", type=int, metavar="N", help="devices of a batch (default: 1)")
+    add("--hosts", type=int, metavar="N", help="hosts of these (default: 1)")
+    add(
         "--chip",
         nargs="+",
         default=[],
@@ -57,8 +58,8 @@ def add_parser(commands: Any) -> None:
         dest="chips",
         help="chips of the roofline, such as tpu_v5e or h200_sxm (default: all)",
     )
-    number("--rate", float, "N", "images per second of all devices, for the input")
-    parser.add_argument(
+    add("--rate", type=float, metavar="N", help="images per second, in all")
+    add(
         "--images-per-core",
         type=float,
         default=633.0,
@@ -66,10 +67,10 @@ def add_parser(commands: Any) -> None:
         help="images per second that one core loads, as `resnet-jax benchmark input` "
         "measures (default: 633, see docs/plan.md)",
     )
-    number("--examples", int, "N", "training examples of an unknown data set")
-    number("--classes", int, "K", "classes of such a data set")
-    number("--image-size", int, "PIXELS", "side of its images")
-    parser.add_argument("--json", metavar="FILE", help="also write the plan here")
+    add("--examples", type=int, metavar="N", help="of a data set that is not known")
+    add("--classes", type=int, metavar="K", help="classes of such a set")
+    add("--image-size", type=int, metavar="PIXELS", help="side of its images")
+    add("--json", metavar="FILE", help="also write the plan here")
     parser.set_defaults(run=_run, takes_overrides=True)
 
 
@@ -88,15 +89,7 @@ def _run(options: argparse.Namespace) -> None:
     console = rich.console.Console()
     run = plan(
         load_config(options.config, parse_overrides(options.rest)),
-        devices=options.devices,
-        hosts=options.hosts,
-        chips=options.chips,
-        rate=options.rate,
-        images_per_core=options.images_per_core,
-        examples=options.examples,
-        classes=options.classes,
-        image_size=options.image_size,
-        target=options.target,
+        **{name: getattr(options, name) for name in _OPTIONS},
         console=console,
     )
     print_plan(console, run)

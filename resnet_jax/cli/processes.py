@@ -20,14 +20,11 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
         "Run the same command on each. The environment variables "
         f"{', '.join(_VARIABLES)} replace the first three flags.",
     )
-    group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="address of process 0"
-    )
-    group.add_argument("--processes", type=int, metavar="N", help="number of processes")
-    group.add_argument(
-        "--process-id", type=int, metavar="I", help="number of this process, from 0"
-    )
-    group.add_argument(
+    add = group.add_argument
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    add("--processes", type=int, metavar="N", help="number of processes")
+    add("--process-id", type=int, metavar="I", help="number of this process, from 0")
+    add(
         "--distributed",
         action="store_true",
         help="let jax find all three: on TPUs, in Slurm, Open MPI and GKE",

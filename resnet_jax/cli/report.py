@@ -12,12 +12,9 @@ def add_parser(commands: Any) -> None:
         description="Write report.html of a finished run again, and its training "
         "curves as a separate picture.",
     )
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="the run's folder"
-    )
-    parser.add_argument(
-        "--figure", metavar="FILE.png|.svg|.pdf", help="where to draw the curves"
-    )
+    add = parser.add_argument
+    add("--workdir", required=True, metavar="DIR", help="the run's folder")
+    add("--figure", metavar="FILE.png|.svg|.pdf", help="where to draw the curves")
     parser.set_defaults(run=_run)
 
 

@@ -29,16 +29,10 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE.py[:ARG]",
-        help="config file and its argument",
-    )
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="folder of all runs"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE.py[:ARG]", help="config file")
+    add("--workdir", required=True, metavar="DIR", help="folder of all runs")
+    add(
         "--grid",
         action="append",
         default=[],

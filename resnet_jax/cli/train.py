@@ -27,14 +27,13 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--config",
         metavar="FILE.py[:ARG]",
         help="config file and its argument; not needed to continue a workdir",
     )
-    parser.add_argument(
-        "--workdir", required=True, metavar="DIR", help="the run's folder"
-    )
+    add("--workdir", required=True, metavar="DIR", help="the run's folder")
     add_process_flags(parser)
     parser.set_defaults(run=_run, takes_overrides=True)
 
@@ -50,8 +49,8 @@ def _run(options: argparse.Namespace) -> None:
         present = Workdir(options.workdir).read_config()
         if present is None or overrides:
             raise UserError(
-                "give --config FILE.py; only to continue the run of a workdir, without "
-                "overrides, it is not needed"
+                "give --config FILE.py; only to continue a run, without overrides, it "
+                "is not needed"
             )
         config = present
     from resnet_jax.training.train import train

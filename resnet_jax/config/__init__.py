@@ -6,9 +6,9 @@ A config file's ``get_config(arg)`` starts from ``default_config()``, an
 library reads only ``Config``.
 """
 
-from resnet_jax.config.build import build_model
+from resnet_jax.config.build import build_model, model_options
 from resnet_jax.config.derive import Derived, derive
-from resnet_jax.config.resolve import load_config, model_options, resolve
+from resnet_jax.config.resolve import load_config, resolve
 from resnet_jax.config.schema import Config, default_config, fields, flatten
 from resnet_jax.models.options import Field, describe_type
 

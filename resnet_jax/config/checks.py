@@ -1,196 +1,236 @@
-"""Contradictions in augmentation, loss, optimizer and schedule; see ``resolve``."""
+"""The combinations of fields that ``resolve`` refuses."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from resnet_jax.config.schema import AugmentationConfig, Config, OptimizerConfig
+from resnet_jax.config.build import model_options
+from resnet_jax.config.schema import Config, fields, flatten
 from resnet_jax.errors import UserError
+from resnet_jax.models import create_model
+
+_ABOVE_ZERO = (
+    "optimizer.trust_coefficient",
+    "optimizer.max_grad_norm",
+    "schedule.power",
+)
+
+_RANDAUGMENT = ("augmentation.policy", ("randaugment",))
+_APPLIES_TO = {
+    "augmentation.policy_operations": _RANDAUGMENT,
+    "augmentation.policy_magnitude": _RANDAUGMENT,
+    "augmentation.policy_magnitude_std": _RANDAUGMENT,
+    "loss.target_threshold": ("loss.kind", ("sigmoid",)),
+    "optimizer.nesterov": ("optimizer.kind", ("sgd", "lars")),
+    "optimizer.second_momentum": ("optimizer.kind", ("lamb",)),
+    "optimizer.epsilon": ("optimizer.kind", ("lamb",)),
+    "optimizer.trust_coefficient": ("optimizer.kind", ("lars",)),
+    "schedule.final_learning_rate": ("schedule.kind", ("cosine", "polynomial")),
+    "schedule.power": ("schedule.kind", ("polynomial",)),
+}
+"""A field that may differ from its default only if another has one of these values."""
+
+_NEEDS = (
+    ("model.new_head", "model.weights"),
+    ("data.eval_image_size", "data.image_size"),
+    ("data.eval_shorter_side", "data.image_size"),
+    ("augmentation.shorter_side", "data.image_size"),
+    ("augmentation.crop_area", "data.image_size"),
+    ("augmentation.crop_aspect", "augmentation.crop_area"),
+    ("optimizer.ema_every_steps", "optimizer.ema_decay"),
+    ("schedule.warmup_learning_rate", "schedule.warmup_until_error"),
+    ("schedule.warmup_until_error", "schedule.warmup_learning_rate"),
+)
+"""A field that may differ from its default only if the other is not None."""
+
+_EXCLUSIVE = (
+    ("model.initialization", "model.weights"),
+    ("data.holdout_split", "data.holdout_examples"),
+    ("training.steps", "training.epochs"),
+    ("augmentation.shorter_side", "augmentation.pad"),
+    ("augmentation.shorter_side", "augmentation.crop_area"),
+    ("augmentation.crop_area", "augmentation.pad"),
+    # The host does these image by image, so the data cannot stay on the device.
+    ("augmentation.shorter_side", "data.resident"),
+    ("augmentation.crop_area", "data.resident"),
+    ("augmentation.policy", "data.resident"),
+    ("schedule.warmup_learning_rate", "schedule.warmup_steps"),
+    ("schedule.warmup_learning_rate", "schedule.warmup_epochs"),
+)
+"""Fields of which at most one may be set."""
 
 
-def refuse_training_contradictions(config: Config) -> None:
-    """Raises a one-sentence UserError if these sections contradict each other."""
-    _refuse_crops(config)
-    _refuse_policy(config)
-    _refuse_device_changes(config)
-    _refuse_optimizer(config.optimizer)
-    _refuse_rates(config)
+def refuse_contradictions(config: Config) -> None:
+    """Raises a one-sentence UserError if fields contradict each other."""
+    # Refuses unknown models and options that the model lacks.
+    create_model(config.model.name, **model_options(config.model))
     _ = config.profile.range
-    loss = config.loss
-    if loss.target_threshold is not None and loss.kind != "sigmoid":
-        raise UserError(
-            f"loss.target_threshold={loss.target_threshold:g} needs binary targets, "
-            f"but loss.kind is {loss.kind}: set it to sigmoid, or the threshold to None"
-        )
+    for check in (_ranges, _tables, _schedule, _held_out, _evaluation_size, _counts):
+        for sentence in check(config):
+            raise UserError(sentence)
 
 
-def _refuse_crops(config: Config) -> None:
-    augmentation, data = config.augmentation, config.data
+def _tables(config: Config) -> Iterator[str]:
+    defaults = {field.name: field.default for field in fields().values()}
+    values = flatten(config)
+    changed = {
+        name
+        for name, value in values.items()
+        if value != defaults[name] and value is not False
+    }
+    for one, other in _EXCLUSIVE:
+        if {one, other} <= changed:
+            yield (
+                f"{one}={values[one]} and {other}={values[other]} exclude each other: "
+                "set only one"
+            )
+    for name, needed in _NEEDS:
+        if name in changed and needed not in changed:
+            yield f"{name}={values[name]} needs {needed}: set it too"
+    for name, (other, valid) in _APPLIES_TO.items():
+        if name in changed and values[other] not in valid:
+            yield (
+                f"{name}={values[name]} needs {other}={' or '.join(valid)}, but it is "
+                f"{values[other]}: change it, or reset {name} to {defaults[name]}"
+            )
+    for name in _ABOVE_ZERO:
+        if values[name] == 0:
+            yield f"{name} must be above 0, not 0"
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    augmentation = config.augmentation
+    side, jitter = augmentation.shorter_side, augmentation.color_jitter
     area, aspect = augmentation.crop_area, augmentation.crop_aspect
+    if side is not None and not _rising(side):
+        yield f"augmentation.shorter_side is (low, high), not {side}"
+    if side is not None and side[0] < (config.data.image_size or 0):
+        yield (
+            f"augmentation.shorter_side={side} must not be below data.image_size="
+            f"{config.data.image_size}"
+        )
     if not _rising(aspect) or aspect[0] <= 0:
-        raise UserError(
-            f"augmentation.crop_aspect is (low, high), both above 0, not {aspect}"
+        yield f"augmentation.crop_aspect is (low, high), both above 0, not {aspect}"
+    if area is not None and not (_rising(area) and 0 < area[0] <= area[1] <= 1):
+        yield (
+            "augmentation.crop_area is (low, high), shares of an image above 0 and up "
+            f"to 1, not {area}"
         )
-    if area is not None:
-        if not _rising(area) or not 0 < area[0] <= area[1] <= 1:
-            raise UserError(
-                "augmentation.crop_area is (low, high), shares of an image above 0 and "
-                f"up to 1, not {area}"
-            )
-        if data.image_size is None:
-            raise UserError(
-                "augmentation.crop_area needs data.image_size: the size of its crops"
-            )
-        for name in ("shorter_side", "pad"):
-            if getattr(augmentation, name):
-                raise UserError(
-                    f"augmentation.crop_area and augmentation.{name} are two ways to "
-                    "crop; give one"
-                )
-    elif aspect != AugmentationConfig.crop_aspect:
-        raise UserError(
-            f"augmentation.crop_aspect={aspect} applies only to crops: "
-            "set augmentation.crop_area too"
-        )
-    for name in ("crop_area", "policy"):
-        if getattr(augmentation, name) is not None and data.resident:
-            raise UserError(
-                f"augmentation.{name} works on the host, image by image: data.resident "
-                "cannot be true"
-            )
-
-
-def _refuse_policy(config: Config) -> None:
-    augmentation = config.augmentation
-    if augmentation.policy != "randaugment":
-        _refuse_changed(
-            augmentation,
-            ("policy_operations", "policy_magnitude", "policy_magnitude_std"),
-            "augmentation",
-            f"applies to randaugment, but augmentation.policy is {augmentation.policy}",
-        )
-    if augmentation.policy_magnitude > 10:
-        raise UserError(
-            "augmentation.policy_magnitude is at most 10, not "
-            f"{augmentation.policy_magnitude:g}"
-        )
-    batch = config.training.global_batch_size
-    if augmentation.repeats > batch:
-        raise UserError(
-            f"augmentation.repeats={augmentation.repeats} copies of an image do not "
-            f"fit into training.global_batch_size={batch}: lower repeats"
-        )
-
-
-def _refuse_device_changes(config: Config) -> None:
-    augmentation = config.augmentation
-    jitter = augmentation.color_jitter
-    if jitter is not None and (
-        len(jitter) != 3 or not all(0 <= strength <= 1 for strength in jitter)
+    if jitter is not None and not (
+        len(jitter) == 3 and 0 <= min(jitter) <= max(jitter) <= 1
     ):
-        raise UserError(
+        yield (
             "augmentation.color_jitter is (brightness, contrast, saturation), each "
             f"between 0 and 1, not {jitter}"
         )
-    if augmentation.erasing_probability > 1:
-        raise UserError(
-            "augmentation.erasing_probability is at most 1, not "
-            f"{augmentation.erasing_probability:g}"
-        )
-    for name in ("mixup_alpha", "cutmix_alpha"):
-        if getattr(augmentation, name) and config.training.global_batch_size < 2:
-            raise UserError(
-                f"augmentation.{name} mixes pairs of a batch: "
-                "training.global_batch_size must be at least 2, not 1"
+    for name, most in (("policy_magnitude", 10), ("erasing_probability", 1)):
+        if getattr(augmentation, name) > most:
+            value = getattr(augmentation, name)
+            yield f"augmentation.{name} is at most {most}, not {value:g}"
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    schedule, training = config.schedule, config.training
+    if training.steps is None and not training.epochs:
+        yield "set training.steps or training.epochs: the length of the run"
+    unit, other = ("steps", "epochs") if training.steps else ("epochs", "steps")
+    for name in ("boundaries", "warmup"):
+        if getattr(schedule, f"{name}_{other}") is not None:
+            yield (
+                f"training.{unit} counts the run in {unit}: set schedule.{name}_{unit} "
+                f"instead of schedule.{name}_{other}"
             )
-
-
-def _refuse_optimizer(optimizer: OptimizerConfig) -> None:
-    if optimizer.kind == "lamb" and optimizer.nesterov:
-        raise UserError(
-            "optimizer.nesterov applies to sgd and lars, but optimizer.kind is lamb: "
-            "set it to false"
+    boundaries = schedule.boundaries_steps or schedule.boundaries_epochs
+    if (schedule.kind == "piecewise") != bool(boundaries):
+        yield (
+            f"schedule.kind={schedule.kind} and schedule boundaries {boundaries} "
+            "contradict each other: piecewise needs boundaries, other kinds take none"
         )
-    if optimizer.kind != "lamb":
-        _refuse_changed(
-            optimizer,
-            ("second_momentum", "epsilon"),
-            "optimizer",
-            f"applies to lamb, but optimizer.kind is {optimizer.kind}",
+    if boundaries and list(boundaries) != sorted(set(boundaries)):
+        yield f"schedule boundaries must increase, not {boundaries}"
+    warm_up = schedule.warmup_steps or schedule.warmup_epochs
+    if schedule.warmup_initial_learning_rate and not warm_up:
+        yield (
+            "schedule.warmup_initial_learning_rate needs schedule.warmup_steps or "
+            "schedule.warmup_epochs: set one"
         )
-    if optimizer.kind != "lars":
-        _refuse_changed(
-            optimizer,
-            ("trust_coefficient",),
-            "optimizer",
-            f"applies to lars, but optimizer.kind is {optimizer.kind}",
-        )
-    if not optimizer.trust_coefficient:
-        raise UserError(
-            "optimizer.trust_coefficient=0 updates no weight: set it above 0"
-        )
-    if optimizer.max_grad_norm == 0:
-        raise UserError(
-            "optimizer.max_grad_norm=0 removes every gradient: set it above 0, or to "
-            "None for no limit"
-        )
-    if optimizer.ema_decay is None:
-        _refuse_changed(
-            optimizer,
-            ("ema_every_steps",),
-            "optimizer",
-            "needs optimizer.ema_decay, which is None",
-        )
-
-
-def _refuse_rates(config: Config) -> None:
-    schedule, highest = config.schedule, config.optimizer.learning_rate
-    if schedule.final_learning_rate and schedule.kind not in ("cosine", "polynomial"):
-        raise UserError(
-            f"schedule.final_learning_rate={schedule.final_learning_rate:g} needs a "
-            f"cosine or polynomial schedule, but schedule.kind is {schedule.kind}: set "
-            "it to 0"
-        )
-    if schedule.kind != "polynomial":
-        _refuse_changed(
-            schedule,
-            ("power",),
-            "schedule",
-            f"applies to polynomial, but schedule.kind is {schedule.kind}",
-        )
-    if not schedule.power:
-        raise UserError(
-            "schedule.power=0 never lowers the rate: set it above 0, or schedule.kind "
-            "to constant"
-        )
-    if schedule.warmup_initial_learning_rate and not (
-        schedule.warmup_steps or schedule.warmup_epochs
-    ):
-        raise UserError(
-            "schedule.warmup_initial_learning_rate needs a linear warm-up: "
-            "set schedule.warmup_steps or schedule.warmup_epochs too"
-        )
+    highest = config.optimizer.learning_rate
     for name in ("final_learning_rate", "warmup_initial_learning_rate"):
-        value = getattr(schedule, name)
-        if value > highest:
-            raise UserError(
+        if (value := getattr(schedule, name)) > highest:
+            yield (
                 f"schedule.{name}={value:g} is above optimizer.learning_rate="
-                f"{highest:g}, the highest rate; lower it"
+                f"{highest:g}, the highest rate: lower it"
             )
 
 
-def _refuse_changed(
-    section: Any, names: Sequence[str], prefix: str, reason: str
-) -> None:
-    """Refuses fields without effect that differ from their defaults."""
-    defaults = {field.name: field.default for field in dataclasses.fields(section)}
-    for name in names:
-        value = getattr(section, name)
-        if value != defaults[name]:
-            raise UserError(
-                f"{prefix}.{name}={value:g} {reason}: reset it to {defaults[name]:g}"
+def _held_out(config: Config) -> Iterator[str]:
+    if config.data.holdout_examples or config.data.holdout_split:
+        return
+    for name, chosen in (
+        ("schedule.kind=plateau", config.schedule.kind == "plateau"),
+        ("checkpoint.best", config.checkpoint.best),
+    ):
+        if chosen:
+            yield (
+                f"{name} uses the held-out error, never the test error: set "
+                "data.holdout_examples or data.holdout_split"
             )
 
 
-def _rising(values: Sequence[float]) -> bool:
+def _evaluation_size(config: Config) -> Iterator[str]:
+    data, augmentation = config.data, config.augmentation
+    size = data.eval_image_size or data.image_size
+    if data.eval_shorter_side is not None and data.eval_shorter_side < (size or 0):
+        yield (
+            f"data.eval_shorter_side={data.eval_shorter_side} is below the image size "
+            f"of evaluation, {size}: raise it"
+        )
+    if size == data.image_size:
+        return
+    sizes = (
+        f"data.eval_image_size={size} differs from data.image_size={data.image_size}"
+    )
+    if data.normalization == "per_pixel_mean":
+        yield (
+            f"{sizes}, the size of the mean image: set data.normalization=per_channel "
+            "or imagenet"
+        )
+    if augmentation.crop_area is None and augmentation.shorter_side is None:
+        yield (
+            f"{sizes}, but training does not crop: set augmentation.crop_area or "
+            "augmentation.shorter_side"
+        )
+
+
+def _counts(config: Config) -> Iterator[str]:
+    batch, groups = config.training.global_batch_size, config.model.batch_norm_groups
+    parts, augmentation = config.training.micro_batches, config.augmentation
+    if batch % groups:
+        yield (
+            f"model.batch_norm_groups={groups} does not divide "
+            f"training.global_batch_size={batch}"
+        )
+    if groups > 1 and groups % parts:
+        choices = [str(count) for count in range(1, groups + 1) if groups % count == 0]
+        yield (
+            f"training.micro_batches={parts} does not divide model.batch_norm_groups="
+            f"{groups}, and a micro-batch holds whole groups: choose from "
+            f"{', '.join(choices)}"
+        )
+    if augmentation.repeats > batch:
+        yield (
+            f"augmentation.repeats={augmentation.repeats} is above "
+            f"training.global_batch_size={batch}: lower it"
+        )
+    if batch < 2 and (augmentation.mixup_alpha or augmentation.cutmix_alpha):
+        yield "mixup and cutmix mix pairs: set training.global_batch_size above 1"
+    if config.optimizer.nesterov and not config.optimizer.momentum:
+        yield "optimizer.nesterov needs optimizer.momentum above 0"
+    if config.seed + config.seeds > 2**31:
+        yield (
+            f"seed={config.seed} and seeds={config.seeds} reach beyond 2147483647: "
+            "lower seed"
+        )
+
+
+def _rising(values: Sequence[Any]) -> bool:
     return len(values) == 2 and values[0] <= values[1]

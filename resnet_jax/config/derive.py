@@ -9,17 +9,17 @@ from resnet_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """What follows from a config and the size of its training set.
+    """The lengths of a run, in steps.
 
     Attributes:
-      training_examples: examples to train on, without held-out ones.
+      training_examples: without held-out examples.
       global_batch_size: examples per step.
-      steps_per_epoch: fractional if the batch size does not divide the set, since a
-        batch may span two epochs; whole with data.partial_batch=drop.
+      steps_per_epoch: a fraction if batches span epochs; whole with
+        data.partial_batch=drop.
       steps, epochs: length of the run.
       boundaries: completed steps at which the learning rate falls.
-      warmup_steps: steps of a linear warm-up.
-      evaluate_every, checkpoint_every: in steps.
+      warmup_steps: length of the linear warm-up.
+      evaluate_every, checkpoint_every: intervals in steps.
     """
 
     training_examples: int

@@ -28,14 +28,12 @@ class ModelConfig(ModelOptions):
     """The net: the options of ``create_model``, and the weights to start from."""
 
     weights: str | None = option(
-        None, "file or hub name of weights to start from; None: fresh ones"
+        None, "file or hub name of initial weights; None: random"
     )
     new_head: bool = option(
-        False, "start with a fresh classifier instead of the one in model.weights"
+        False, "replace the classifier of model.weights by a new one"
     )
-    frozen: tuple[str, ...] = option(
-        (), "parts that training leaves unchanged: stem,stage1"
-    )
+    frozen: tuple[str, ...] = option((), "parts not trained, such as stem,stage1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +45,8 @@ class DataConfig:
     )
     path: str | None = option(
         None,
-        "folder made by prepare, or with train/CLASS/IMAGE, CIFAR binary or idx files; "
-        "None: tfds",
+        "output of prepare, or folder of train/CLASS/IMAGE, CIFAR or idx files; None: "
+        "tfds",
         operational=True,
     )
     data_dir: str | None = option(
@@ -59,17 +57,15 @@ class DataConfig:
     train_split: str = option("train", "split to train on, or a part: train[:90%]")
     test_split: str = option("test", "split for the reported error")
     holdout_split: str | None = option(
-        None, "split for choosing, never trained on: train[90%:]"
+        None, "split that choices may use, never trained on: train[90%:]"
     )
     holdout_examples: int = option(
-        0,
-        "number of examples drawn from train_split to hold out for choosing instead",
-        at_least=0,
+        0, "random examples of train_split to hold out instead", at_least=0
     )
     partial_batch: str = option(
         "span",
-        "how an epoch ends if its last examples do not fill a batch: span shares a "
-        "batch with the next epoch, drop leaves them out",
+        "last examples of an epoch that fill no batch: span shares a batch with the "
+        "next epoch, drop leaves them out",
         choices=PARTIAL_BATCHES,
     )
     image_size: int | None = option(
@@ -80,12 +76,12 @@ class DataConfig:
     )
     eval_shorter_side: int | None = option(
         None,
-        "shorter side before the centre crop of evaluation; None: its image size",
+        "shorter side before evaluation's centre crop; None: image size",
         at_least=1,
     )
     eval_interpolation: str = option(
         "bilinear",
-        "of that resizing, antialiased; as PIL's",
+        "antialiased filter of that resize, as PIL's",
         choices=INTERPOLATIONS,
     )
     normalization: str = option(
@@ -95,7 +91,7 @@ class DataConfig:
         choices=NORMALIZATIONS,
     )
     statistics_examples: int | None = option(
-        None, "training images that give the statistics; None: all", at_least=1
+        None, "training images for these statistics; None: all", at_least=1
     )
     resident: bool | None = option(
         None,
@@ -103,22 +99,18 @@ class DataConfig:
         operational=True,
     )
     resident_mib: int = option(
-        1024,
-        "largest data set, in MiB, that is kept on the device",
-        at_least=0,
-        operational=True,
+        1024, "largest data set kept on the device, MiB", at_least=0, operational=True
     )
     num_threads: int | None = option(
         None,
-        "threads that read and decode, in each process; None: a few more than cores, "
-        "which suits local files; network storage needs more",
+        "threads per process that read and decode; None: a few more than cores, which "
+        "suits local files; network storage needs more",
         at_least=1,
         operational=True,
     )
     num_processes: int = option(
         0,
-        "processes that read and decode, if the threads of one are not enough; 0: only "
-        "the run's process",
+        "processes that read and decode, if one process is not enough; 0: only the run",
         at_least=0,
         operational=True,
     )
@@ -127,7 +119,7 @@ class DataConfig:
     )
     on_error: str = option(
         "stop",
-        "at a broken image: stop the run, or skip: replace it by another and report it",
+        "at a broken image: stop the run, or skip it: use another and report it",
         choices=ON_ERROR,
         operational=True,
     )
@@ -136,8 +128,8 @@ class DataConfig:
     def threads(self) -> int:
         """``num_threads``, or a number that suits this machine.
 
-        Measured on two cores: three or four threads read faster than two; sixteen are
-        a fifth slower because they contend for Python's lock.
+        On two cores, three or four threads read faster than two, and sixteen a fifth
+        slower because they contend for Python's lock.
         """
         return self.num_threads or usable_cores() // max(1, self.num_processes) + 2
 
@@ -181,22 +173,17 @@ class AugmentationConfig:
     )
     mixup_alpha: float = option(
         0.0,
-        "parameter of the beta distribution that mixes pairs of images; 0: no mixup. "
-        "With cutmix as well, each batch uses one of the two",
+        "parameter of mixup's beta distribution; 0: no mixup. With cutmix too, each "
+        "batch uses one of them",
         at_least=0,
     )
-    cutmix_alpha: float = option(
-        0.0, "the same for cutmix, which pastes rectangles; 0: no cutmix", at_least=0
-    )
+    cutmix_alpha: float = option(0.0, "the same for cutmix; 0: no cutmix", at_least=0)
 
     @property
     def on_host(self) -> bool:
-        """Whether the host augments images one by one; it then flips them too."""
-        return (
-            self.shorter_side is not None
-            or self.crop_area is not None
-            or self.policy is not None
-        )
+        """Whether the host augments each image; it then flips them too."""
+        options = (self.shorter_side, self.crop_area, self.policy)
+        return any(option is not None for option in options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +192,7 @@ class LossConfig:
 
     kind: str = option(
         "softmax",
-        "softmax cross-entropy, or binary cross-entropy of each class's sigmoid",
+        "softmax cross-entropy, or sigmoid: binary cross-entropy per class",
         choices=LOSSES,
     )
     label_smoothing: float = option(
@@ -213,7 +200,7 @@ class LossConfig:
     )
     target_threshold: float | None = option(
         None,
-        "sigmoid: in a mixed image, classes with a larger weight get target 1, others "
+        "sigmoid: classes of a mixed image with a larger weight get target 1, others "
         "0; None: the weights are the targets",
         at_least=0,
         below=1,
@@ -246,24 +233,21 @@ class OptimizerConfig:
     )
     weight_decay_scope: str = option(
         "all",
-        "what decays: all parameters, all but normalisation parameters, or only the "
-        "kernels of convolutions and dense layers",
+        "what decays: all parameters, all but normalisation's, or only kernels of "
+        "convolutions and dense layers",
         choices=DECAY_SCOPES,
     )
     max_grad_norm: float | None = option(
-        None,
-        "scale longer gradients down to this global norm; None: no limit",
-        at_least=0,
+        None, "scale gradients down to this global norm; None: never", at_least=0
     )
     ema_decay: float | None = option(
         None,
-        "average parameters and statistics with this decay and evaluate the averages",
+        "decay of averages of parameters and statistics, which are then evaluated; "
+        "None: no averages",
         at_least=0,
         below=1,
     )
-    ema_every_steps: int = option(
-        1, "steps between updates of these averages", at_least=1
-    )
+    ema_every_steps: int = option(1, "steps per update of these averages", at_least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,9 +276,7 @@ class ScheduleConfig:
         0.0, "learning rate at the start of the warm-up", at_least=0
     )
     warmup_learning_rate: float | None = option(
-        None,
-        "learning rate until the training error falls below warmup_until_error",
-        at_least=0,
+        None, "rate until the training error is below warmup_until_error", at_least=0
     )
     warmup_until_error: float | None = option(
         None, "training error that ends this warm-up", at_least=0, below=1
@@ -316,20 +298,18 @@ class TrainingConfig:
 
     steps: int | None = option(None, "optimizer steps", at_least=1)
     epochs: float | None = option(None, "passes over the training set", at_least=0)
-    global_batch_size: int = option(
-        128, "examples per step, over all devices", at_least=1
-    )
+    global_batch_size: int = option(128, "examples per step, in all", at_least=1)
     micro_batches: int = option(
         1,
-        "parts of the global batch computed one after another, with averaged "
-        "gradients: the same step with less memory",
+        "parts of the batch computed in turn, with averaged gradients: the same step "
+        "with less memory",
         at_least=1,
     )
     log_every_steps: int = option(100, "steps per row of metrics.jsonl", at_least=1)
     steps_per_call: int | None = option(
         None,
-        "most steps per call of the compiled program; None: 1 on the CPU, where a loop "
-        "slows convolutions down, and for streamed data, else 128",
+        "most steps per call of the compiled program; None: 1 for streamed data and on "
+        "the CPU, where a loop slows convolutions down, else 128",
         at_least=1,
         operational=True,
     )
@@ -339,7 +319,7 @@ class TrainingConfig:
 class EvaluationConfig:
     """Evaluation during training."""
 
-    every_steps: int | None = option(None, "None: once an epoch", at_least=1)
+    every_steps: int | None = option(None, "None: once per epoch", at_least=1)
     batch_size: int | None = option(
         None,
         "examples per batch; None: as many as training computes at once",
@@ -348,8 +328,8 @@ class EvaluationConfig:
     )
     precise_statistics_examples: int = option(
         0,
-        "training examples, in whole batches, over which the end of the run recomputes "
-        "the batch statistics; 0: keep the running averages",
+        "training examples, in whole batches, that give the final batch statistics; 0: "
+        "keep the running averages",
         at_least=0,
     )
 
@@ -358,14 +338,12 @@ class EvaluationConfig:
 class CheckpointConfig:
     """Which checkpoints are kept."""
 
-    every_steps: int | None = option(None, "None: once an epoch", at_least=1)
+    every_steps: int | None = option(None, "None: once per epoch", at_least=1)
     keep_last: int = option(2, "number of newest checkpoints to keep", at_least=1)
     keep_every_steps: int | None = option(
-        None, "also keep checkpoints at multiples of this number of steps", at_least=1
+        None, "also keep checkpoints at multiples of this", at_least=1
     )
-    best: bool = option(
-        False, "also keep the checkpoint with the lowest held-out error"
-    )
+    best: bool = option(False, "also keep the checkpoint of the lowest held-out error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,14 +352,13 @@ class ParallelConfig:
 
     fully_sharded: bool = option(
         False,
-        "shard parameters and optimizer state over the devices and gather them where "
-        "they are used: less memory per device",
+        "shard parameters and optimizer state over the devices, and gather them where "
+        "used: less memory per device",
         operational=True,
     )
     peer_timeout_seconds: int = option(
         60,
-        "with several processes: stop if another one shows no sign of life for this "
-        "long",
+        "stop if another process of the run gives no sign of life for this long",
         at_least=2,
         operational=True,
     )
@@ -393,7 +370,7 @@ class ProfileConfig:
 
     steps: str | None = option(
         None,
-        "FIRST:END traces the steps from FIRST up to, not including, END; None: none",
+        "FIRST:END traces steps FIRST to END - 1; None: none",
         operational=True,
     )
 
@@ -423,30 +400,28 @@ class Config:
     )
     seeds: int = option(
         1,
-        "number of runs, with this seed and the following ones, each in a folder of "
-        "the workdir; reports mean and standard deviation",
+        "number of runs, with this seed and the next ones, each in a folder of the "
+        "workdir; reports mean and standard deviation",
         at_least=1,
         operational=True,
     )
     compilation_cache: str | None = option(
         "cache",
-        "folder for compiled programs, relative to the workdir, so that a restart need "
-        "not compile again; None: none",
+        "folder of compiled programs, relative to the workdir, so restarts need not "
+        "compile again; None: none",
         operational=True,
     )
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    augmentation: AugmentationConfig = dataclasses.field(
-        default_factory=AugmentationConfig
-    )
-    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
-    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
-    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    profile: ProfileConfig = ProfileConfig()
 
 
 @functools.cache
@@ -472,7 +447,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 def default_config() -> "ml_collections.ConfigDict":
     """The defaults as a ConfigDict, for a config file to change."""
-    # Imported here: what reads a Config, the train step included, does without it.
+    # Imported here because the training step must not need it.
     import ml_collections
 
     return ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False)

@@ -1,5 +1,5 @@
-"""The paper's tables and figures as data, and as runs: `resnet-jax paper`.
+"""The paper's tables and figures as data, and their runs: `resnet-jax paper`.
 
-``experiments`` lists them with their runs, published numbers and figures. ``run``
-trains the missing runs, ``report`` shows published and measured numbers side by side.
+``experiments`` lists them with published numbers, ``run`` trains the missing runs, and
+``report`` sets published and measured numbers side by side.
 """

@@ -1,7 +1,7 @@
-"""The analyses that experiments need beside training, stored as JSON."""
+"""The analyses that experiments need besides training, stored as JSON."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from resnet_jax.training.train import learner_for
 from resnet_jax.workdir import Workdir
 
 DEEPER = 3
-"""Three times the blocks per stage: 56 layers in place of 20."""
+"""Factor on the blocks of each stage: 56 layers instead of 20."""
 
 
 def analyse(
@@ -37,24 +37,24 @@ def analyse(
     folder: Path,
     console: rich.console.Console,
 ) -> None:
-    """Analyses the runs that are not analysed yet, except those that diverged.
+    """Analyses the runs that were not analysed yet, except those that diverged.
 
     Args:
-      kind: of the analysis.
-      members: finished, if they are trained at all.
+      kind: kind of analysis.
+      members: the runs, finished if they are trained at all.
       folder: contains their folders.
       console: where to print.
     """
+    analysis = {"responses": _responses, "gradients": _gradients, "deepened": _deepened}
     for member in members:
         section, run, seed = member.name.split("/")
-        file = analysis_file(
-            folder / section, kind, run, int(seed.removeprefix("seed-"))
-        )
+        number = int(seed.removeprefix("seed-"))
+        file = analysis_file(folder / section, kind, run, number)
         workdir = Workdir(folder / member.name)
         if file.exists() or workdir.read_failure() is not None:
             continue
         say(console, f"{kind} of {member.name}")
-        found = _ANALYSES[kind](member, workdir)
+        found: Any = analysis[kind](member, workdir)
         Workdir(file.parent).create()
         workdir.write(file, json.dumps(found) + "\n")
 
@@ -65,9 +65,9 @@ def _responses(_: Member, workdir: Workdir) -> list[tuple[str, float]]:
 
 
 def _gradients(member: Member, _: Workdir) -> list[tuple[str, float]]:
-    """Name and norm of each kernel's gradient, in the net's first state.
+    """Name and norm of each kernel's gradient, before the first step.
 
-    The batch is the run's first one, without augmentation.
+    The batch is the run's first, without augmentation.
     """
     config = member.config
     dataset = open_dataset(config)
@@ -109,10 +109,3 @@ def _deepened(_: Member, workdir: Workdir) -> dict[str, Any]:
         "blocks_before": sum(run.model.stage_sizes),
         "blocks_after": sum(sizes),
     }
-
-
-_ANALYSES: dict[AnalysisKind, Callable[[Member, Workdir], Any]] = {
-    "responses": _responses,
-    "gradients": _gradients,
-    "deepened": _deepened,
-}

@@ -1,4 +1,4 @@
-"""What an experiment is made of."""
+"""The parts of an experiment."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ AnalysisKind = Literal["responses", "gradients", "deepened"]
 
 @dataclasses.dataclass(frozen=True)
 class PaperRun:
-    """A net and how it is trained; several experiments may share one.
+    """A net and how it is trained. Several experiments may share one.
 
     Attributes:
-      name: of its folder; no two different runs have the same.
-      config: a file of configs/, with its argument: ``cifar10.py:cifar_resnet20``.
-      overrides: fields that differ from that config, with their values as text.
-      seeds: how many the publication ran, as far as it says.
+      name: name of its folder, which different runs do not share.
+      config: a file of configs/ with its argument: ``cifar10.py:cifar_resnet20``.
+      overrides: fields that differ from that config, as text.
+      seeds: number of runs behind the published error, if known.
     """
 
     name: str
@@ -27,12 +27,12 @@ class PaperRun:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """An error as published, in percent.
+    """A published error, in percent.
 
     Attributes:
-      error: of the best run, or of the only one.
-      mean, deviation: over several runs, where they are given.
-      note: what a reader has to know about it.
+      error: error of the best run, or of the only one.
+      mean, deviation: over several runs, if published.
+      note: what a reader must know about it.
     """
 
     error: float | None = None
@@ -44,8 +44,9 @@ class Published:
         parts = [] if self.error is None else [f"{self.error:.2f}"]
         if self.mean is not None:
             spread = "" if self.deviation is None else f" \u00b1 {self.deviation:.2f}"
-            mean = f"{self.mean:.2f}{spread}"
-            parts.append(f"({mean})" if parts else mean)
+            parts.append(f"({self.mean:.2f}{spread})")
+        if self.note:
+            parts.append(f"({self.note})")
         return " ".join(parts)
 
 
@@ -54,9 +55,9 @@ class TableRow:
     """A row of a table, or a line of a figure.
 
     Attributes:
-      label: as the publication calls the net.
-      run: what is run here; None for a figure that is only quoted.
-      published: its error; None where only a curve, or nothing, is.
+      label: the publication's name of the net.
+      run: the run that measures it here; None for a number that is only quoted.
+      published: its published error, if any.
     """
 
     label: str
@@ -64,9 +65,22 @@ class TableRow:
     published: Published | None = None
 
 
+def row(
+    label: str,
+    run: PaperRun | None = None,
+    error: float | None = None,
+    mean: float | None = None,
+    deviation: float | None = None,
+    note: str = "",
+) -> TableRow:
+    """A row and its published error, if there is one; see ``Published``."""
+    published = Published(error, mean, deviation, note)
+    return TableRow(label, run, None if published == Published() else published)
+
+
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """A part of a figure: the labels of the entries that are drawn in it."""
+    """A part of a figure, with the labels of the rows drawn in it."""
 
     title: str
     labels: tuple[str, ...]
@@ -74,20 +88,19 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A table or figure, of the paper or beside it.
+    """A table or figure.
 
     Attributes:
-      name: as one types it.
-      title: what it is.
+      name: its name on the command line.
+      title: one line for listings and reports.
       source: where it was published.
-      shows: what it is to show, in a sentence.
-      protocol: how the published errors were taken, and how ours are where that
-        differs.
+      shows: the finding, in a sentence or two.
+      protocol: how errors were measured, in the publication and here.
       entries: its rows or lines.
-      figure: how it is drawn; None: as a table alone.
-      panels: of that figure.
-      analysis: what is computed beside the training: from the last checkpoints, or
-        with ``trains`` False from the nets' first state.
+      figure: kind of figure; None for a table alone.
+      panels: parts of that figure.
+      analysis: what is computed besides training, from the last checkpoints or, if
+        ``trains`` is False, from fresh nets.
       trains: whether its runs are trained.
     """
 

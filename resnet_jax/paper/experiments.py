@@ -1,7 +1,11 @@
 """All experiments, by name."""
 
+import textwrap
 from collections.abc import Sequence
 
+import rich.console
+
+from resnet_jax.console import say
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.paper import imagenet, small_images
 from resnet_jax.paper.entries import Experiment, PaperRun
@@ -13,27 +17,45 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def find_experiment(name: str) -> Experiment:
-    """The experiment of that name.
+    """The experiment with a name.
 
     Raises:
-      UserError: there is none.
+      UserError: the name is unknown.
     """
     if name not in EXPERIMENTS:
-        hint = nearest(name, EXPERIMENTS)
-        raise UserError(f"there is no experiment {name!r}; {hint}")
+        raise UserError(f"unknown experiment {name!r}; {nearest(name, EXPERIMENTS)}")
     return EXPERIMENTS[name]
 
 
 def choose_runs(experiment: Experiment, only: Sequence[str] = ()) -> list[PaperRun]:
-    """The runs of an experiment, or those of them that are named.
+    """The runs of an experiment: all, or only those with the given names.
 
     Raises:
-      UserError: a name is not one of its runs.
+      UserError: no run of the experiment has that name.
     """
     runs = {run.name: run for run in experiment.runs()}
     for name in only:
         if name not in runs:
-            raise UserError(
-                f"{experiment.name} has no run {name!r}; {nearest(name, runs)}"
-            )
+            hint = nearest(name, runs)
+            raise UserError(f"{experiment.name} has no run {name!r}; {hint}")
     return [run for name, run in runs.items() if not only or name in only]
+
+
+def print_experiments(console: rich.console.Console | None = None) -> None:
+    """Prints every experiment with its source and its runs."""
+    console = console or rich.console.Console()
+    wrapper = textwrap.TextWrapper(
+        width=88,
+        initial_indent="    ",
+        subsequent_indent="      ",
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    for experiment in EXPERIMENTS.values():
+        runs = ", ".join(
+            run.name if run.seeds == 1 else f"{run.name} ({run.seeds} seeds)"
+            for run in experiment.runs()
+        )
+        say(console, f"{experiment.name}: {experiment.title}")
+        say(console, f"    {experiment.source}")
+        say(console, wrapper.fill(f"runs: {runs or 'none, only quoted numbers'}"))

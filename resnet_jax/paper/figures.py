@@ -1,45 +1,47 @@
-"""Draws an experiment from what was measured of it."""
+"""Draws an experiment's figure from its measurements."""
 
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
 from resnet_jax.analysis import plots
-from resnet_jax.paper.entries import Experiment, Panel
-from resnet_jax.paper.sections import Measured, Section, describe_scale
+from resnet_jax.paper.entries import Experiment
+from resnet_jax.paper.sections import Measured, Section
 
 
 def draw(
     experiment: Experiment, section: Section, measured: Sequence[Measured]
 ) -> Figure | None:
-    """The experiment's figure with what there is; None where there is nothing.
-
-    Of runs that are not finished nothing is drawn.
-    """
-    present = {item.entry.label: item for item in measured if item.results}
-    where = _where(section, measured) if experiment.trains else section.path.name
+    """The experiment's figure, with its finished runs; None if there are none."""
+    if experiment.figure is None:
+        return None
+    results = [result for item in measured for result in item.results]
+    where = section.path.name
+    if experiment.trains:
+        where = f"{results[0]['data'] if results else where}, {section.describe()}"
     title = f"{experiment.title}\n{where}"
-    if experiment.figure == "train_and_test" and present:
-        curves = [_curves(item) for item in present.values()]
-        return plots.training_and_test_error(curves, title)
-    if experiment.figure == "curves":
-        return _error_curves(experiment, present, title)
-    if experiment.figure == "depth":
-        return _error_by_depth(experiment, present, title)
     if experiment.figure in ("responses", "gradients"):
         return _layers(experiment, section, measured, title)
-    return None
+    present = {item.entry.label: item for item in measured if item.results}
+    panels = {
+        panel.title: [present[label] for label in panel.labels if label in present]
+        for panel in experiment.panels
+    }
+    panels = {title: items for title, items in panels.items() if items}
+    if not panels:
+        return None
+    if experiment.figure == "depth":
+        return plots.error_by_depth(
+            [_depths(*panel) for panel in panels.items()], title
+        )
+    curves = {name: [_curves(item) for item in panels[name]] for name in panels}
+    if experiment.figure == "curves":
+        return plots.error_curves(curves, title)
+    return plots.training_and_test_error(curves[""], title)
 
 
-def _where(section: Section, measured: Sequence[Measured]) -> str:
-    """What the data and the length are, on every figure."""
-    names = [result["data"] for item in measured for result in item.results]
-    name = names[0] if names else section.path.name
-    return f"{name}, {describe_scale(section.setting)}"
-
-
-def family_of(label: str) -> str:
-    """Of ``plots.FAMILIES``, by the label of an entry."""
+def _family(label: str) -> str:
+    """One of ``plots.FAMILIES``, by a row's label."""
     if label.startswith("plain"):
         return "plain"
     return "residual" if label.startswith("ResNet") else "other"
@@ -47,73 +49,42 @@ def family_of(label: str) -> str:
 
 def _curves(item: Measured) -> plots.Curves:
     runs = [o.workdir.read_rows() for o in item.outcomes if o.result is not None]
-    return plots.Curves(item.entry.label, runs, family_of(item.entry.label))
+    return plots.Curves(item.entry.label, runs, _family(item.entry.label))
 
 
-def _error_curves(
-    experiment: Experiment, present: dict[str, Measured], title: str
-) -> Figure | None:
-    panels = {
-        panel.title: [_curves(present[label]) for label in _drawn(panel, present)]
-        for panel in experiment.panels
-        if _drawn(panel, present)
+def _depths(title: str, items: Sequence[Measured]) -> plots.Depths:
+    errors = {
+        int(item.entry.label.rpartition("-")[2]): [
+            r["test_error"] for r in item.results
+        ]
+        for item in items
     }
-    return plots.error_curves(panels, title) if panels else None
-
-
-def _error_by_depth(
-    experiment: Experiment, present: dict[str, Measured], title: str
-) -> Figure | None:
-    families = [
-        plots.Depths(
-            panel.title,
-            {
-                int(label.rpartition("-")[2]): [
-                    result["test_error"] for result in present[label].results
-                ]
-                for label in _drawn(panel, present)
-            },
-            family_of(panel.labels[0]),
-        )
-        for panel in experiment.panels
-        if _drawn(panel, present)
-    ]
-    return plots.error_by_depth(families, title) if families else None
-
-
-def _drawn(panel: Panel, present: dict[str, Measured]) -> list[str]:
-    return [label for label in panel.labels if label in present]
+    return plots.Depths(title, errors, _family(items[0].entry.label))
 
 
 def _layers(
-    experiment: Experiment,
-    section: Section,
-    measured: Sequence[Measured],
-    title: str,
+    experiment: Experiment, section: Section, measured: Sequence[Measured], title: str
 ) -> Figure | None:
-    """The first seed that was analysed, of each entry."""
-    assert experiment.analysis is not None
-    by_label = {}
+    """A figure of layers, from the first seed of each row that was analysed."""
+    kind, values = str(experiment.analysis), {}
     for item in measured:
-        run = item.entry.run
-        if run is None:
-            continue
         seeds = [outcome.seed for outcome in item.outcomes] or [0]
-        analyses = (section.analysis(experiment.analysis, run, s) for s in seeds)
-        found = next((analysis for analysis in analyses if analysis), None)
-        if found:
-            values = [value for _, value in found]
-            label = item.entry.label
-            by_label[label] = plots.Layers(label, values, family_of(label))
-    if not by_label:
+        found = (section.analysis(kind, item.entry.run, seed) for seed in seeds)
+        layers = next(filter(None, found), None)
+        if layers:
+            values[item.entry.label] = [value for _, value in layers]
+    if not values:
         return None
     if experiment.figure == "responses":
-        return plots.layer_responses_figure(list(by_label.values()), title)
+        layers = [
+            plots.Layers(label, values[label], _family(label)) for label in values
+        ]
+        return plots.layer_responses_figure(layers, title)
     panels = {
         panel.title: [
-            plots.Layers(label.partition(", ")[2], by_label[label].values, family)
+            plots.Layers(label.partition(", ")[2], values[label], family)
             for label, family in zip(panel.labels, plots.FAMILIES, strict=True)
-            if label in by_label
+            if label in values
         ]
         for panel in experiment.panels
     }

@@ -1,6 +1,7 @@
 """Published and measured numbers of all experiments, as a page and as Markdown."""
 
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,10 @@ from resnet_jax.analysis import pages
 from resnet_jax.config import flatten
 from resnet_jax.console import describe_seconds, say
 from resnet_jax.errors import UserError
-from resnet_jax.paper.entries import Experiment, Published
+from resnet_jax.paper.entries import Experiment
 from resnet_jax.paper.experiments import EXPERIMENTS, find_experiment
 from resnet_jax.paper.figures import draw
-from resnet_jax.paper.sections import (
-    Measured,
-    Section,
-    describe_scale,
-    read_experiment,
-)
+from resnet_jax.paper.sections import Measured, Section
 from resnet_jax.paper.settings import Setting
 from resnet_jax.workdir import Workdir
 
@@ -33,10 +29,10 @@ HEADER = (
     "checkpoint",
     "data",
     "hardware",
-    "time a run",
+    "time per run",
 )
-"""Columns of a table. Errors are of the test set but for the training error; measured
-is the mean over n seeds, and the deviation is that of a sample."""
+"""Columns of a table. Errors are test errors unless they say training; measured is the
+mean over n seeds, and deviation the sample standard deviation."""
 
 DEEPENED_HEADER = (
     "",
@@ -50,10 +46,11 @@ DEEPENED_HEADER = (
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
+_TITLE = "Deep residual learning: published and measured"
 _ABOUT = (
-    "Published: as in the source of each table. Measured: here, mean and standard "
-    "deviation (n - 1) over n seeds, each at its last checkpoint on the whole test "
-    "set, which chose nothing."
+    "Published: from the source of each table. Measured: mean and sample standard "
+    "deviation (n - 1) over n seeds, on the whole test set at the last checkpoint. "
+    "No choice used the test set."
 )
 
 
@@ -67,17 +64,20 @@ def report(
     """Writes report.html and report.md of the experiments in a folder.
 
     Args:
-      workdir: of ``run_experiment``.
-      only: names of experiments; all that were run by default.
-      figures: a folder for the figures as PNG files.
+      workdir: the workdir of ``run_experiment``.
+      only: names of experiments; by default all that were run.
+      figures: folder to which figures are also written, as PNG files.
       console: where to print; standard output by default.
 
     Raises:
-      UserError: there is no experiment, or a file cannot be written.
+      UserError: the folder holds no experiment, or a file cannot be written.
     """
     console = console or rich.console.Console()
     folder = Workdir(workdir)
-    sections = _sections(folder.path)
+    paths = sorted(folder.path.iterdir()) if folder.path.is_dir() else []
+    sections = [
+        found for path in paths if path.is_dir() and (found := Section.read(path))
+    ]
     if not sections:
         raise UserError(
             f"{folder.path} holds no experiment; run one with resnet-jax paper run"
@@ -85,19 +85,20 @@ def report(
     wanted = [find_experiment(name).name for name in only]
     html, markdown = [pages.paragraph(_ABOUT, "note")], [f"# {_TITLE}", _ABOUT]
     for section in sections:
-        title = _section_title(section)
+        title = f"{section.path.name} ({section.describe()})"
         html.append(pages.heading(title))
         markdown.append(f"## {title}")
         for experiment in _of_section(section, wanted):
-            measured = read_experiment(section, experiment)
-            table = [_row(item, section) for item in measured]
-            missing = _missing(experiment, measured)
-            tables: list[Table] = [(HEADER, table)] if experiment.trains else []
+            measured = section.measured(experiment)
+            tables: list[Table] = []
+            if experiment.trains:
+                tables.append((HEADER, [_row(item) for item in measured]))
             if experiment.analysis == "deepened":
                 tables.append((DEEPENED_HEADER, _deepened(experiment, section)))
+            remarks = _remarks(measured) if experiment.trains else []
             figure = draw(experiment, section, measured)
-            html += _html(experiment, tables, missing, figure)
-            markdown += _markdown(experiment, tables, missing)
+            html += _html(experiment, tables, remarks, figure)
+            markdown += _markdown(experiment, tables, remarks)
             if figures is not None and figure is not None:
                 path = Path(figures) / f"{section.path.name}-{experiment.name}.png"
                 _save(figure, path)
@@ -108,111 +109,85 @@ def report(
     say(console, f"report: {folder.report} and {text}")
 
 
-_TITLE = "Deep residual learning: published and measured"
-
-
-def _sections(folder: Path) -> list[Section]:
-    if not folder.is_dir():
-        return []
-    found = [Section(path) for path in sorted(folder.iterdir()) if path.is_dir()]
-    return [section for section in found if section.exists]
-
-
 def _of_section(section: Section, wanted: Sequence[str]) -> list[Experiment]:
-    """Those that were asked for, and those that have come with them whole."""
+    """The wanted experiments; by default those run here, and those complete anyway."""
     if wanted:
         return [EXPERIMENTS[name] for name in wanted]
     return [
         experiment
         for name, experiment in EXPERIMENTS.items()
-        if name in section.experiments or _is_whole(section, experiment)
+        if name in section.experiments or _is_complete(section, experiment)
     ]
 
 
-def _is_whole(section: Section, experiment: Experiment) -> bool:
+def _is_complete(section: Section, experiment: Experiment) -> bool:
     runs = experiment.runs()
     return bool(runs and experiment.trains and not experiment.analysis) and all(
         any(outcome.result for outcome in section.outcomes(run)) for run in runs
     )
 
 
-def _section_title(section: Section) -> str:
-    return f"{section.path.name} ({describe_scale(section.setting)})"
-
-
-def _row(measured: Measured, section: Section) -> list[str]:
-    published = str(measured.entry.published or Published())
-    if measured.entry.published is not None and measured.entry.published.note:
-        published = f"{published} ({measured.entry.published.note})".strip()
+def _row(measured: Measured) -> list[str]:
+    entry, results = measured.entry, measured.results
+    published = str(entry.published or "")
     test, train = measured.spread("test_error"), measured.spread("train_error")
     if test is None or train is None:
-        blank = "not measured" if measured.entry.run is not None else ""
-        return [measured.entry.label, published, blank, *[""] * (len(HEADER) - 3)]
-    first = measured.results[0]
-    seconds = [result["seconds"] for result in measured.results]
+        blank = "not measured" if entry.run is not None else ""
+        return [entry.label, published, blank, *[""] * (len(HEADER) - 3)]
     return [
-        measured.entry.label,
+        entry.label,
         published,
         f"{100 * test.mean:.2f}",
         "" if test.deviation is None else f"{100 * test.deviation:.2f}",
         str(test.count),
         f"{100 * train.mean:.2f}",
-        f"last, step {first['step']:,}",
-        first["data"],
-        _hardware(measured.results),
-        describe_seconds(sum(seconds) / len(seconds)),
+        f"last, step {results[0]['step']:,}",
+        results[0]["data"],
+        "; ".join(dict.fromkeys(_hardware(result) for result in results)),
+        describe_seconds(statistics.fmean(result["seconds"] for result in results)),
     ]
+
+
+def _hardware(result: dict[str, Any]) -> str:
+    where = result["environment"]
+    if where["devices"].endswith("cpu"):
+        return f"{where['cpu_cores']} cores, {where['cpu']}"
+    return where["devices"]
 
 
 def _deepened(experiment: Experiment, section: Section) -> list[list[str]]:
     """A row for each net that was deepened."""
     rows = []
-    for entry in experiment.entries:
-        if entry.run is None:
-            continue
-        for outcome in section.outcomes(entry.run):
-            found = section.analysis("deepened", entry.run, outcome.seed)
+    for item in section.measured(experiment):
+        for outcome in item.outcomes:
+            found = section.analysis("deepened", item.entry.run, outcome.seed)
             if found is None:
                 continue
-            before, after = (
-                f"{100 * found[f'errors_{when}'] / found['count']:.2f} "
-                f"({found[f'errors_{when}']} of {found['count']})"
-                for when in ("before", "after")
-            )
-            blocks = str(found["blocks_before"]), str(found["blocks_after"])
-            rows.append(
-                [entry.label, blocks[0], before, blocks[1], after, str(outcome.seed)]
-            )
+            cells = [item.entry.label]
+            for when in ("before", "after"):
+                errors, count = found[f"errors_{when}"], found["count"]
+                share = f"{100 * errors / count:.2f} ({errors} of {count})"
+                cells += [str(found[f"blocks_{when}"]), share]
+            rows.append([*cells, str(outcome.seed)])
     return rows
 
 
-def _hardware(results: Sequence[dict[str, Any]]) -> str:
-    names = []
-    for result in results:
-        where = result["environment"]
-        on_cpu = where["devices"].endswith("cpu")
-        cores = f"{where['cpu_cores']} cores, {where['cpu']}"
-        names.append(cores if on_cpu else where["devices"])
-    return "; ".join(dict.fromkeys(names))
-
-
-def _missing(experiment: Experiment, measured: Sequence[Measured]) -> list[str]:
-    """What is not measured, and what was measured otherwise than published."""
-    if not experiment.trains:
-        return []
-    never = [item.entry.label for item in measured if item.is_missing]
-    said = [f"not measured: {', '.join(never)}"] if never else []
-    said += [sentence for item in measured for sentence in item.shortcomings]
+def _remarks(measured: Sequence[Measured]) -> list[str]:
+    """Rows that were not measured, or not as published."""
+    missing = [
+        item.entry.label for item in measured if item.entry.run and not item.outcomes
+    ]
+    remarks = [f"not measured: {', '.join(missing)}"] if missing else []
+    remarks += [sentence for item in measured for sentence in item.shortcomings]
     by_difference: dict[str, list[str]] = {}
     for item in measured:
         differences = ", ".join(_differences(item))
         if differences:
             by_difference.setdefault(differences, []).append(item.entry.label)
-    said += [
+    return remarks + [
         f"{', '.join(labels)}: with {differences}"
         for differences, labels in by_difference.items()
     ]
-    return said
 
 
 def _differences(measured: Measured) -> list[str]:
@@ -235,23 +210,18 @@ def _differences(measured: Measured) -> list[str]:
 
 
 _NO_DIFFERENCE = {
-    "seed",
-    "seeds",
-    "compilation_cache",
-    "training.log_every_steps",
-    "evaluation.every_steps",
-    "evaluation.batch_size",
+    *("seed", "seeds", "compilation_cache", "data.path", "data.data_dir"),
+    *("training.log_every_steps", "evaluation.every_steps", "evaluation.batch_size"),
     "checkpoint.every_steps",
-    "data.path",
-    "data.data_dir",
 }
+"""Fields that may differ from the recipe without a remark."""
+
+
+_REMARKS = "Not measured, or not as published"
 
 
 def _html(
-    experiment: Experiment,
-    tables: Sequence[Table],
-    missing: Sequence[str],
-    figure: Any | None,
+    experiment: Experiment, tables: list[Table], remarks: list[str], figure: Any | None
 ) -> list[str]:
     parts = [
         pages.heading(experiment.title, 3),
@@ -261,14 +231,14 @@ def _html(
     if figure is not None:
         parts.append(pages.svg(figure))
     parts += [pages.grid(header, rows) for header, rows in tables]
-    if missing:
-        parts.append(pages.heading("Not measured, or otherwise than published", 4))
-        parts += [pages.paragraph(sentence, "note") for sentence in missing]
+    if remarks:
+        parts.append(pages.heading(_REMARKS, 4))
+        parts += [pages.paragraph(sentence, "note") for sentence in remarks]
     return parts
 
 
 def _markdown(
-    experiment: Experiment, tables: Sequence[Table], missing: Sequence[str]
+    experiment: Experiment, tables: list[Table], remarks: list[str]
 ) -> list[str]:
     parts = [
         f"### {experiment.title}",
@@ -278,9 +248,9 @@ def _markdown(
     for header, rows in tables:
         lines = [header, ["---"] * len(header), *rows]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    if missing:
-        listed = "\n".join(f"- {sentence}" for sentence in missing)
-        parts.append(f"Not measured, or otherwise than published:\n\n{listed}")
+    if remarks:
+        listed = "\n".join(f"- {sentence}" for sentence in remarks)
+        parts.append(f"{_REMARKS}:\n\n{listed}")
     return parts
 
 

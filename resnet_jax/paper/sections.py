@@ -1,4 +1,4 @@
-"""A folder of experiments: runs on one data set at one scale."""
+"""A section: the folder of all runs on one data set at one scale."""
 
 import dataclasses
 import json
@@ -15,86 +15,132 @@ from resnet_jax.training.runs import Outcome, Spread
 from resnet_jax.workdir import Workdir
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The outcomes of a table row, one per seed that was started."""
+
+    entry: TableRow
+    outcomes: list[Outcome]
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """The results of the finished seeds."""
+        return [o.result for o in self.outcomes if o.result is not None]
+
+    def spread(self, metric: str) -> Spread | None:
+        """A metric over the finished seeds; None if there are none."""
+        values = [result[metric] for result in self.results]
+        return Spread.of(values) if values else None
+
+    @property
+    def shortcomings(self) -> list[str]:
+        """Seeds that diverged, are not finished, or are fewer than published."""
+        run, label = self.entry.run, self.entry.label
+        if run is None or not self.outcomes:
+            return []
+        sentences = []
+        for outcome in self.outcomes:
+            which = f"{label}, seed {outcome.seed}"
+            if outcome.failure is not None:
+                sentences.append(f"{which}: diverged: {outcome.failure}")
+            elif outcome.is_open:
+                rows = outcome.workdir.read_rows()
+                at = f"at step {rows[-1]['step']:,}" if rows else "before its first row"
+                sentences.append(f"{which}: not finished, {at}")
+        if len(self.results) < run.seeds:
+            sentences.append(
+                f"{label}: n = {len(self.results)}; published: {run.seeds}"
+            )
+        return sentences
+
+
+@dataclasses.dataclass(frozen=True)
 class Section:
-    """A folder of runs with the same setting, and which experiments were asked for."""
+    """A folder of runs with one setting, and the experiments run there."""
 
-    def __init__(self, path: Path):
-        """Names the folder; touches nothing."""
-        self.path = path
-        self._file = path / "setting.json"
+    path: Path
+    setting: Setting
+    experiments: tuple[str, ...]
 
-    @property
-    def exists(self) -> bool:
-        """Whether experiments were begun here."""
-        return self._read() is not None
+    @classmethod
+    def read(cls, path: Path) -> "Section | None":
+        """The section in a folder, or None."""
+        text = storage.read_text(path / "setting.json")
+        if text is None:
+            return None
+        content = json.loads(text)
+        setting = Setting(content["dataset"], content["scale"], content["overrides"])
+        return cls(path, setting, tuple(content["experiments"]))
 
-    @property
-    def setting(self) -> Setting:
-        """The setting of all runs here."""
-        content = self._read() or {}
-        return Setting(content["dataset"], content["scale"], content["overrides"])
-
-    @property
-    def experiments(self) -> list[str]:
-        """The names of the experiments that were asked for."""
-        return (self._read() or {"experiments": []})["experiments"]
-
-    def note(self, setting: Setting, experiment: str) -> None:
-        """Records that an experiment runs here.
+    @classmethod
+    def note(cls, path: Path, setting: Setting, experiment: str) -> None:
+        """Records that an experiment runs in a folder.
 
         Raises:
-          UserError: the runs here are made with other overrides.
+          UserError: the folder holds runs with another setting.
         """
-        names, wanted = self.experiments, _lasting(setting)
-        here = _lasting(self.setting) if names else wanted
-        if here != wanted:
-            differs = [
-                f"{name} {_describe(getattr(here, name))} and not "
-                f"{_describe(getattr(wanted, name))}"
-                for name in ("dataset", "scale", "overrides")
-                if getattr(here, name) != getattr(wanted, name)
-            ]
+        present = cls.read(path) or cls(path, setting, ())
+        here, wanted = _lasting(present.setting), _lasting(setting)
+        differs = [
+            f"{name} {_describe(getattr(here, name))} and not "
+            f"{_describe(getattr(wanted, name))}"
+            for name in ("dataset", "scale", "overrides")
+            if getattr(here, name) != getattr(wanted, name)
+        ]
+        if differs:
             raise UserError(
-                f"{self.path} holds runs with {', '.join(differs)}; give the same, or "
-                "another --workdir"
+                f"{path} holds runs with {', '.join(differs)}; use the same setting "
+                "or another --workdir"
             )
-        content = dataclasses.asdict(
-            dataclasses.replace(setting, overrides=dict(setting.overrides))
-        )
-        content["experiments"] = list(dict.fromkeys([*names, experiment]))
-        Workdir(self.path).create()
-        Workdir(self.path).write(self._file, json.dumps(content, indent=2) + "\n")
+        content = {
+            "dataset": setting.dataset,
+            "scale": setting.scale,
+            "overrides": dict(setting.overrides),
+            "experiments": list(dict.fromkeys([*present.experiments, experiment])),
+        }
+        Workdir(path).create()
+        text = json.dumps(content, indent=2) + "\n"
+        Workdir(path).write(path / "setting.json", text)
+
+    def describe(self) -> str:
+        """The scale in words."""
+        share = SCALES[self.setting.scale]
+        if share == 1:
+            return "full length"
+        return f"{self.setting.scale} scale: 1/{round(1 / share)} of the full length"
 
     def outcomes(self, run: PaperRun) -> list[Outcome]:
         """The outcome of each seed that was started."""
         folder = self.path / run.name
-        if not folder.is_dir():
-            return []
-        seeds = sorted(
-            int(path.name.removeprefix("seed-"))
-            for path in folder.iterdir()
-            if path.name.startswith("seed-")
-        )
-        found = []
-        for seed in seeds:
+        outcomes = []
+        for seed in sorted(int(p.name[len("seed-") :]) for p in folder.glob("seed-*")):
             workdir = Workdir(folder / f"seed-{seed}")
-            found.append(
-                Outcome(workdir, seed, workdir.read_result(), workdir.read_failure())
-            )
-        return found
+            result, failure = workdir.read_result(), workdir.read_failure()
+            outcomes.append(Outcome(workdir, seed, result, failure))
+        return outcomes
 
-    def analysis(self, kind: str, run: PaperRun, seed: int) -> Any | None:
+    def measured(self, experiment: Experiment) -> list[Measured]:
+        """The outcomes of an experiment, one item per row."""
+        return [
+            Measured(entry, [] if entry.run is None else self.outcomes(entry.run))
+            for entry in experiment.entries
+        ]
+
+    def analysis(self, kind: str, run: PaperRun | None, seed: int) -> Any | None:
         """The result of an analysis, or None; see ``analyses``."""
+        if run is None:
+            return None
         text = storage.read_text(analysis_file(self.path, kind, run.name, seed))
         return None if text is None else json.loads(text)
 
-    def _read(self) -> Any | None:
-        text = storage.read_text(self._file)
-        return None if text is None else json.loads(text)
+
+def analysis_file(section: Path, kind: str, run: str, seed: int) -> Path:
+    """The file of an analysis of a run."""
+    return section / "analyses" / f"{kind}-{run}-{seed}.json"
 
 
 def _lasting(setting: Setting) -> Setting:
-    """A setting without what may change from one start to the next."""
+    """A setting without the overrides that may change from one start to the next."""
     known = fields()
     overrides = {
         name: value
@@ -106,73 +152,5 @@ def _lasting(setting: Setting) -> Setting:
 
 def _describe(value: Any) -> str:
     if isinstance(value, Mapping):
-        return " ".join(f"--config.{k}={v}" for k, v in value.items()) or "no override"
+        return " ".join(f"--config.{k}={v}" for k, v in value.items()) or "none"
     return "of each recipe" if value is None else str(value)
-
-
-def analysis_file(section: Path, kind: str, run: str, seed: int) -> Path:
-    """Where an analysis of a run is kept."""
-    return section / "analyses" / f"{kind}-{run}-{seed}.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """The measurements of a table row.
-
-    Attributes:
-      entry: of the experiment.
-      outcomes: of the seeds that were begun.
-    """
-
-    entry: TableRow
-    outcomes: list[Outcome]
-
-    @property
-    def results(self) -> list[dict[str, Any]]:
-        """Of the finished seeds."""
-        return [o.result for o in self.outcomes if o.result is not None]
-
-    def spread(self, metric: str) -> Spread | None:
-        """A metric over the finished seeds; None where there is none."""
-        values = [result[metric] for result in self.results]
-        return Spread.of(values) if values else None
-
-    @property
-    def is_missing(self) -> bool:
-        """Whether its run was never begun."""
-        return self.entry.run is not None and not self.outcomes
-
-    @property
-    def shortcomings(self) -> list[str]:
-        """What has diverged, is not finished, or has fewer seeds than published."""
-        run, label = self.entry.run, self.entry.label
-        if run is None or not self.outcomes:
-            return []
-        said = []
-        for outcome in self.outcomes:
-            which = f"{label}, seed {outcome.seed}"
-            if outcome.failure is not None:
-                said.append(f"{which}: diverged: {outcome.failure}")
-            elif outcome.is_open:
-                rows = outcome.workdir.read_rows()
-                at = f"at step {rows[-1]['step']:,}" if rows else "before its first row"
-                said.append(f"{which}: not finished, {at}")
-        if len(self.results) < run.seeds:
-            said.append(f"{label}: n = {len(self.results)}; published: {run.seeds}")
-        return said
-
-
-def read_experiment(section: Section, experiment: Experiment) -> list[Measured]:
-    """What a section has of an experiment, an item for each entry."""
-    return [
-        Measured(entry, [] if entry.run is None else section.outcomes(entry.run))
-        for entry in experiment.entries
-    ]
-
-
-def describe_scale(setting: Setting) -> str:
-    """The scale in words."""
-    share = SCALES[setting.scale]
-    if share == 1:
-        return "full length"
-    return f"{setting.scale} scale: 1/{round(1 / share)} of the full length"

@@ -1,4 +1,4 @@
-"""Where and how large experiments are run: the data set, the scale, the folders."""
+"""How experiments are run: data set, scale, overrides."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import resnet_jax
-from resnet_jax.config import Config, load_config
+from resnet_jax.config import Config, flatten, load_config
 from resnet_jax.config.schema import ParallelConfig
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.paper.entries import PaperRun
@@ -16,26 +16,19 @@ from resnet_jax.paper.experiments import find_experiment
 from resnet_jax.training.runs import Member, members_of
 
 SCALES = {"paper": 1.0, "small": 1 / 100, "tiny": 1 / 1000}
-"""Share of the published length of training."""
+"""Fraction of the published length of training."""
 
+_NO_FLIP = {"augmentation.flip": "False"}
 DATASETS: dict[str, dict[str, str]] = {
-    "cifar10": {"data.name": "cifar10"},
-    "cifar100": {"data.name": "cifar100"},
-    "digits": {
-        "data.name": "digits",
-        "augmentation.pad": "1",
-        "augmentation.flip": "False",
-    },
-    "mnist": {
-        "data.name": "mnist",
-        "augmentation.pad": "2",
-        "augmentation.flip": "False",
-    },
-    "fashion_mnist": {"data.name": "fashion_mnist", "augmentation.pad": "2"},
+    "cifar10": {},
+    "cifar100": {},
+    "digits": {"augmentation.pad": "1", **_NO_FLIP},
+    "mnist": {"augmentation.pad": "2", **_NO_FLIP},
+    "fashion_mnist": {"augmentation.pad": "2"},
 }
-"""What a data set changes in a recipe for small images; any folder may be named too."""
+"""Known small data sets, and what each changes in a recipe for small images."""
 
-_EVALUATIONS = 160  # about the paper's: once an epoch of CIFAR-10
+_EVALUATIONS = 160  # about the paper's: once per epoch of CIFAR-10
 _FEW_EVALUATIONS = 16
 _LONG = 16_000
 
@@ -45,9 +38,9 @@ class Setting:
     """How experiments are run.
 
     Attributes:
-      dataset: a name of ``DATASETS`` or a folder; None: each recipe's own.
+      dataset: a name of ``DATASETS`` or a folder; None for each recipe's own.
       scale: a name of ``SCALES``.
-      overrides: of config fields, as text; they have the last word.
+      overrides: config fields as text; they win over everything else.
     """
 
     dataset: str | None = None
@@ -58,103 +51,89 @@ class Setting:
         """The config of a run.
 
         Raises:
-          UserError: the data set is unknown, or a field is wrong.
+          UserError: the data set or scale is unknown, or a field is wrong.
         """
         spec = str(config_folder() / run.config)
-        chosen = {**run.overrides, **self._of_dataset()}
-        scaled = self._of_length(load_config(spec, chosen))
+        chosen = {**run.overrides, **self._dataset_fields()}
+        scaled = self._length_fields(load_config(spec, chosen))
         return load_config(spec, {**chosen, **scaled, **self.overrides})
 
     def members(self, run: PaperRun, seeds: int) -> list[Member]:
-        """A run for each seed, in its folder."""
+        """One run per seed, with its folder."""
         config = dataclasses.replace(self.config(run), seeds=seeds)
         return members_of(config, f"{self.section(config)}/{run.name}/")
 
     def section(self, config: Config) -> str:
-        """The folder of all runs on the same data at the same scale."""
+        """The folder name of all runs on the same data at the same scale."""
         name = re.sub(r"[^A-Za-z0-9]+", "-", config.data.name).strip("-").lower()
         return name if self.scale == "paper" else f"{name}-{self.scale}"
 
-    def _of_dataset(self) -> dict[str, str]:
+    def _dataset_fields(self) -> dict[str, str]:
         if self.dataset is None:
             return {}
         if self.dataset in DATASETS:
-            return DATASETS[self.dataset]
+            return {"data.name": self.dataset, **DATASETS[self.dataset]}
         if "/" not in self.dataset and not Path(self.dataset).exists():
             raise UserError(
-                f"there is no data set {self.dataset!r}; give a folder, or one of "
+                f"unknown data set {self.dataset!r}; give a folder, or one of "
                 f"{', '.join(DATASETS)}"
             )
         return {"data.path": self.dataset, "data.name": Path(self.dataset).name}
 
-    def _of_length(self, config: Config) -> dict[str, str]:
-        """Fields that scale a run's length, and say how often it is looked at."""
-        share = share_of(self.scale)
+    def _length_fields(self, config: Config) -> dict[str, str]:
+        """Fields that scale the length of a run and set its intervals."""
+        if self.scale not in SCALES:
+            raise UserError(
+                f"unknown scale {self.scale!r}; {nearest(self.scale, SCALES)}"
+            )
+        share, values = SCALES[self.scale], flatten(config)
         unit = "epochs" if config.training.steps is None else "steps"
-        lengths = {
-            name: getattr(getattr(config, section), f"{name}_{unit}")
-            for section, name in (("schedule", "boundaries"), ("schedule", "warmup"))
-        }
-        fields = {f"schedule.{name}_{unit}": value for name, value in lengths.items()}
-        fields[f"training.{unit}"] = getattr(config.training, unit)
+        names = ("training.", "schedule.boundaries_", "schedule.warmup_")
         scaled = {
-            name: _times(value, share, whole=unit == "steps")
-            for name, value in fields.items()
-            if value is not None
+            f"{name}{unit}": _scale(values[f"{name}{unit}"], share, unit == "steps")
+            for name in names
+            if values[f"{name}{unit}"] is not None
         }
         if unit == "steps":
-            wanted = self.overrides.get("training.steps", scaled["training.steps"])
-            scaled |= _intervals(config, int(float(wanted)), share != 1.0)
+            steps = self.overrides.get("training.steps", scaled["training.steps"])
+            scaled |= _intervals(config, int(float(steps)), share != 1.0)
         return {name: str(value) for name, value in scaled.items()}
 
 
-def _times(value: Any, share: float, whole: bool) -> Any:
+def _scale(value: Any, share: float, whole: bool) -> Any:
     if isinstance(value, tuple):
-        return tuple(_times(item, share, whole) for item in value)
+        return tuple(_scale(item, share, whole) for item in value)
     return max(1, math.ceil(value * share)) if whole else value * share
 
 
 def _intervals(config: Config, steps: int, shortened: bool) -> dict[str, int]:
-    """Steps between rows, evaluations and checkpoints, where the recipe leaves them.
+    """Steps between rows, evaluations and checkpoints, unless the recipe sets them.
 
-    An epoch is no measure: it is eleven steps of the digits and 391 of CIFAR-10.
+    Epochs do not suit: one is 11 steps on the digits and 391 on CIFAR-10.
     """
     evaluations = _EVALUATIONS if steps >= _LONG else _FEW_EVALUATIONS
-    intervals = {}
+    rows = max(1, steps // (2 * evaluations))
+    intervals = {"training.log_every_steps": min(config.training.log_every_steps, rows)}
     if shortened or config.evaluation.every_steps is None:
         intervals["evaluation.every_steps"] = max(1, steps // evaluations)
     if shortened or config.checkpoint.every_steps is None:
         intervals["checkpoint.every_steps"] = max(1, steps // (evaluations // 4))
-    rows = max(1, steps // (2 * evaluations))
-    intervals["training.log_every_steps"] = min(config.training.log_every_steps, rows)
     return intervals
 
 
-def share_of(scale: str) -> float:
-    """The share of the published length.
-
-    Raises:
-      UserError: there is no such scale.
-    """
-    if scale not in SCALES:
-        raise UserError(f"there is no scale {scale!r}; {nearest(scale, SCALES)}")
-    return SCALES[scale]
-
-
 def peer_timeout(experiment: str, setting: Setting) -> int:
-    """How long the processes of an experiment's runs wait for each other, in seconds.
+    """Seconds that the processes of an experiment's runs wait for each other.
 
     Raises:
-      UserError: there is no such experiment, or a field is wrong.
+      UserError: the experiment is unknown, or a field is wrong.
     """
-    runs = find_experiment(experiment).runs()
-    default = ParallelConfig().peer_timeout_seconds
-    return setting.config(runs[0]).parallel.peer_timeout_seconds if runs else default
+    for run in find_experiment(experiment).runs():
+        return setting.config(run).parallel.peer_timeout_seconds
+    return ParallelConfig().peer_timeout_seconds
 
 
 def config_folder() -> Path:
     """The folder of config files: the checkout's, or that of the installed package."""
     package = Path(resnet_jax.__file__).parent
-    checkout = package.parent / "configs"
     is_checkout = (package.parent / "pyproject.toml").exists()
-    return checkout if is_checkout else package / "configs"
+    return (package.parent if is_checkout else package) / "configs"

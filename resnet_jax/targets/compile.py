@@ -1,11 +1,10 @@
-"""Compiles a training step for a chip that need not be here; see ``compile_step``."""
+"""Compiles a training step for a chip that this machine need not have."""
 
 import contextlib
 import dataclasses
 import importlib.util
 import math
 import re
-import threading
 import time
 from collections.abc import Iterator
 from importlib import resources
@@ -21,7 +20,7 @@ from jax.sharding import Mesh
 
 from resnet_jax import parallel
 from resnet_jax.config import Config
-from resnet_jax.console import describe_seconds, say
+from resnet_jax.console import say
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.data.feeds import is_resident
 from resnet_jax.errors import UserError
@@ -60,19 +59,19 @@ class Compiled:
     Attributes:
       target: as given to ``compile_step``.
       device_kind: the compiler's name for the chip.
-      devices: in the program.
+      devices: devices of the program.
       argument_bytes: state and batch.
       output_bytes: the next state.
       alias_bytes: outputs that reuse the memory of donated arguments.
       temporary_bytes: activations, gradients and scratch memory.
-      code_bytes: the program; 0 if the backend does not say.
+      code_bytes: the program; 0 if not reported.
       peak_bytes: arguments, outputs without aliases, temporaries and code.
-      flops: floating-point operations; None if the backend does not say.
-      bytes_accessed: memory traffic; None if the backend does not say.
+      flops: floating-point operations; None if not reported.
+      bytes_accessed: memory traffic; None if not reported.
       collectives: exchanges between devices.
       chip: the target's name in ``CHIPS``, or None.
       seconds: to lower and compile.
-      jax_version: that compiled it.
+      jax_version: the version that compiled it.
     """
 
     target: str
@@ -102,10 +101,10 @@ def compile_step(
     """Compiles the training step of a config ahead of time.
 
     Args:
-      config: of the run.
+      config: config of the run.
       dataset: only its sizes and shapes are read.
       target: "cpu", "h100", "h200", or "tpu:" and a topology such as "v5e:4x4".
-      devices: number of CPU devices or GPUs; a TPU slice has its own number.
+      devices: number of CPU devices or GPUs; a TPU slice fixes its own.
       console: shows a running clock.
 
     Raises:
@@ -147,19 +146,12 @@ def target_mesh(target: str, devices: int | None = None) -> Mesh:
 
 
 def _gpus(target: str, count: int) -> list[Any]:
+    plugins = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
     with contextlib.suppress(ModuleNotFoundError):
-        if any(
-            importlib.util.find_spec(f"jax_plugins.xla_cuda{version}")
-            for version in (12, 13)
-        ):
-            description = resources.files(__package__) / f"{target}.txtpb"
-            return _topology(
-                target,
-                target,
-                "cuda",
-                target_config=description.read_text(),
-                topology=f"1x1x{count}",
-            )
+        if any(importlib.util.find_spec(plugin) for plugin in plugins):
+            description = (resources.files(__package__) / f"{target}.txtpb").read_text()
+            options = {"target_config": description, "topology": f"1x1x{count}"}
+            return _topology(target, target, "cuda", **options)
     version = jax.__version__
     raise UserError(
         f"compiling for {target} needs two wheels: pip install --no-deps "
@@ -171,7 +163,7 @@ def _tpus(target: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"compiling for {target} needs a wheel: pip install libtpu")
     name = target.removeprefix("tpu:")
-    # One device for the two cores of a chip, as JAX has it on these chips.
+    # JAX sees the two cores of these chips as one device.
     paired = name.startswith(("v4:", "v5p:"))
     options = {"chip_config_name": "megacore"} if paired else {}
     return _topology(target, name, "tpu", **options)
@@ -270,7 +262,7 @@ def read_collectives(text: str) -> tuple[Collective, ...]:
     found: dict[str, list[int]] = {}
     for match in _COLLECTIVE.finditer(text):
         sizes = [_nbytes(*array) for array in _ARRAY.findall(match["shape"])]
-        # What other collectives start returns holds the operands too.
+        # The start of any other collective returns its operands too.
         whole = match["start"] is None or match["name"] == "all-reduce"
         found.setdefault(match["name"], []).append(sum(sizes) if whole else max(sizes))
     return tuple(
@@ -296,30 +288,16 @@ def _kind(mesh: Mesh) -> str:
 
 @contextlib.contextmanager
 def _clock(console: rich.console.Console, text: str) -> Iterator[None]:
-    """Shows the seconds that the body takes: live, or as a line each minute."""
-    if console.is_terminal:
-        columns = (
-            rich.progress.SpinnerColumn(),
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.TimeElapsedColumn(),
-        )
-        with rich.progress.Progress(
-            *columns, console=console, transient=True
-        ) as progress:
-            progress.add_task(text, total=None)
-            yield
-        return
-    say(console, text)
-    start, done = time.monotonic(), threading.Event()
-
-    def report() -> None:
-        while not done.wait(60):
-            say(console, f"  {describe_seconds(time.monotonic() - start)} so far")
-
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
+    """Shows the seconds that the body takes; without a terminal only the text."""
+    if not console.is_terminal:
+        say(console, text)
+    with rich.progress.Progress(
+        rich.progress.SpinnerColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        progress.add_task(text, total=None)
         yield
-    finally:
-        done.set()
-        thread.join()

@@ -51,7 +51,7 @@ def test_other_arguments_are_refused(arguments, sentence):
             ["--config", DIGITS, "--config.optimizer.learning_rate=fast"],
             "takes a number",
         ),
-        (["--config", DIGITS, "--config.training.epochs=3"], "are both set"),
+        (["--config", DIGITS, "--config.training.epochs=3"], "exclude each other"),
         (
             ["--config", DIGITS, "--config.data.path=/nowhere"],
             "/nowhere does not exist",

@@ -76,7 +76,7 @@ def test_a_part_held_out_shares_no_example_with_the_others(tfds_dir):
         with pytest.raises(UserError, match=rf"{others}.* share"):
             open_sources(resolve(config).data)
     config.data.holdout_examples = 5
-    with pytest.raises(UserError, match=r"two ways to hold examples out; give one"):
+    with pytest.raises(UserError, match=r"data\.holdout_examples=5 exclude each other"):
         resolve(config)
 
 

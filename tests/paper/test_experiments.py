@@ -91,7 +91,9 @@ def test_blocks_of_any_length_have_equal_depth():
 
 
 def test_wrong_names_are_refused():
-    with pytest.raises(UserError, match=r"no experiment 'tabel6'; did you mean table6"):
+    with pytest.raises(
+        UserError, match=r"unknown experiment 'tabel6'; did you mean table6"
+    ):
         find_experiment("tabel6")
     experiment = find_experiment("table6")
     with pytest.raises(UserError, match=r"table6 has no run 'resnet20'; did you mean"):

@@ -51,7 +51,9 @@ def test_a_folder_is_a_data_set(tmp_path):
     config = setting.config(RESNET110)
     assert (config.data.path, config.data.name) == (str(folder), "my images")
     assert setting.section(config) == "my-images-tiny"
-    with pytest.raises(UserError, match=r"no data set 'digit'; give a folder, or one"):
+    with pytest.raises(
+        UserError, match=r"unknown data set 'digit'; give a folder, or one"
+    ):
         Setting("digit").config(RESNET110)
 
 
@@ -73,5 +75,7 @@ def test_members_are_runs_of_one_seed_each():
 
 
 def test_an_unknown_scale_is_told():
-    with pytest.raises(UserError, match=r"no scale 'little'; valid are paper, small"):
+    with pytest.raises(
+        UserError, match=r"unknown scale 'little'; valid are paper, small"
+    ):
         Setting(scale="little").config(RESNET110)

@@ -151,7 +151,9 @@ def test_options_that_a_net_has_not_are_refused(tiny_config, name, option, value
 def test_fresh_kernels_and_given_weights_exclude_each_other(tiny_config):
     tiny_config.model.initialization = "xavier"
     tiny_config.model.weights = "given.safetensors"
-    with pytest.raises(UserError, match=r"^model\.initialization=xavier .* to None$"):
+    with pytest.raises(
+        UserError, match=r"^model\.initialization=xavier .* set only one$"
+    ):
         resolve(tiny_config)
 
 
@@ -205,7 +207,7 @@ def test_the_nets_of_the_small_experiments_train(tiny_config, name, options):
 
 def test_a_fresh_head_needs_weights(tiny_config):
     tiny_config.model.new_head = True
-    with pytest.raises(UserError, match=r"model\.new_head .* model\.weights"):
+    with pytest.raises(UserError, match=r"model\.new_head.* model\.weights"):
         resolve(tiny_config)
 
 
