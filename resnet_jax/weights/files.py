@@ -57,14 +57,14 @@ def read_arrays(
             head = file.read(4096)
         if _is_safetensors(head):
             return _read_safetensors(path, path.read_bytes())
+        if accident := _accident(head):
+            raise UserError(f"{path} {accident}")
+        return read_torch_file(path), {}
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); give the path of a file of "
             "weights that you may read"
         ) from error
-    if accident := _accident(head):
-        raise UserError(f"{path} {accident}")
-    return read_torch_file(path), {}
 
 
 def write_safetensors(

@@ -214,6 +214,14 @@ def test_what_cannot_be_opened(tmp_path):
     assert "Is a directory" in complaint(tmp_path)
 
 
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    assert "(Permission denied); give the path" in complaint(tmp_path)
+
+
 # Writing
 
 
