@@ -192,13 +192,7 @@ def _read_zip(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
         tensors = _state_dict(unpickler.load())
 
         def read_storage(storage: _Storage) -> bytes:
-            name = f"{folder}/data/{storage.key}"
-            if name not in names:
-                raise _FaultError(
-                    f"is damaged: it lacks the storage {printable(storage.key)}; copy "
-                    "or download it again"
-                )
-            return _member(archive, name, storage.nbytes)
+            return _member(archive, f"{folder}/data/{storage.key}", storage.nbytes)
 
         return _arrays(tensors, read_storage, size)
 
@@ -285,21 +279,15 @@ def _legacy_starts(
 
 
 def _rebuild_tensor(
-    storage: Any,
-    offset: Any,
-    shape: Any,
-    stride: Any,
-    requires_grad: Any = None,
-    hooks: Any = None,
-    flags: Any = None,
+    storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any
 ) -> _Tensor:
-    """A view; raises ValueError if an element is outside the storage."""
-    del requires_grad, hooks
-    parts = (storage, shape, stride)
-    kinds = (_Storage, tuple, tuple)
-    if not all(map(isinstance, parts, kinds)):
+    """A view. ``rest`` is requires_grad, hooks and flags.
+
+    Raises ValueError if an element is outside the storage.
+    """
+    if not all(map(isinstance, (storage, shape, stride), (_Storage, tuple, tuple))):
         raise ValueError("a tensor of odd parts")
-    if flags:
+    if any(rest[2:]):
         raise ValueError("a negated or conjugated tensor")
     if len(shape) != len(stride) or len(shape) > _MAX_DIMENSIONS:
         raise ValueError("a tensor with odd dimensions")

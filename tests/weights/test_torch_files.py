@@ -608,7 +608,7 @@ def test_storages_of_odd_sizes_are_refused(tmp_path):
     for content in (raw[:-1], raw + b"x", b""):
         path = write_zip(tmp_path, program, {"0": content})
         assert f"has {len(content)} bytes instead of 24" in complaint(path)
-    assert "lacks the storage 0" in complaint(write_zip(tmp_path, program))
+    assert "no item named 'archive/data/0'" in complaint(write_zip(tmp_path, program))
     for storages in ({}, {"0": (5, raw)}, {"0": (6, raw[:-1])}, {"1": (6, raw)}):
         complaint(write_legacy(tmp_path, program, storages))
     for keys in ([[]], [None], ["0", "x"]):
