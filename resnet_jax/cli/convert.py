@@ -88,14 +88,10 @@ def convert_weights(
     """
     from resnet_jax.storage import is_remote
     from resnet_jax.weights import save_weights, shapes
-    from resnet_jax.weights.load_save import SUFFIX, load_named_model
+    from resnet_jax.weights.load_save import check_suffix, load_named_model
 
     target = Path(target).expanduser()
-    if target.suffix != SUFFIX:
-        raise UserError(
-            f"{target} cannot be written: weights are written as safetensors; give a "
-            f"path that ends in {SUFFIX}"
-        )
+    check_suffix(str(target))
     if target.exists() and not force:
         raise UserError(f"{target} exists; give another path, or --force")
     if is_remote(source) or Path(source).expanduser().is_dir():
