@@ -32,6 +32,19 @@ that size is computed."""
 
 _SHOWN = 2
 
+# Where a file stores its first kernel, and the axis of the input channels.
+_STEMS = {
+    "params/stem/conv/kernel": 2,
+    "params/stem/conv1/kernel": 2,
+    "params/stage1/conv/kernel": 2,
+    "params/stage1/conv1/kernel": 2,
+    "conv1.weight": 1,
+    "conv1.0.weight": 1,
+    "features.0.weight": 1,
+}
+# Where it stores its classifier, and the axis of the classes.
+_HEADS = {"params/head/kernel": 1, "fc.weight": 0, "classifier.6.weight": 0}
+
 
 def is_image_net(model: nn.Module) -> bool:
     """Whether a model takes images (n, h, w, channels); a subclass may not."""
@@ -154,31 +167,26 @@ def count_parameters_for(arrays: Mapping[str, Any], num_classes: int) -> int | N
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Describes how names and shapes differ from the expected ones.
+    """How names and shapes differ: "it lacks A and has extra B, C and 2 more".
 
     Args:
       expected: anything with a shape, by name.
       found: the same.
 
     Returns:
-      "it lacks A and has extra B, C and 2 more"; empty if nothing differs.
+      An empty text if nothing differs.
     """
-    names = differing(expected, found)
-    missing = [printable(name) for name in names if name not in found]
-    extra = [printable(name) for name in names if name not in expected]
-    changed = [
-        f"{printable(name)} of shape {tuple(found[name].shape)} instead of "
-        f"{tuple(expected[name].shape)}"
-        for name in names
-        if name in expected and name in found
-    ]
-    parts = []
-    if missing:
-        parts.append(f"lacks {_first(missing)}")
-    if changed:
-        parts.append(f"has {_first(changed)}")
-    if extra:
-        parts.append(f"has extra {_first(extra)}")
+    names: dict[str, list[str]] = {"lacks": [], "has": [], "has extra": []}
+    for name in differing(expected, found):
+        shown = printable(name)
+        if name not in found:
+            names["lacks"].append(shown)
+        elif name not in expected:
+            names["has extra"].append(shown)
+        else:
+            shapes = (tuple(arrays[name].shape) for arrays in (found, expected))
+            names["has"].append("{} of shape {} instead of {}".format(shown, *shapes))
+    parts = [f"{verb} {_first(some)}" for verb, some in names.items() if some]
     return " and ".join(parts) and f"it {' and '.join(parts)}"
 
 
@@ -245,28 +253,12 @@ def _copies(model: Any, name: str) -> list[str]:
 
 def _stem_kernel(arrays: Mapping[str, Any]) -> tuple[Shape, int] | None:
     """Shape of the first convolution's kernel, and its input channels."""
-    return _find(
-        arrays,
-        4,
-        {
-            "params/stem/conv/kernel": 2,
-            "params/stem/conv1/kernel": 2,
-            "params/stage1/conv/kernel": 2,
-            "params/stage1/conv1/kernel": 2,
-            "conv1.weight": 1,
-            "conv1.0.weight": 1,
-            "features.0.weight": 1,
-        },
-    )
+    return _find(arrays, 4, _STEMS)
 
 
 def _head_kernel(arrays: Mapping[str, Any]) -> tuple[Shape, int] | None:
     """Shape of the classifier's kernel, and its classes."""
-    return _find(
-        arrays,
-        2,
-        {"params/head/kernel": 1, "fc.weight": 0, "classifier.6.weight": 0},
-    )
+    return _find(arrays, 2, _HEADS)
 
 
 def _find(
