@@ -4,14 +4,19 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from resnet_jax import parallel
-from resnet_jax.analysis.convolutions import Path, is_convolution, leaf, unrolled
+from resnet_jax.analysis.convolutions import (
+    Path,
+    PerLayer,
+    is_convolution,
+    leaf,
+    unrolled,
+)
 from resnet_jax.data.transforms import normalize, to_unit
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import evaluation_batch_size, jit_over_batch
@@ -38,18 +43,6 @@ class Response(NamedTuple):
 
     layer: str
     std: float
-
-
-@flax.struct.dataclass
-class _Moments:
-    """Moments of each layer's response to each image, (layers, 3, n).
-
-    They are the mean, the sum of squared deviations from it, and the count of numbers:
-    h w c of the layer's map. ``layers`` are names in the net's order.
-    """
-
-    layers: tuple[str, ...] = flax.struct.field(pytree_node=False)
-    values: jax.Array
 
 
 def layer_responses(
@@ -118,8 +111,8 @@ def responses_of_run(
     )
 
 
-def _image_moments(model: nn.Module, variables: Any, images: jax.Array) -> _Moments:
-    """The moments of one batch, inside jit."""
+def _image_moments(model: nn.Module, variables: Any, images: jax.Array) -> PerLayer:
+    """``_moments`` of each layer's response to a batch, (layers, 3, n); inside jit."""
     paths: dict[Path, None] = {}
     latest: dict[Path, tuple[nn.Module, jax.Array]] = {}
 
@@ -149,12 +142,11 @@ def _image_moments(model: nn.Module, variables: Any, images: jax.Array) -> _Mome
             "responses to measure"
         )
     found = updates["intermediates"]
-    moments = unrolled({path: leaf(found, (*path, "response")) for path in paths})
-    return _Moments(tuple(moments), jnp.stack(list(moments.values())))
+    return unrolled({path: leaf(found, (*path, "response")) for path in paths})
 
 
 def _moments(response: jax.Array) -> jax.Array:
-    """(3, n): mean, squared deviations and count of (n, h, w, c), image by image."""
+    """(3, n): mean, squared deviations from it and h w c, for each of (n, h, w, c)."""
     x = response.astype(jnp.promote_types(response.dtype, jnp.float32))
     # Pixels first, then channels: a long float32 sum loses small terms.
     mean = x.mean((1, 2)).mean(-1)
@@ -163,7 +155,7 @@ def _moments(response: jax.Array) -> jax.Array:
     return jnp.stack([mean, squares, jnp.full_like(mean, x[0].size)])
 
 
-def _pooled(batches: Iterable[tuple[_Moments, Any]]) -> list[Response]:
+def _pooled(batches: Iterable[tuple[PerLayer, Any]]) -> list[Response]:
     """The responses over all batches, added up in float64 on the host.
 
     Args:
