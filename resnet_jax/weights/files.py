@@ -89,10 +89,6 @@ def write_safetensors(
             f"{path} cannot be written: there is no folder {path.parent}; create it, "
             "or give another path"
         )
-    if path.is_dir():
-        raise UserError(
-            f"{path} cannot be written: it is a folder; give the path of a file in it"
-        )
     plain = {name: _plain(path, name, array) for name, array in arrays.items()}
     texts = None if metadata is None else dict(metadata)
     try:
