@@ -5,6 +5,7 @@ layout is the one of torchvision and timm (``torch_layout``). Files do not depen
 whether the model runs its blocks as a loop.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -74,10 +75,10 @@ def load_weights(
 ) -> dict[str, Any]:
     """Loads a model's variables from a file of either layout.
 
-    The file must hold every array of the model in its shape, and nothing else, with
-    two exceptions: torch's counters ``num_batches_tracked`` are ignored, and so is the
-    classifier if ``new_head`` is set or the model has none. The first kernel of the
-    file sets the number of image channels.
+    The file must hold every array of the model in its shape, and nothing else. Only
+    torch's counters ``num_batches_tracked`` are ignored, and the classifier if
+    ``new_head`` is set or the model has none. The file sets the number of image
+    channels.
 
     Args:
       path_or_name: a safetensors or torch.save file, or a name such as
@@ -87,7 +88,7 @@ def load_weights(
         on other classes.
       rng: key of the fresh classifier, which equals that of ``model.init(rng, ...)``;
         None means ``jax.random.key(0)``.
-      example: an input, or its ``jax.ShapeDtypeStruct``, for modules from elsewhere.
+      example: an input, or its ``jax.ShapeDtypeStruct``, for other modules.
 
     Returns:
       The tree of ``model.init``, in float32 whatever the file's dtype: exact from
@@ -114,17 +115,15 @@ def save_weights(
     """Saves a model's variables as a safetensors file, complete or not at all.
 
     torchvision and timm take the torch layout through ``safetensors.torch.load_file``
-    and ``load_state_dict(strict=True)``; its counters ``num_batches_tracked`` are 0.
-    Both layouts load again bit for bit.
+    and ``load_state_dict(strict=True)``. Both layouts load again bit for bit.
 
     Args:
       path: ends in .safetensors; an existing file is replaced.
       variables: of ``model``, on any devices.
-      model: a model of this library, or, for the flax layout, any module; variables
-        of other modules are written without a check of their shapes.
+      model: a model of this library, or, for the flax layout, any module, whose
+        variables are written unchecked.
       layout: "flax" or "torch".
-      name: the model's name in the catalog; kept in the file for
-        ``resnet-jax convert``.
+      name: the model's name in the catalog, kept for ``resnet-jax convert``.
       options: of ``create_model``, kept beside the name; JSON values.
 
     Returns:
@@ -191,9 +190,6 @@ def load_named_model(
 
     Returns:
       The model with its variables, and the file's layout.
-
-    Raises:
-      UserError: the file does not name its model, or a fault of ``load_weights``.
     """
     text = os.fspath(source)
     arrays, layout, metadata = _read(text)
@@ -215,20 +211,17 @@ def load_named_model(
 
 
 def _kept_options(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
+    with contextlib.suppress(ValueError):
         options = json.loads(metadata.get("model_options", "{}"))
-        known = isinstance(options, dict) and all(
+        if isinstance(options, dict) and all(
             isinstance(value, KEPT_OPTIONS.get(name, ()))
             for name, value in options.items()
-        )
-    except ValueError:
-        known = False
-    if not known:
-        raise UserError(
-            f"{source} names unknown options of its model; give --model NAME to ignore "
-            "them, or convert it with the resnet_jax that wrote it"
-        )
-    return options
+        ):
+            return options
+    raise UserError(
+        f"{source} names unknown options of its model; give --model NAME to ignore "
+        "them, or convert it with the resnet_jax that wrote it"
+    )
 
 
 def _read(
@@ -281,11 +274,12 @@ def _variables(
             f"{source} does not match the {type(model).__name__}: {difference}; "
             + _advice(layout, model, in_file, kept, arrays)
         )
-    loaded: dict[str, Any] = {}
-    for name, stored in table.items():
-        dtype = expected[name].dtype
-        array = _checked(source, stored.key, kept[stored.key], dtype)
-        loaded[name] = stored.from_file(array)
+    loaded: dict[str, Any] = {
+        name: stored.from_file(
+            _checked(source, stored.key, kept[stored.key], expected[name].dtype)
+        )
+        for name, stored in table.items()
+    }
     if new_head:
         key = jax.random.key(0) if rng is None else rng
         loaded |= shapes.fresh_head(model, key, channels, example)
@@ -347,13 +341,10 @@ def _table(
 
 
 def _classifier(layout: WeightsLayout, model: Any, head_alone: bool) -> tuple[str, ...]:
-    """Prefixes of the names of a file's classifier.
-
-    A VGG net without classes has no dense layers at all.
-    """
+    """Prefixes of the names of a file's classifier."""
     parts = ["head"]
     if isinstance(model, VGG) and not head_alone:
-        parts += ["fc1", "fc2"]
+        parts += ["fc1", "fc2"]  # a VGG net without classes has no dense layers
     if layout == "flax":
         return tuple(f"params/{part}/" for part in parts)
     return tuple(f"{torch_module(model, part)}." for part in parts)
