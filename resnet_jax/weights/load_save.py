@@ -224,9 +224,7 @@ def _kept_options(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     )
 
 
-def _read(
-    source: str,
-) -> tuple[dict[str, np.ndarray], WeightsLayout, dict[str, str]]:
+def _read(source: str) -> tuple[dict[str, np.ndarray], WeightsLayout, dict[str, str]]:
     """A file's arrays without torch's counters of batches, its layout and metadata."""
     arrays, metadata = read_arrays(locate(source))
     if not arrays:
