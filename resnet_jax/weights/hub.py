@@ -112,17 +112,8 @@ def _from_torchvision(name: str) -> Path:
 
 
 def _cache_folder() -> Path:
-    """The folder of downloaded files; created if it is missing."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(base) / "resnet_jax"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the cache folder {folder} cannot be created ({error.strerror}); set "
-            "XDG_CACHE_HOME to a folder you can write to"
-        ) from error
-    return folder
+    return Path(base) / "resnet_jax"
 
 
 def _expected_checksum(file_name: str) -> str:
@@ -141,6 +132,7 @@ def _download(name: str, address: str, target: Path) -> None:
     request = urllib.request.Request(address, headers={"User-Agent": "resnet_jax"})
     expected = _expected_checksum(target.name)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with (
             urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response,
             replacing(target) as temporary,

@@ -155,17 +155,17 @@ def printable(text: Any) -> str:
 
 
 def _read(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
-    head = file.read(4)
+    head = file.read(40)
     file.seek(0)
     if not head:
         raise _FaultError("is empty; copy or download it again")
-    if head == b"PK\x03\x04":
+    if head.startswith(b"PK\x03\x04"):
         return _read_zip(file, size)
     if head.startswith(b"\x80"):
         return _read_legacy(file, size)
     raise _FaultError(
-        f"is not a file of weights: it begins with the bytes {head.hex(' ')}; give a "
-        "file written by torch.save, or a safetensors file"
+        f"is not a file of weights: it begins with {head!r}; give a file written by "
+        "torch.save, or a safetensors file"
     )
 
 

@@ -249,7 +249,9 @@ def test_no_server_at_all(cache):
 def test_a_cache_that_cannot_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert "set XDG_CACHE_HOME" in complaint("torchvision:resnet50")
+    sentence = complaint("torchvision:resnet50")
+    assert f"to {tmp_path / 'file' / 'resnet_jax'} (" in sentence
+    assert "Not a directory" in sentence
 
 
 def test_the_cache_of_the_home_folder(tmp_path, monkeypatch, published):
