@@ -281,7 +281,7 @@ def _has_shortcuts(name: str) -> bool:
 def render(summary: Summary, other: Summary | None = None) -> rich.table.Table:
     """A table of one net, or of two side by side with the ratio of their totals.
 
-    Rows of the same name stand on one line. A notebook shows the table as it is.
+    Rows of the same name share a line. A notebook displays the table.
     """
     nets = [summary] if other is None else [summary, other]
     rows = [{row.name: row for row in net.rows} for net in nets]

@@ -90,7 +90,7 @@ def write_safetensors(
     Args:
       path: the file; an existing one is replaced in one step.
       arrays: by name, with any strides and byte order.
-      metadata: strings to save beside them.
+      metadata: strings to save with them.
 
     Raises:
       UserError: the folder is missing, the file cannot be written, or an array has a

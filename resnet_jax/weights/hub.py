@@ -105,15 +105,11 @@ def _from_torchvision(name: str) -> Path:
             f"{name}: {model} has no weights {weights!r}; {nearest(weights, versions)}"
         )
     file_name = versions[weights]
-    target = _cache_folder() / file_name
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    target = Path(cache) / "resnet_jax" / file_name
     if not target.is_file() or _checksum(target) != _expected_checksum(file_name):
         _download(name, TORCHVISION_ADDRESS + file_name, target)
     return target
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "resnet_jax"
 
 
 def _expected_checksum(file_name: str) -> str:

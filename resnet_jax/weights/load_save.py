@@ -124,7 +124,7 @@ def save_weights(
         variables are written unchecked.
       layout: "flax" or "torch".
       name: the model's name in the catalog, kept for ``resnet-jax convert``.
-      options: of ``create_model``, kept beside the name; JSON values.
+      options: of ``create_model``, kept with the name; JSON values.
 
     Returns:
       The arrays as written, by name.

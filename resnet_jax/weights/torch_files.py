@@ -3,8 +3,8 @@
 Such a file holds a pickle, and a pickle is a program: Python's unpickler imports and
 calls whatever the pickle names. Ours imports nothing. It runs the few opcodes that
 torch.save writes, replaces the few names that a state dict needs with stand-ins from
-this file, and refuses everything else. It is based on the unpickler that Python keeps
-beside the one in C: in C, a few bytes can allocate all memory for the memo.
+this file, and refuses everything else. It extends Python's unpickler in Python,
+because the one in C can be made to allocate all memory for its memo by a few bytes.
 
 The numbers are stored outside the pickle, in storages: flat arrays that tensors view
 by offset, shape and strides. Only the storages of the state dict are read, after every
@@ -69,7 +69,7 @@ _INHERITED_OPCODES = (
 )
 _INHERITED = [getattr(pickle, name)[0] for name in _INHERITED_OPCODES.split()]
 
-# What training scripts save beside the weights; _Ignored stands in for them.
+# Objects that training scripts save with the weights; _Ignored replaces them.
 _IGNORED_NAMES = re.compile(
     r"(__builtin__|builtins)\.(bytearray|complex|set)|collections\.Counter"
     r"|argparse\.Namespace|_codecs\.encode|numpy\.(dtype|ndarray)"
@@ -109,7 +109,7 @@ class _Tensor(NamedTuple):
 
 
 class _Ignored:
-    """An object beside the weights, of which nothing is kept."""
+    """Stands in for an object that is not part of the weights."""
 
     def __init__(self, *_: Any):
         pass
@@ -492,7 +492,7 @@ def _arrays(
     read_storage: Callable[[_Storage], bytes],
     file_size: int,
 ) -> dict[str, np.ndarray]:
-    """The values of the tensors; holds at most one storage beside them."""
+    """The values of the tensors; reads one storage at a time."""
     total = sum(
         math.prod(tensor.shape) * tensor.storage.dtype.itemsize
         for tensor in tensors.values()

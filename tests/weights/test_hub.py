@@ -229,7 +229,7 @@ def test_an_interrupted_download_leaves_nothing(
     assert os.listdir(cache) == []
 
 
-def test_a_server_that_has_not_the_file_or_is_not_there(server, published, cache):
+def test_a_server_without_the_file_and_no_server(server, published, cache):
     server.answers.clear()
     sentence = complaint("torchvision:resnet50")
     assert f"{server.address}models/{published}" in sentence
@@ -306,7 +306,7 @@ def test_the_safetensors_file_of_a_repository(hugging_face, tmp_path, capfd):
     assert path.name == "model.safetensors"
     np.testing.assert_array_equal(read_arrays(path)[0]["a"], np.arange(3.0))
     assert capfd.readouterr() == ("", "")
-    # Again, with no server behind the address.
+    # Again, with no server at the address.
     hugging_face.answers.clear()
     hugging_face.shutdown()
     hugging_face.socket.close()

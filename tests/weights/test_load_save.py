@@ -365,7 +365,7 @@ def test_the_net_of_a_file_is_named(path, layout):
     assert "is it a" not in sentence
 
 
-def test_torch_files_of_nets_that_torch_has_not(path, variables, model):
+def test_torch_files_of_nets_that_torch_lacks(path, variables, model):
     save_weights(path, variables, model, layout="torch")
     sentence = complaint(path, create_model("cifar_preact_resnet8"))
     assert "has torch's layout: torchvision and timm have no net with" in sentence

@@ -744,7 +744,7 @@ def test_flipped_bits_in_a_legacy_file_give_a_sentence_or_arrays(tmp_path):
     assert read > 50
 
 
-def test_what_is_no_file_of_torch(tmp_path):
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "model.pth"
     for content, words in (
         (b"", "is empty"),

@@ -201,7 +201,7 @@ def test_flipped_bits_give_a_sentence_or_arrays(tmp_path):
         (b"PK\x03\x04 and so on", "is damaged or cut short"),
     ],
 )
-def test_what_is_no_file_of_weights(tmp_path, content, words):
+def test_other_files_are_refused(tmp_path, content, words):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     assert words in complaint(path)
@@ -224,7 +224,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 
 
 def test_arrays_that_are_not_contiguous(tmp_path):
-    """safetensors.numpy writes memory as it lies, and so would mix these up."""
+    """safetensors.numpy writes memory as it is, which would mix these up."""
     path = tmp_path / "model.safetensors"
     kernel = RNG.normal(size=(3, 3, 4, 8)).astype(np.float32)
     swapped = kernel.astype(">f4")
