@@ -4,6 +4,9 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import flax.struct
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from resnet_jax.models.conv import Conv
@@ -32,15 +35,23 @@ def is_stacked(path: Path) -> bool:
     return STACKED in path
 
 
-def unrolled(values: Mapping[Path, Any]) -> dict[str, Any]:
-    """Values by layer name in the unrolled net, in the order of the calls.
+@flax.struct.dataclass
+class PerLayer:
+    """An array for each layer of a net, stacked; a jitted function may return it."""
+
+    layers: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    values: jax.Array
+
+
+def unrolled(values: Mapping[Path, jax.Array]) -> PerLayer:
+    """Arrays under the names of the unrolled net, in the order of the calls.
 
     Args:
-      values: by path, in the order of the calls. Values of a module in a loop have the
-        loop's rounds as leading axis.
+      values: by path, in the order of the calls, at least one. Those of a module in a
+        loop have the loop's rounds as leading axis.
 
     Returns:
-      Values by names such as "stage1/block2/conv1"; a loop's rounds count as blocks.
+      Names such as "stage1/block2/conv1"; a loop's rounds count as blocks.
     """
     layers = {}
     for loop, group in itertools.groupby(values, key=_loop):
@@ -54,7 +65,7 @@ def unrolled(values: Mapping[Path, Any]) -> dict[str, Any]:
                 # block1 comes before the loop.
                 name = "/".join((*loop, f"block{index + 2}", *inside))
                 layers[name] = values[path][index]
-    return layers
+    return PerLayer(tuple(layers), jnp.stack(list(layers.values())))
 
 
 def _loop(path: Path) -> Path | None:

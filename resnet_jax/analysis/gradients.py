@@ -3,7 +3,6 @@
 import functools
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -67,19 +66,8 @@ def gradient_norms(
     """
     if of not in QUANTITIES:
         raise UserError(f"gradients are of {' or '.join(QUANTITIES)}, not {of!r}")
-    found = jax.device_get(_norms(model, variables, images, labels, of, train))
-    if not found.layers:
-        raise UserError(f"{type(model).__name__} has no convolution")
-    return [
-        GradientNorm(layer, float(norm))
-        for layer, norm in zip(found.layers, found.norms, strict=True)
-    ]
-
-
-@flax.struct.dataclass
-class _Norms:
-    layers: tuple[str, ...] = flax.struct.field(pytree_node=False)
-    norms: list[jax.Array]
+    found = _norms(model, variables, images, labels, of, train)
+    return list(map(GradientNorm, found.layers, found.values.tolist()))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -95,6 +83,8 @@ def _norms(model, variables, images, labels, of, train):
             )
 
     probes, paths = _probes(apply, variables)
+    if not paths:
+        raise UserError(f"{type(model).__name__} has no convolution")
 
     def loss(params, probes):
         inputs = variables | {"params": params, "intermediates": probes}
@@ -103,16 +93,15 @@ def _norms(model, variables, images, labels, of, train):
 
     if of == "outputs":
         gradients = jax.grad(loss, 1)(variables["params"], probes)
-        norms = {path: leaf(gradients, (*path, "probe")) for path in paths}
-    else:
-        gradients = jax.grad(loss)(variables["params"], probes)
-        kernels = {path: leaf(gradients, (*path, "kernel")) for path in paths}
-        norms = {
+        return unrolled({path: leaf(gradients, (*path, "probe")) for path in paths})
+    gradients = jax.grad(loss)(variables["params"], probes)
+    kernels = {path: leaf(gradients, (*path, "kernel")) for path in paths}
+    return unrolled(
+        {
             path: jax.vmap(_l2_norm)(kernel) if is_stacked(path) else _l2_norm(kernel)
             for path, kernel in kernels.items()
         }
-    layers = unrolled(norms)
-    return _Norms(tuple(layers), list(layers.values()))
+    )
 
 
 def _probes(apply: Any, variables: Any) -> tuple[Any, list[Path]]:

@@ -1,11 +1,11 @@
 """Figures of runs, drawn like the paper's.
 
 All functions take plain data and return a figure; save it with ``figure.savefig``. Nets
-of a family share a hue, and deeper nets are darker: plain nets are red, residual nets
-blue, others green. Errors are given as shares, 0 to 1, and drawn in percent.
+of a family share a hue, and later nets of a list are darker: plain nets are red,
+residual nets blue, others green. Errors are given as shares, 0 to 1, and drawn in
+percent.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,51 +27,41 @@ _SPLITS: dict[str, dict[str, Any]] = {
 
 
 def training_curves(rows: Rows, title: str) -> Figure:
-    """Training and test error, and the loss, over the steps (axes of Fig. 6).
+    """Errors and losses over the steps (axes of Fig. 6), from rows of metrics.jsonl.
 
     Dashed lines are training, bold ones are test. Thin vertical lines mark drops of the
     learning rate.
-
-    Args:
-      rows: of metrics.jsonl.
-      title: above the figure.
     """
-    figure, (error_axes, loss_axes) = _figure(title, 2, (10, 4))
-    for axes, metric, scale in ((error_axes, "error", 100), (loss_axes, "loss", 1)):
+    figure, panels = _figure(title, 2, (10, 4))
+    for axes, metric, scale in zip(panels, ("error", "loss"), (100, 1), strict=True):
         for split, style in _SPLITS.items():
             name = f"{split}_{metric}"
             points = [(r["step"], scale * r[name]) for r in rows if name in r]
             if points:
                 marker = "o" if len(points) == 1 else None
-                axes.plot(
-                    *zip(*points, strict=True), label=split, marker=marker, **style
-                )
+                xy = zip(*points, strict=True)
+                axes.plot(*xy, label=split, marker=marker, **style)
         axes.set_xlabel("step")
         for step in _drops(rows):
             axes.axvline(step, color="0.7", linewidth=0.8, zorder=0)
         axes.legend(frameon=False)
-    errors = [
-        100 * row[name]
-        for row in rows
-        for name in ("train_error", "test_error", "holdout_error")
-        if name in row
-    ]
-    error_axes.set_ylabel("error (%)")
+    names = [f"{split}_error" for split in ("train", "test", "holdout")]
+    errors = [100 * row[name] for row in rows for name in names if name in row]
+    panels[0].set_ylabel("error (%)")
     # The paper's axis for a run that gets there.
-    error_axes.set_ylim(0, 20 if errors[-1] < 10 else 1.05 * max(1.0, *errors))
-    loss_axes.set_ylabel("loss")
-    loss_axes.set_yscale("log")
+    panels[0].set_ylim(0, 20 if errors[-1] < 10 else 1.05 * max(1.0, *errors))
+    panels[1].set_ylabel("loss")
+    panels[1].set_yscale("log")
     return figure
 
 
 def _drops(rows: Rows) -> list[int]:
     """Steps of the rows at which a constant learning rate fell by half or more."""
     rates = [row["learning_rate"] for row in rows]
+    triples = zip(rates, rates[1:], rates[2:], rows[2:], strict=False)
     return [
         row["step"]
-        for earlier, before, after, row in zip(
-            rates, rates[1:], rates[2:], rows[2:], strict=False
-        )
+        for earlier, before, after, row in triples
         if earlier == before and after < 0.5 * before
     ]
 
@@ -92,45 +82,24 @@ _MARKERS = {"plain": "s", "residual": "o", "other": "^"}
 _LABEL_HEIGHT = 0.055  # least distance of labels, as a share of the axes' height
 
 
-@dataclasses.dataclass(frozen=True)
-class Curves:
-    """The runs of one net: a line, and a band for several seeds.
-
-    Attributes:
-      label: of the line: "ResNet-56".
-      runs: the rows of metrics.jsonl of each run.
-      family: one of ``FAMILIES``.
-    """
+class Curves(NamedTuple):
+    """The runs of one net, each the rows of its metrics.jsonl."""
 
     label: str
     runs: Sequence[Rows]
     family: str = "residual"
 
 
-@dataclasses.dataclass(frozen=True)
-class Layers:
-    """A number for each layer of one net.
-
-    Attributes:
-      label: of the line.
-      values: in the net's order.
-      family: one of ``FAMILIES``.
-    """
+class Layers(NamedTuple):
+    """A number for each layer of one net, in the net's order."""
 
     label: str
     values: Sequence[float]
     family: str = "residual"
 
 
-@dataclasses.dataclass(frozen=True)
-class Depths:
-    """The errors of nets that differ only in depth.
-
-    Attributes:
-      label: of the line.
-      errors: by depth: the test error of each seed, 0 to 1.
-      family: one of ``FAMILIES``.
-    """
+class Depths(NamedTuple):
+    """Nets that differ only in depth: the test errors of all seeds, by depth."""
 
     label: str
     errors: Mapping[int, Sequence[float]]
@@ -143,20 +112,15 @@ def training_and_test_error(curves: Sequence[Curves], title: str = "") -> Figure
     Lines are means over the seeds; bands reach from the least to the greatest. The
     training error is over the steps since the previous row, with augmentation.
 
-    Args:
-      curves: nets in the order of their depth.
-      title: above the figure.
-
     Raises:
       UserError: a net has no run, or its runs have no step in common.
     """
     figure, panels = _figure(title, 2, (10, 4))
-    columns = ("train_error", "test_error")
     look = _look(curves)
-    for axes, name, label in zip(panels, columns, ("training", "test"), strict=True):
-        ends = _draw_errors(axes, curves, look, name, linewidth=2.0)
-        _finish_errors(axes, look, ends)
-        axes.set_ylabel(f"{label} error (%)")
+    for axes, split in zip(panels, ("train", "test"), strict=True):
+        _draw_errors(axes, curves, look, {f"{split}_error": {"linewidth": 2.0}})
+    panels[0].set_ylabel("training error (%)")
+    panels[1].set_ylabel("test error (%)")
     return figure
 
 
@@ -167,10 +131,6 @@ def error_curves(panels: Mapping[str, Sequence[Curves]], title: str = "") -> Fig
     ``training_and_test_error``. All panels have the same axes: the paper's, 0-20 % or
     20-60 % over 1e4 iterations, for runs of its length that end there.
 
-    Args:
-      panels: title to nets in the order of their depth.
-      title: above the figure.
-
     Raises:
       UserError: a net has no run, or its runs have no step in common.
     """
@@ -178,15 +138,14 @@ def error_curves(panels: Mapping[str, Sequence[Curves]], title: str = "") -> Fig
     # A net has one colour in all panels.
     nets = {net.label: net for curves in panels.values() for net in curves}
     look = _look(list(nets.values()))
+    thin, bold = {"linewidth": 1.0, "dashes": (4, 2)}, {"linewidth": 2.2}
     for axes, (name, curves) in zip(all_axes, panels.items(), strict=True):
-        _draw_errors(axes, curves, look, "train_error", linewidth=1.0, dashes=(4, 2))
-        ends = _draw_errors(axes, curves, look, "test_error", linewidth=2.2)
-        _finish_errors(axes, look, ends)
+        _draw_errors(axes, curves, look, {"train_error": thin, "test_error": bold})
         axes.set_title(name, fontsize="medium")
         axes.set_ylabel("error (%)")
     key = [
-        Line2D([], [], color="0.2", linewidth=1.0, dashes=(4, 2), label="training"),
-        Line2D([], [], color="0.2", linewidth=2.2, label="test"),
+        Line2D([], [], color="0.2", label=label, **style)
+        for label, style in (("training", thin), ("test", bold))
     ]
     figure.legend(handles=key, loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -196,10 +155,6 @@ def layer_responses_figure(nets: Sequence[Layers], title: str = "") -> Figure:
     """Standard deviations of layer responses (axes of Fig. 7).
 
     Top: in the nets' order. Bottom: sorted, the greatest first.
-
-    Args:
-      nets: of each family in the order of their depth.
-      title: above the figure.
     """
     figure, panels = _figure(title, 2, (9, 5.6), rows=True)
     _draw_layers(panels[0], nets, list)
@@ -207,8 +162,8 @@ def layer_responses_figure(nets: Sequence[Layers], title: str = "") -> Figure:
     for axes, order in zip(panels, ("", ", sorted"), strict=True):
         axes.set_xlabel(f"layer index{order}")
         axes.set_ylabel("standard deviation")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    lines = panels[0].get_lines()
+    figure.legend(handles=lines, loc="outside right center", frameon=False)
     return figure
 
 
@@ -218,26 +173,19 @@ def gradient_norms_figure(
     """Gradient norms layer by layer; all panels have the same logarithmic axis.
 
     Norms that are zero or not finite leave a gap.
-
-    Args:
-      panels: title to nets, each family's in the order of their depth.
-      title: above the figure.
     """
     width = 9 if len(panels) == 1 else 2 + 3 * len(panels)
     figure, all_axes = _figure(title, len(panels), (width, 3.8))
-    named: dict[str, Any] = {}
+    lines: dict[str, Any] = {}
     for axes, (name, nets) in zip(all_axes, panels.items(), strict=True):
         axes.sharey(all_axes[0])
         axes.set_yscale("log")
         axes.set_title(name, fontsize="medium")
-        _draw_layers(axes, nets, lambda norms: [_positive(norm) for norm in norms])
+        _draw_layers(axes, nets, _positive)
         axes.set_xlabel("layer index")
-        handles, labels = axes.get_legend_handles_labels()
-        named = dict(zip(labels, handles, strict=True)) | named
+        lines = {line.get_label(): line for line in axes.get_lines()} | lines
     all_axes[0].set_ylabel("norm of the gradient")
-    figure.legend(
-        named.values(), named.keys(), loc="outside right center", frameon=False
-    )
+    figure.legend(handles=[*lines.values()], loc="outside right center", frameon=False)
     return figure
 
 
@@ -245,10 +193,6 @@ def error_by_depth(families: Sequence[Depths], title: str = "") -> Figure:
     """Test errors against depth: means and sample standard deviations over the seeds.
 
     A single run has no bar.
-
-    Args:
-      families: one line each.
-      title: above the figure.
     """
     figure, (axes,) = _figure(title, 1, (6, 4))
     depths = sorted({depth for family in families for depth in family.errors})
@@ -282,11 +226,7 @@ def error_by_setting(
 ) -> Figure:
     """Test errors of settings, top to bottom: means and sample standard deviations.
 
-    Small dots are the runs; a single run has no bar.
-
-    Args:
-      settings: name to the test error of each seed, 0 to 1.
-      title: above the figure.
+    Small dots are the runs of a setting, one for each seed; a single run has no bar.
     """
     figure, (axes,) = _figure(title, 1, (7, 1.2 + 0.4 * len(settings)))
     color = _RAMPS["residual"](0.5)
@@ -357,11 +297,8 @@ def _look(nets: Sequence[Curves]) -> _Look:
     colors = _colors(nets)
     last_step = max(_aligned(net, "test_error")[0][-1] for net in nets)
     unit = 10_000 if last_step >= 20_000 else 1000 if last_step >= 2000 else 1
-    lasts = [
-        _aligned(net, name)[1][:, -1]
-        for net in nets
-        for name in ("train_error", "test_error")
-    ]
+    names = ("train_error", "test_error")
+    lasts = [_aligned(net, name)[1][:, -1] for net in nets for name in names]
     limits = _error_limits(np.concatenate(lasts), is_long=unit == 10_000)
     return _Look(colors, last_step, unit, limits)
 
@@ -374,27 +311,31 @@ def _error_limits(lasts: np.ndarray, is_long: bool) -> tuple[float, float]:
     return 0, next((top for top in tops if top >= 1.4 * lasts.max()), 100)
 
 
-def _draw_errors(axes, curves, look, name, linewidth, dashes=()):
-    """Draws a line and a band for each net; returns the lines' ends."""
-    ends = []
-    for net in curves:
-        color = look.colors[net.label]
-        steps, errors = _aligned(net, name)
-        mean, xs = errors.mean(0), steps / look.unit
-        axes.plot(
-            xs,
-            mean,
-            color=color,
-            linewidth=linewidth,
-            dashes=dashes,
-            label=net.label,
-            marker="o" if len(steps) == 1 else None,
-        )
-        if len(errors) > 1:
-            low, high = errors.min(0), errors.max(0)
-            axes.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
-        ends.append((net.label, mean[-1], color))
-    return ends
+def _draw_errors(
+    axes: Any, nets: Sequence[Curves], look: _Look, styles: dict[str, dict[str, Any]]
+) -> None:
+    """Draws lines and bands of all nets, for each column of ``styles``.
+
+    The lines of the last column get labels.
+    """
+    for name, style in styles.items():
+        ends = []
+        for net in nets:
+            color = look.colors[net.label]
+            steps, errors = _aligned(net, name)
+            mean, xs = errors.mean(0), steps / look.unit
+            marker = "o" if len(steps) == 1 else None
+            axes.plot(xs, mean, color=color, label=net.label, marker=marker, **style)
+            if len(errors) > 1:
+                low, high = errors.min(0), errors.max(0)
+                axes.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
+            ends.append((net.label, mean[-1], color))
+    axes.set_xlim(0, look.last_step / look.unit)
+    axes.set_ylim(*look.limits)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    suffix = {1: "", 1000: " (1e3)", 10_000: " (1e4)"}[look.unit]
+    axes.set_xlabel(f"iterations{suffix}")
+    _label_ends(axes, ends)
 
 
 def _aligned(net: Curves, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -408,15 +349,6 @@ def _aligned(net: Curves, name: str) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"the runs of {net.label} have no {name} at a common step")
     errors = [[run[step] for step in steps] for run in measured]
     return np.array(steps), np.array(errors)
-
-
-def _finish_errors(axes, look, ends):
-    axes.set_xlim(0, look.last_step / look.unit)
-    axes.set_ylim(*look.limits)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    suffix = {1: "", 1000: " (1e3)", 10_000: " (1e4)"}[look.unit]
-    axes.set_xlabel(f"iterations{suffix}")
-    _label_ends(axes, ends)
 
 
 def _label_ends(axes: Any, ends: Iterable[tuple[str, float, Any]]) -> None:
@@ -439,25 +371,18 @@ def _label_ends(axes: Any, ends: Iterable[tuple[str, float, Any]]) -> None:
 
 
 def _apart(heights: Sequence[float], least: float) -> list[float]:
-    """Ascending heights, moved until they are at least ``least`` apart.
+    """Ascending heights, moved as little as possible to be ``least`` apart.
 
-    Heights that would overlap become a group around their mean.
+    This is isotonic regression by the min-max formula: heights that would overlap
+    become a group around their mean.
     """
-    groups: list[tuple[float, int]] = []
-    for height in heights:
-        center, count = height, 1
-        while groups:
-            below, size = groups[-1]
-            if center - below >= least * (count + size) / 2:
-                break
-            groups.pop()
-            center = (center * count + below * size) / (count + size)
-            count += size
-        groups.append((center, count))
+    steps = least * np.arange(len(heights))
+    y = np.array(heights) - steps
+    places = range(len(y))
     return [
-        center + (index - (count - 1) / 2) * least
-        for center, count in groups
-        for index in range(count)
+        steps[i]
+        + max(min(y[j : k + 1].mean() for k in places[i:]) for j in places[: i + 1])
+        for i in places
     ]
 
 
@@ -480,8 +405,8 @@ def _draw_layers(
     axes.set_xlim(0, max(len(net.values) for net in nets) + 1)
 
 
-def _positive(value: float) -> float:
-    return value if np.isfinite(value) and value > 0 else np.nan
+def _positive(values: Sequence[float]) -> list[float]:
+    return [x if np.isfinite(x) and x > 0 else np.nan for x in values]
 
 
 def _percent(errors: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:

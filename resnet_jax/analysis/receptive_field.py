@@ -97,7 +97,8 @@ def _follow(
 
 def _loop(program, equation, body, operands, times, outputs):
     """A scan over constants, carried and stacked operands, in this order."""
-    # What is stacked has one axis more outside of the body than inside.
+    # Stacked arrays have one axis more outside the body than inside. jax's own counts
+    # of constants and carried operands differ between versions.
     ranks = [
         [len(outer.aval.shape) == len(own.aval.shape) for outer, own in pairs]
         for pairs in (

@@ -4,14 +4,19 @@ import os
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
 from resnet_jax import parallel
-from resnet_jax.analysis.convolutions import Path, is_convolution, leaf, unrolled
+from resnet_jax.analysis.convolutions import (
+    Path,
+    PerLayer,
+    is_convolution,
+    leaf,
+    unrolled,
+)
 from resnet_jax.data.transforms import normalize, to_unit
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import evaluation_batch_size, jit_over_batch
@@ -38,23 +43,6 @@ class Response(NamedTuple):
 
     layer: str
     std: float
-
-
-@flax.struct.dataclass
-class ImageMoments:
-    """Mean and squared deviations of each layer's response to each image.
-
-    Attributes:
-      layers: names of the layers in the net's order.
-      sizes: numbers in a layer's response to one image: h w c of its map.
-      mean: (layers, n), float32 or wider.
-      squares: (layers, n), sums of squared deviations from that mean.
-    """
-
-    layers: tuple[str, ...] = flax.struct.field(pytree_node=False)
-    sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)
-    mean: jax.Array
-    squares: jax.Array
 
 
 def layer_responses(
@@ -85,11 +73,8 @@ def layer_responses(
     Raises:
       UserError: there is no batch, or no 3x3 convolution in the net.
     """
-    moments_of = jax.jit(image_moments, static_argnums=0)
-    statistics = ResponseStatistics()
-    for images in batches:
-        statistics.add(moments_of(model, variables, images))
-    return statistics.responses()
+    moments_of = jax.jit(_image_moments, static_argnums=0)
+    return _pooled((moments_of(model, variables, images), None) for images in batches)
 
 
 def responses_of_run(
@@ -116,32 +101,23 @@ def responses_of_run(
 
     def moments_of(variables, statistics, images, labels, batch):
         images = normalize(to_unit(images), statistics)
-        return image_moments(run.model, variables, images), batch["mask"]
+        return _image_moments(run.model, variables, images), batch["mask"]
 
-    step, statistics = jit_over_batch(moments_of, run.mesh), ResponseStatistics()
+    step = jit_over_batch(moments_of, run.mesh)
     size = evaluation_batch_size(run.config, run.mesh)
-    for batch in feed.evaluation_batches(size):
-        found = step(run.variables, run.statistics, feed.resident, batch)
-        statistics.add(*parallel.settled(found))
-    return statistics.responses()
+    return _pooled(
+        parallel.settled(step(run.variables, run.statistics, feed.resident, batch))
+        for batch in feed.evaluation_batches(size)
+    )
 
 
-def image_moments(model: nn.Module, variables: Any, images: jax.Array) -> ImageMoments:
-    """The moments that ``layer_responses`` adds up, for one batch; inside jit.
-
-    Args:
-      model: a net, unrolled or scanned.
-      variables: its params and batch_stats.
-      images: (n, h, w, c), normalised as the net expects them.
-
-    Raises:
-      UserError: the net has no 3x3 convolution.
-    """
-    sizes: dict[Path, int] = {}
+def _image_moments(model: nn.Module, variables: Any, images: jax.Array) -> PerLayer:
+    """``_moments`` of each layer's response to a batch, (layers, 3, n); inside jit."""
+    paths: dict[Path, None] = {}
     latest: dict[Path, tuple[nn.Module, jax.Array]] = {}
 
     def keep(conv, response):
-        sizes[conv.path] = response[0].size
+        paths[conv.path] = None
         conv.put_variable("intermediates", "response", _moments(response))
 
     def watch(method, args, kwargs, context):
@@ -160,87 +136,53 @@ def image_moments(model: nn.Module, variables: Any, images: jax.Array) -> ImageM
         _, updates = model.apply(
             variables, images, train=False, mutable=["intermediates"]
         )
-    if not sizes:
+    if not paths:
         raise UserError(
             f"{type(model).__name__} has no 3x3 convolution, so there are no "
             "responses to measure"
         )
     found = updates["intermediates"]
-    moments = unrolled({path: leaf(found, (*path, "response")) for path in sizes})
-    lengths = unrolled(
-        {
-            path: np.full(leaf(found, (*path, "response")).shape[:-2], size)
-            for path, size in sizes.items()
-        }
-    )
-    stacked = jnp.stack(list(moments.values()))
-    return ImageMoments(
-        layers=tuple(moments),
-        sizes=tuple(map(int, lengths.values())),
-        mean=stacked[:, 0],
-        squares=stacked[:, 1],
-    )
+    return unrolled({path: leaf(found, (*path, "response")) for path in paths})
 
 
 def _moments(response: jax.Array) -> jax.Array:
-    """(2, n): mean and sum of squared deviations of (n, h, w, c), image by image."""
+    """(3, n): mean, squared deviations from it and h w c, for each of (n, h, w, c)."""
     x = response.astype(jnp.promote_types(response.dtype, jnp.float32))
     # Pixels first, then channels: a long float32 sum loses small terms.
     mean = x.mean((1, 2)).mean(-1)
     deviations = x - mean[:, None, None, None]
-    return jnp.stack([mean, jnp.square(deviations).sum((1, 2)).sum(-1)])
+    squares = jnp.square(deviations).sum((1, 2)).sum(-1)
+    return jnp.stack([mean, squares, jnp.full_like(mean, x[0].size)])
 
 
-class ResponseStatistics:
-    """Adds up ``ImageMoments`` in float64 on the host."""
+def _pooled(batches: Iterable[tuple[PerLayer, Any]]) -> list[Response]:
+    """The responses over all batches, added up in float64 on the host.
 
-    def __init__(self):
-        """Starts empty."""
-        self._layers: tuple[str, ...] = ()
-        self._count = self._mean = self._squares = np.zeros(())
-
-    def add(self, moments: ImageMoments, mask: Any = None) -> None:
-        """Adds a batch; waits for the devices.
-
-        Merged as by Chan, Golub & LeVeque 1983: with d = mean2 - mean1,
-
-            mean = mean1 + d n2 / (n1 + n2),  S = S1 + S2 + d^2 n1 n2 / (n1 + n2)
-
-        Args:
-          moments: of the batch.
-          mask: (n,), 1 for an example and 0 for padding; None if all are examples.
-        """
-        mean, squares = (
-            np.asarray(part, np.float64) for part in (moments.mean, moments.squares)
-        )
+    Args:
+      batches: moments and a mask (n,), 1 for an example and 0 for padding; None if all
+        are examples.
+    """
+    layers: tuple[str, ...] = ()
+    total = np.zeros(())
+    for moments, mask in batches:
+        values = np.asarray(moments.values, np.float64)
         if mask is not None:
-            real = np.asarray(mask) > 0
-            mean, squares = mean[:, real], squares[:, real]
-        if not mean.shape[1]:
-            return
-        sizes = np.asarray(moments.sizes, np.float64)
-        # A net that overflows has NaN deviations, which say enough.
-        with np.errstate(invalid="ignore", over="ignore"):
-            center = mean.mean(1)
-            between = np.square(mean - center[:, None]).sum(1)
-            count = sizes * mean.shape[1]
-            self._merge(count, center, squares.sum(1) + sizes * between)
-        self._layers = moments.layers
+            values = values[:, :, np.asarray(mask) > 0]
+        if values.shape[2]:
+            values = np.concatenate([total, values], 2) if layers else values
+            layers, total = moments.layers, _pool(values)
+    if not layers:
+        raise UserError("layer responses cannot be measured on no images")
+    _, squares, count = total[:, :, 0].T
+    return list(map(Response, layers, np.sqrt(squares / count).tolist()))
 
-    def _merge(self, count, mean, squares):
-        total, delta = self._count + count, mean - self._mean
-        self._squares = (
-            self._squares + squares + np.square(delta) * (self._count * count / total)
-        )
-        self._mean = self._mean + delta * (count / total)
-        self._count = total
 
-    def responses(self) -> list[Response]:
-        """The responses over everything added; UserError if nothing was."""
-        if not self._layers:
-            raise UserError("layer responses cannot be measured on no images")
-        stds = np.sqrt(self._squares / self._count)
-        return [
-            Response(layer, float(std))
-            for layer, std in zip(self._layers, stds, strict=True)
-        ]
+def _pool(moments: np.ndarray) -> np.ndarray:
+    """Moments of n groups, (layers, 3, n), as those of one group, (layers, 3, 1)."""
+    means, squares, counts = moments.transpose(1, 0, 2)
+    # A net that overflows has NaN deviations, which say enough.
+    with np.errstate(invalid="ignore", over="ignore"):
+        count = counts.sum(1, keepdims=True)
+        mean = (counts * means).sum(1, keepdims=True) / count
+        squares = squares + counts * np.square(means - mean)
+        return np.stack([mean, squares.sum(1, keepdims=True), count], 1)

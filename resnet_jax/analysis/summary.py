@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import json
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -37,7 +37,8 @@ class Row:
 
     The receptive field is the smallest rectangle of the image with every pixel that one
     position of the module's output depends on, as if the image had no border. For a
-    module with several outputs it is the last one's: for a stem, the pooled map's.
+    module with several outputs it is the last one's: for a stem, the pooled map's. Its
+    values are None along an axis on which every position depends on the whole image.
 
     Attributes:
       name: path in the net, "stage1" or "stage1/block2"; "other" for what belongs to
@@ -45,11 +46,10 @@ class Row:
       output_shape: (h, w, c) of a map, (c,) of features; None for no array.
       parameters: trainable numbers.
       multiply_adds: of one image, as ``count_multiply_adds`` counts.
-      receptive_field: height and width in pixels; None if every position depends on the
-        whole axis.
-      stride: pixels between neighbours on the output; None on such an axis.
+      receptive_field: height and width in pixels.
+      stride: pixels between neighbours on the output.
       first_pixel: row and column where the field of position (0, 0) begins, negative
-        beyond the border; None on such an axis.
+        beyond the border.
       global_context: whether every position also depends on the whole image, as after
         squeeze-and-excitation.
       repeats: number of times a loop runs it; above 1 in a scanned stage.
@@ -73,15 +73,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The rows of a named net.
-
-    Attributes:
-      name: in the catalog.
-      options: given to ``create_model``.
-      source: publication of the net.
-      image_shape: (h, w, channels).
-      rows: of ``summarize``.
-    """
+    """The rows of a net of the catalog, made by ``create_model(name, **options)``."""
 
     name: str
     options: dict[str, Any]
@@ -229,7 +221,7 @@ def print_summaries(
     console: rich.console.Console | None = None,
     **options: Any,
 ) -> list[Summary]:
-    """Prints the tables of nets of the catalog.
+    """Prints and returns the summaries of nets of the catalog.
 
     Args:
       names: of the nets.
@@ -240,9 +232,6 @@ def print_summaries(
       json_path: file for the figures.
       console: None means standard output.
       **options: of ``create_model``, for every net; None means the default.
-
-    Returns:
-      The summaries, in the order of the names.
 
     Raises:
       UserError: no or unknown names, a comparison of other than two nets, an unknown
@@ -292,83 +281,41 @@ def _has_shortcuts(name: str) -> bool:
 def render(summary: Summary, other: Summary | None = None) -> rich.table.Table:
     """A table of one net, or of two side by side with the ratio of their totals.
 
-    Rows of the same name stand on one line. A notebook shows the table as it is.
+    Rows of the same name share a line. A notebook displays the table.
     """
-    return _render_one(summary) if other is None else _render_two(summary, other)
-
-
-def _render_one(summary: Summary) -> rich.table.Table:
-    table = _table([summary], _caption(summary.rows), padding=(0, 1))
-    table.add_column("", footer="total")
-    for heading, footer in (
-        ("output", ""),
-        ("stride", ""),
-        ("field", ""),
-        ("parameters", f"{summary.parameters:,}"),
-        ("multiply-adds", f"{summary.multiply_adds:,}"),
-    ):
-        table.add_column(heading, footer=footer, justify="right", overflow="fold")
-    for row in summary.rows:
-        table.add_row(
-            _indented(row),
-            _shape(row),
-            _sides(row.stride),
-            _field(row, " + "),
-            f"{row.parameters:,}",
-            f"{row.multiply_adds:,}",
-        )
-    return table
-
-
-def _render_two(first: Summary, second: Summary) -> rich.table.Table:
-    ratios = [f"{ratio:.4g}" for ratio in _ratios(first, second)]
-    caption = (
-        f"{first.name} has {ratios[0]} times the parameters of {second.name} and "
-        f"{ratios[1]} times its multiply-adds\n" + _caption([*first.rows, *second.rows])
-    )
-    table = _table([first, second], caption, padding=(0, 0))
-    table.add_column("", footer="total", no_wrap=True)
-    for summary in (first, second):
-        table.add_column("")  # a wider gap
-        # The name in lines as narrow as the column below it.
-        lines = textwrap.wrap(summary.name.replace("_", "_ "), 11)
-        for heading, footer in (
-            ("\n".join(lines).replace("_ ", "_") + "\noutput", ""),
-            ("field", ""),
-            ("params", _short(summary.parameters)),
-            ("mul-\nadds", _short(summary.multiply_adds)),
-        ):
-            table.add_column(
-                heading,
-                footer=footer,
-                justify="right",
-                vertical="bottom",
-                overflow="fold",
-            )
-    by_name = [{row.name: row for row in net.rows} for net in (first, second)]
-    for name in _merged(list(by_name[0]), list(by_name[1])):
-        found = [rows.get(name) for rows in by_name]
-        cells = [_indented(next(row for row in found if row))]
-        for row in found:
-            cells += _short_cells(row) if row else [""] * 5
-        table.add_row(*cells)
-    return table
-
-
-def _table(
-    summaries: Sequence[Summary], caption: str, padding: tuple[int, int]
-) -> rich.table.Table:
-    return rich.table.Table(
+    nets = [summary] if other is None else [summary, other]
+    rows = [{row.name: row for row in net.rows} for net in nets]
+    table = rich.table.Table(
         box=rich.box.SIMPLE_HEAD,
-        title="\n".join(_title(summary) for summary in summaries),
+        title="\n".join(map(_title, nets)),
         title_justify="left",
         title_style="bold",
-        caption=caption,
+        caption=_caption(nets),
         caption_justify="left",
         show_footer=True,
         pad_edge=False,
-        padding=padding,
+        padding=(0, 1) if other is None else 0,
     )
+    table.add_column("", footer="total", no_wrap=True)
+    for net in nets:
+        headings = ["output", "stride", "field", "parameters", "multiply-adds"]
+        if other is not None:
+            # The name in lines as narrow as the column below it.
+            lines = textwrap.wrap(net.name.replace("_", "_ "), 11)
+            name = "\n".join(lines).replace("_ ", "_")
+            headings = ["", f"{name}\noutput", "field", "params", "mul-\nadds"]
+        footers = ["", "", "", *_costs(net, short=other is not None)]
+        for heading, footer in zip(headings, footers, strict=True):
+            table.add_column(
+                heading, footer, justify="right", vertical="bottom", overflow="fold"
+            )
+    for name in _merged(list(rows[0]), list(rows[-1])):
+        found = [named.get(name) for named in rows]
+        cells = [_indented(next(row for row in found if row))]
+        for row in found:
+            cells += _cells(row, short=other is not None) if row else [""] * 5
+        table.add_row(*cells)
+    return table
 
 
 def _title(summary: Summary) -> str:
@@ -379,10 +326,16 @@ def _title(summary: Summary) -> str:
     return f"{summary.name}{options}; images {size}; {summary.source}"
 
 
-def _caption(rows: Iterable[Row]) -> str:
-    gated = any(row.global_context for row in rows)
-    return "field: the receptive field, in pixels; all: the whole image" + (
-        "\n+ all: and the whole image through a mean over the map" if gated else ""
+def _caption(nets: Sequence[Summary]) -> str:
+    text = "field: the receptive field, in pixels; all: the whole image"
+    if any(row.global_context for net in nets for row in net.rows):
+        text += "\n+ all: and the whole image through a mean over the map"
+    if len(nets) == 1:
+        return text
+    parameters, multiply_adds = (f"{ratio:.4g}" for ratio in _ratios(*nets))
+    return (
+        f"{nets[0].name} has {parameters} times the parameters of {nets[1].name} and "
+        f"{multiply_adds} times its multiply-adds\n{text}"
     )
 
 
@@ -398,9 +351,17 @@ def _merged(first: list[str], second: list[str]) -> Iterator[str]:
         yield from () if kind == "equal" else second[k:m]
 
 
-def _short_cells(row: Row) -> list[str]:
-    costs = (_short(row.parameters), _short(row.multiply_adds))
-    return ["", _shape(row), _field(row, "+"), *costs]
+def _cells(row: Row, short: bool) -> list[str]:
+    """A row without its name; short numbers and no stride beside another net."""
+    costs = _costs(row, short)
+    if short:
+        return ["", _shape(row), _field(row, "+"), *costs]
+    return [_shape(row), _sides(row.stride), _field(row, " + "), *costs]
+
+
+def _costs(costs: Row | Summary, short: bool) -> list[str]:
+    counts = [getattr(costs, name) for name in _COSTS]
+    return [_short(count) if short else f"{count:,}" for count in counts]
 
 
 def _indented(row: Row) -> str:

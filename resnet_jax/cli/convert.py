@@ -68,16 +68,13 @@ def convert_weights(
     layout: "WeightsLayout | None" = None,
     force: bool = False,
 ) -> None:
-    """Writes the weights of a file or a run to a file in either layout.
-
-    Prints one line.
+    """Writes the weights of a file or a run to a file in either layout; prints a line.
 
     Args:
       source: a file, a name that ``resnet_jax.weights.hub.locate`` knows, or a run's
         workdir, for the variables with which its last checkpoint is evaluated.
       target: the safetensors file to write.
-      model: the model's name in the catalog; None means the name in the source, which
-        our files, torchvision's names and workdirs have.
+      model: the model's name in the catalog; None means the name in the source.
       layout: "flax" or "torch"; None means the opposite of the source's, and flax for
         a workdir.
       force: replace ``target`` if it exists.
@@ -88,14 +85,10 @@ def convert_weights(
     """
     from resnet_jax.storage import is_remote
     from resnet_jax.weights import save_weights, shapes
-    from resnet_jax.weights.load_save import SUFFIX, load_named_model
+    from resnet_jax.weights.load_save import check_suffix, load_named_model
 
     target = Path(target).expanduser()
-    if target.suffix != SUFFIX:
-        raise UserError(
-            f"{target} cannot be written: weights are written as safetensors; give a "
-            f"path that ends in {SUFFIX}"
-        )
+    check_suffix(str(target))
     if target.exists() and not force:
         raise UserError(f"{target} exists; give another path, or --force")
     if is_remote(source) or Path(source).expanduser().is_dir():

@@ -29,10 +29,7 @@ def add_parser(commands: Any) -> None:
         help="names of resnet_jax.list_models(); a table for each",
     )
     parser.add_argument(
-        "--compare",
-        nargs="*",
-        metavar="NAME",
-        help="print two nets side by side",
+        "--compare", nargs="*", metavar="NAME", help="print two nets side by side"
     )
     parser.add_argument(
         "--image-size",

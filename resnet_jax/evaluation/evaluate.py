@@ -1,6 +1,5 @@
 """Evaluation of a run's checkpoint."""
 
-import dataclasses
 import os
 from typing import Any
 
@@ -15,7 +14,7 @@ from resnet_jax.evaluation.evaluator import (
     evaluation_batch_size,
 )
 from resnet_jax.evaluation.precise_statistics import precise_variables
-from resnet_jax.evaluation.saved_run import SavedRun, load_run
+from resnet_jax.evaluation.saved_run import load_run
 
 
 def evaluate(
@@ -45,39 +44,32 @@ def evaluate(
     Raises:
       UserError: there is no such run, checkpoint or split.
     """
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"the batch size must be at least 1, not {batch_size}")
-    if precise_batches is not None and precise_batches < 1:
-        raise UserError(
-            f"the precise batches must be at least 1, not {precise_batches}"
-        )
+    given = {"batch size": batch_size, "number of precise batches": precise_batches}
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise UserError(f"the {name} must be at least 1, not {value}")
     console = console or make_console()
     run = load_run(workdir, checkpoint)
-    feed = run.feed(run.split(split))
+    feed, variables = run.feed(run.split(split)), run.variables
     if precise_batches is not None:
-        run = _with_precise_statistics(run, precise_batches)
+        variables = precise_variables(
+            run.model,
+            run.config,
+            run.mesh,
+            variables,
+            run.statistics,
+            run.rng,
+            run.feed(run.split("train")),
+            precise_batches,
+        )
         say(console, f"batch statistics averaged over {precise_batches} batches")
     size = evaluation_batch_size(run.config, run.mesh)
     if batch_size is not None:
         size = parallel.round_up(batch_size, run.mesh)
     evaluator = Evaluator(run.model, run.mesh)
-    summary = evaluator.evaluate(run.variables, run.statistics, feed, size)
+    summary = evaluator.evaluate(variables, run.statistics, feed, size)
     say(console, f"checkpoint at step {run.step}, loss {summary['loss']:.4f}")
     if "top5_error" in summary:
         say(console, f"{split} top-5 error {100 * summary['top5_error']:.2f} %")
     say(console, describe_error(split, summary["errors"], summary["count"]))
     return summary | {"step": run.step}
-
-
-def _with_precise_statistics(run: SavedRun, num_batches: int) -> SavedRun:
-    variables = precise_variables(
-        run.model,
-        run.config,
-        run.mesh,
-        run.variables,
-        run.statistics,
-        run.rng,
-        run.feed(run.split("train")),
-        num_batches,
-    )
-    return dataclasses.replace(run, variables=variables)

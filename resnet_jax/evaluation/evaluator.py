@@ -30,13 +30,13 @@ def jit_over_batch(
 
     Args:
       function: takes (variables, other, images, labels, batch): variables whole on
-        every device, any other replicated input, uint8 images (n, h, w, c), labels
-        (n,) and the batch itself, for its mask.
+        every device, any replicated input, uint8 images (n, h, w, c), labels (n,) and
+        the batch itself, for its mask.
       mesh: the devices.
 
     Returns:
-      A function of (variables, other, resident, batch). The variables can be
-      replicated or cut over the devices; ``resident`` is ``Feed.resident``.
+      A function of (variables, other, resident, batch), where ``resident`` is
+      ``Feed.resident``. The variables may be cut over the devices.
     """
 
     def on_batch(variables, other, resident, batch):
@@ -61,12 +61,7 @@ def evaluation_batch_size(config: Config, mesh: Mesh) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Evaluates variables of one net on any split.
-
-    Attributes:
-      model: the net; ``num_classes`` is its number of logits.
-      mesh: the devices.
-    """
+    """Evaluates variables of one net on any split."""
 
     model: nn.Module
     mesh: Mesh
@@ -97,7 +92,7 @@ class Evaluator:
           variables: params and batch_stats.
           statistics: of the training pixels.
           feed: of the split.
-          batch_size: examples per batch; need not divide the split.
+          batch_size: need not divide the split.
           interrupted: called after each batch; True stops the evaluation. All
             processes must get the same answer.
 
@@ -118,8 +113,7 @@ class Evaluator:
             raise RuntimeError(
                 f"evaluation counted {summary['count']} of {expected} examples"
             )
-        num_classes: int = getattr(self.model, "num_classes", 0)
-        if num_classes < TOP5_CLASSES:
+        if getattr(self.model, "num_classes", 0) < TOP5_CLASSES:
             del summary["top5_error"]
         return summary
 

@@ -10,18 +10,11 @@ import optax
 
 @flax.struct.dataclass
 class Sums:
-    """Sums over examples.
-
-    Attributes:
-      loss: of the cross-entropies, float32.
-      errors: examples whose largest logit is not their label, int32.
-      top5_errors: examples whose label is not among the five largest, int32.
-      count: examples, int32.
-    """
+    """Sums over examples: float32 losses, and int32 counts."""
 
     loss: jax.Array
-    errors: jax.Array
-    top5_errors: jax.Array
+    errors: jax.Array  # the largest logit is not the label's
+    top5_errors: jax.Array  # the label's logit is not among the five largest
     count: jax.Array
 
     @classmethod

@@ -36,16 +36,7 @@ def precise_variables(
 
     Images, augmentation and batch size are those of the run's first steps. So the
     result depends on the variables alone, not on when or how often it is computed.
-
-    Args:
-      model: the net.
-      config: of the run.
-      mesh: the devices.
-      variables: params and batch_stats.
-      statistics: of the training pixels.
-      rng: of the run, ``TrainState.rng``.
-      feed: of the training set.
-      num_batches: at least 1.
+    ``rng`` is ``TrainState.rng``, and ``feed`` the training set's.
 
     Raises:
       UserError: the net has no batch normalisation.
@@ -68,7 +59,7 @@ def precise_variables(
 
 
 def check_precise_statistics(config: Config, batch_stats: Any) -> None:
-    """Raises UserError if a config wants statistics that its net does not have."""
+    """Raises UserError if a config asks for statistics that its net lacks."""
     examples = config.evaluation.precise_statistics_examples
     if examples and not batch_stats:
         raise UserError(

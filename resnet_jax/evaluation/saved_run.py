@@ -26,13 +26,10 @@ class SavedRun:
     """A checkpoint of a run.
 
     Attributes:
-      config: of the run.
-      mesh: the devices.
-      model: the net.
       variables: params and batch_stats for evaluation, on the devices: the moving
         averages if the run keeps them.
-      statistics: of the training pixels; ``normalize(to_unit(images), statistics)`` is
-        what the net expects.
+      statistics: of the training pixels. The net expects
+        ``normalize(to_unit(images), statistics)``.
       rng: the run's random key.
       step: of the checkpoint.
     """
@@ -51,15 +48,9 @@ class SavedRun:
         return open_dataset(self.config)
 
     def split(self, name: str) -> Split:
-        """The split "test", "holdout" or "train".
-
-        Raises:
-          UserError: the run has no such split.
-        """
-        if name not in ("train", "holdout", "test"):
-            found = None
-        else:
-            found = getattr(self.dataset, name)
+        """The split "test", "holdout" or "train"; UserError if the run lacks it."""
+        known = name in ("train", "holdout", "test")
+        found = getattr(self.dataset, name) if known else None
         if found is None:
             raise UserError(
                 f"there is no split {name!r}; choose test or train, or holdout if "

@@ -35,6 +35,18 @@ _DTYPES = {
 # The longest header that safetensors itself accepts.
 _MAX_HEADER_BYTES = 100_000_000
 
+# Downloads that went wrong, by their first bytes.
+_ACCIDENTS = {
+    b"version https://git-lfs": (
+        "is a Git LFS pointer, not the weights themselves; fetch them with git lfs "
+        "pull, or download the file from its page"
+    ),
+    b"<": (
+        "is a web page (HTML or XML), which servers send for errors and log-ins; "
+        "download the weights again"
+    ),
+}
+
 
 def read_arrays(
     path: str | os.PathLike[str],
@@ -54,17 +66,18 @@ def read_arrays(
     path = Path(path)
     try:
         with path.open("rb") as file:
-            head = file.read(4096)
+            head = file.read(64)
         if _is_safetensors(head):
             return _read_safetensors(path, path.read_bytes())
+        for start, sentence in _ACCIDENTS.items():
+            if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(start):
+                raise UserError(f"{path} {sentence}")
+        return read_torch_file(path), {}
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); give the path of a file of "
             "weights that you may read"
         ) from error
-    if accident := _accident(head):
-        raise UserError(f"{path} {accident}")
-    return read_torch_file(path), {}
 
 
 def write_safetensors(
@@ -77,7 +90,7 @@ def write_safetensors(
     Args:
       path: the file; an existing one is replaced in one step.
       arrays: by name, with any strides and byte order.
-      metadata: strings to save beside them.
+      metadata: strings to save with them.
 
     Raises:
       UserError: the folder is missing, the file cannot be written, or an array has a
@@ -88,10 +101,6 @@ def write_safetensors(
         raise UserError(
             f"{path} cannot be written: there is no folder {path.parent}; create it, "
             "or give another path"
-        )
-    if path.is_dir():
-        raise UserError(
-            f"{path} cannot be written: it is a folder; give the path of a file in it"
         )
     plain = {name: _plain(path, name, array) for name, array in arrays.items()}
     texts = None if metadata is None else dict(metadata)
@@ -157,30 +166,3 @@ def _read_safetensors(
                 "download it again"
             ) from error
     return arrays, metadata
-
-
-def _accident(head: bytes) -> str | None:
-    """Says what a text file is and what to do about it; None for a binary file."""
-    if head.startswith(b"version https://git-lfs"):
-        return (
-            "is a Git LFS pointer, not the weights themselves; fetch them with git lfs "
-            "pull, or download the file from its page"
-        )
-    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    if start.startswith(b"<"):
-        return (
-            "is a web page (HTML or XML), which servers send for errors and log-ins; "
-            "download the weights again"
-        )
-    try:
-        # Incremental because the last character may be cut.
-        text = codecs.getincrementaldecoder("utf-8")().decode(start)
-    except UnicodeDecodeError:
-        return None
-    line = (text.splitlines() or [""])[0]
-    if not line or not all(letter.isprintable() or letter.isspace() for letter in text):
-        return None
-    return (
-        f"is a text file that begins {line[:60]!r}, not weights; give a safetensors or "
-        "torch.save file"
-    )

@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import os
 import re
+import shutil
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,52 +21,36 @@ HUB_PREFIX = "hf-hub:"
 TORCHVISION_PREFIX = "torchvision:"
 
 TORCHVISION_ADDRESS = "https://download.pytorch.org/models/"
-# File names by model and weights, as in torchvision 0.28. Each name ends in the first
-# digits of the file's SHA-256. VGG-16's IMAGENET1K_FEATURES is left out because it has
-# no classifier.
-TORCHVISION_FILES = {
-    "resnet18": {"IMAGENET1K_V1": "resnet18-f37072fd.pth"},
-    "resnet34": {"IMAGENET1K_V1": "resnet34-b627a593.pth"},
-    "resnet50": {
-        "IMAGENET1K_V1": "resnet50-0676ba61.pth",
-        "IMAGENET1K_V2": "resnet50-11ad3fa6.pth",
-    },
-    "resnet101": {
-        "IMAGENET1K_V1": "resnet101-63fe2227.pth",
-        "IMAGENET1K_V2": "resnet101-cd907fc2.pth",
-    },
-    "resnet152": {
-        "IMAGENET1K_V1": "resnet152-394f9c45.pth",
-        "IMAGENET1K_V2": "resnet152-f82ba261.pth",
-    },
-    "resnext50_32x4d": {
-        "IMAGENET1K_V1": "resnext50_32x4d-7cdf4587.pth",
-        "IMAGENET1K_V2": "resnext50_32x4d-1a0047aa.pth",
-    },
-    "resnext101_32x8d": {
-        "IMAGENET1K_V1": "resnext101_32x8d-8ba56ff5.pth",
-        "IMAGENET1K_V2": "resnext101_32x8d-110c445d.pth",
-    },
-    "resnext101_64x4d": {"IMAGENET1K_V1": "resnext101_64x4d-173b62eb.pth"},
-    "wide_resnet50_2": {
-        "IMAGENET1K_V1": "wide_resnet50_2-95faca4d.pth",
-        "IMAGENET1K_V2": "wide_resnet50_2-9ba9bcbe.pth",
-    },
-    "wide_resnet101_2": {
-        "IMAGENET1K_V1": "wide_resnet101_2-32ee1156.pth",
-        "IMAGENET1K_V2": "wide_resnet101_2-d733dc28.pth",
-    },
-    "vgg16": {"IMAGENET1K_V1": "vgg16-397923af.pth"},
-    "vgg16_bn": {"IMAGENET1K_V1": "vgg16_bn-6c64b313.pth"},
-    "vgg19": {"IMAGENET1K_V1": "vgg19-dcbb9e9d.pth"},
-    "vgg19_bn": {"IMAGENET1K_V1": "vgg19_bn-c79401a0.pth"},
+# The first digits of each file's SHA-256, versions 1 and 2, as in torchvision 0.28.
+# VGG-16's IMAGENET1K_FEATURES is left out because it has no classifier.
+_CHECKSUMS = {
+    "resnet18": ["f37072fd"],
+    "resnet34": ["b627a593"],
+    "resnet50": ["0676ba61", "11ad3fa6"],
+    "resnet101": ["63fe2227", "cd907fc2"],
+    "resnet152": ["394f9c45", "f82ba261"],
+    "resnext50_32x4d": ["7cdf4587", "1a0047aa"],
+    "resnext101_32x8d": ["8ba56ff5", "110c445d"],
+    "resnext101_64x4d": ["173b62eb"],
+    "wide_resnet50_2": ["95faca4d", "9ba9bcbe"],
+    "wide_resnet101_2": ["32ee1156", "d733dc28"],
+    "vgg16": ["397923af"],
+    "vgg16_bn": ["6c64b313"],
+    "vgg19": ["dcbb9e9d"],
+    "vgg19_bn": ["c79401a0"],
 }
-_DEFAULT_WEIGHTS = "IMAGENET1K_V1"
+TORCHVISION_FILES = {
+    model: {
+        f"IMAGENET1K_V{version}": f"{model}-{digits}.pth"
+        for version, digits in enumerate(checksums, start=1)
+    }
+    for model, checksums in _CHECKSUMS.items()
+}
+"""File names by model and weights; they end in the first digits of their SHA-256."""
 
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 _TIMEOUT_SECONDS = 30
-_CHUNK_BYTES = 2**20
 
 _FORMS = (
     "give the path of a file, hf-hub:OWNER/NAME[@REVISION] or "
@@ -114,30 +99,17 @@ def _from_torchvision(name: str) -> Path:
             f"{nearest(model, TORCHVISION_FILES)}"
         )
     versions = TORCHVISION_FILES[model]
-    weights = weights or _DEFAULT_WEIGHTS
+    weights = weights or "IMAGENET1K_V1"
     if weights not in versions:
         raise UserError(
             f"{name}: {model} has no weights {weights!r}; {nearest(weights, versions)}"
         )
     file_name = versions[weights]
-    target = _cache_folder() / file_name
-    if not (target.is_file() and _has_checksum(target)):
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    target = Path(cache) / "resnet_jax" / file_name
+    if not target.is_file() or _checksum(target) != _expected_checksum(file_name):
         _download(name, TORCHVISION_ADDRESS + file_name, target)
     return target
-
-
-def _cache_folder() -> Path:
-    """The folder of downloaded files; created if it is missing."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(base) / "resnet_jax"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the cache folder {folder} cannot be created ({error.strerror}); set "
-            "XDG_CACHE_HOME to a folder you can write to"
-        ) from error
-    return folder
 
 
 def _expected_checksum(file_name: str) -> str:
@@ -145,34 +117,29 @@ def _expected_checksum(file_name: str) -> str:
     return file_name.rpartition("-")[2].partition(".")[0]
 
 
-def _has_checksum(file: Path) -> bool:
-    try:
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-    except OSError:
-        return False
-    return digest.startswith(_expected_checksum(file.name))
+def _checksum(file: Path) -> str:
+    """The first 8 digits of the file's SHA-256."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:8]
 
 
 def _download(name: str, address: str, target: Path) -> None:
     """Downloads a file; ``target`` changes only once the checksum matches."""
-    digest = hashlib.sha256()
     request = urllib.request.Request(address, headers={"User-Agent": "resnet_jax"})
+    expected = _expected_checksum(target.name)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with (
             urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as response,
             replacing(target) as temporary,
         ):
             with temporary.open("wb") as file:
-                while chunk := response.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    file.write(chunk)
-            expected = _expected_checksum(target.name)
-            if not digest.hexdigest().startswith(expected):
+                shutil.copyfileobj(response, file)
+            if (found := _checksum(temporary)) != expected:
                 raise UserError(
                     f"{name} arrived incomplete or changed from {address}: its SHA-256 "
-                    f"begins {digest.hexdigest()[: len(expected)]}, not {expected}; "
-                    "try again, or give the path of a file"
+                    f"begins {found}, not {expected}; try again, or give the path of a "
+                    "file"
                 )
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
@@ -189,14 +156,9 @@ def _from_hub(name: str) -> Path:
             f"{name} is not a repository's name; give {HUB_PREFIX}OWNER/NAME or "
             f"{HUB_PREFIX}OWNER/NAME@REVISION"
         )
-    try:
-        import huggingface_hub as hub
-        from huggingface_hub import errors
-    except ImportError as error:
-        raise UserError(
-            f"{name} needs the package huggingface_hub ({_one_line(error)}); "
-            "pip install huggingface_hub"
-        ) from error
+    import huggingface_hub as hub  # slow to import
+    from huggingface_hub import errors
+
     unreachable = False
     for file_name in _HUB_FILES:
         try:
@@ -210,31 +172,15 @@ def _from_hub(name: str) -> Path:
                         local_files_only=unreachable,
                     )
                 )
-        # The order matters: some of these are subclasses of others.
-        except errors.LocalEntryNotFoundError:
+        except errors.LocalEntryNotFoundError:  # a subclass of the next
             unreachable = True
         except errors.EntryNotFoundError:
             pass
-        except errors.GatedRepoError as error:
-            raise UserError(
-                f"{name} is gated: accept its terms at huggingface.co/{repository} and "
-                "log in with hf auth login"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise UserError(
-                f"the Hugging Face Hub has no repository {repository}, or it is "
-                "private; check the name, or log in with hf auth login"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise UserError(
-                f"{repository} has no revision {revision!r}; give a branch, a tag or a "
-                "commit that exists"
-            ) from error
         # Its HTTP library, which has changed before, may raise anything.
         except Exception as error:
             raise UserError(
-                f"{name} cannot be downloaded ({_one_line(error)}); try again, or give "
-                "the path of a file"
+                f"{name} cannot be downloaded ({_one_line(error)}); check the name, "
+                "log in with hf auth login, or give the path of a file"
             ) from error
     if unreachable:
         raise UserError(
@@ -249,19 +195,18 @@ def _from_hub(name: str) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the progress bars and warnings of huggingface_hub for a while."""
+    """Silences the progress bars and warnings of huggingface_hub."""
     from huggingface_hub import utils
 
     verbosity = utils.logging.get_verbosity()
-    has_bars = not utils.are_progress_bars_disabled()
+    had_bars = not utils.are_progress_bars_disabled()
     utils.logging.set_verbosity_error()
-    if has_bars:
-        utils.disable_progress_bars()
+    utils.disable_progress_bars()
     try:
         yield
     finally:
         utils.logging.set_verbosity(verbosity)
-        if has_bars:
+        if had_bars:
             utils.enable_progress_bars()
 
 

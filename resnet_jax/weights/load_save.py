@@ -5,6 +5,7 @@ layout is the one of torchvision and timm (``torch_layout``). Files do not depen
 whether the model runs its blocks as a loop.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -35,13 +36,13 @@ from resnet_jax.weights.torch_layout import (
 WeightsLayout = Literal["flax", "torch"]
 LAYOUTS: tuple[WeightsLayout, ...] = ("flax", "torch")
 
-SUFFIX = ".safetensors"
 _FORMAT = "resnet_jax"  # "format" in the metadata of files in the flax layout
 _FORMAT_VERSION = "1"
 _TORCH_FORMAT = "pt"  # the same in files that torch loads
 
 # A block's first convolution in either layout. The group is its stage.
 _FIRST_CONV = re.compile(r"(?:params/stage|layer)(\d+)(?:/block|\.)\d+[./]conv1\b")
+_BOTTLENECKS = ("bottleneck_", "preact_bottleneck_")
 
 # Options of create_model that change what a model computes with given weights, and the
 # types of their values. Files keep them.
@@ -74,13 +75,10 @@ def load_weights(
 ) -> dict[str, Any]:
     """Loads a model's variables from a file of either layout.
 
-    The file must hold every array of the model in its shape, and nothing else, with
-    two exceptions: torch's counters ``num_batches_tracked`` are ignored, and so is the
-    classifier if ``new_head`` is set or the model has none. The first kernel of the
-    file sets the number of image channels.
-
-    Running variances need no conversion: torch averages the unbiased variance of the
-    batches, and so does our BatchNorm.
+    The file must hold every array of the model in its shape, and nothing else. Only
+    torch's counters ``num_batches_tracked`` are ignored, and the classifier if
+    ``new_head`` is set or the model has none. The file sets the number of image
+    channels.
 
     Args:
       path_or_name: a safetensors or torch.save file, or a name such as
@@ -90,7 +88,7 @@ def load_weights(
         on other classes.
       rng: key of the fresh classifier, which equals that of ``model.init(rng, ...)``;
         None means ``jax.random.key(0)``.
-      example: an input, or its ``jax.ShapeDtypeStruct``, for modules from elsewhere.
+      example: an input, or its ``jax.ShapeDtypeStruct``, for other modules.
 
     Returns:
       The tree of ``model.init``, in float32 whatever the file's dtype: exact from
@@ -100,16 +98,9 @@ def load_weights(
       UserError: the file is missing, damaged, asks for more than arrays, does not
         match the model, or holds a number that is not finite.
     """
-    arrays, metadata = read_arrays(locate(path_or_name))
-    return variables_of(
-        os.fspath(path_or_name),
-        arrays,
-        file_layout(os.fspath(path_or_name), arrays, metadata),
-        model,
-        new_head=new_head,
-        rng=rng,
-        example=example,
-    )
+    source = os.fspath(path_or_name)
+    arrays, layout, _ = _read(source)
+    return _variables(source, arrays, layout, model, new_head, rng, example)
 
 
 def save_weights(
@@ -124,18 +115,16 @@ def save_weights(
     """Saves a model's variables as a safetensors file, complete or not at all.
 
     torchvision and timm take the torch layout through ``safetensors.torch.load_file``
-    and ``load_state_dict(strict=True)``; its counters ``num_batches_tracked`` are 0.
-    Both layouts load again bit for bit.
+    and ``load_state_dict(strict=True)``. Both layouts load again bit for bit.
 
     Args:
       path: ends in .safetensors; an existing file is replaced.
       variables: of ``model``, on any devices.
-      model: a model of this library, or, for the flax layout, any module; variables
-        of other modules are written without a check of their shapes.
+      model: a model of this library, or, for the flax layout, any module, whose
+        variables are written unchecked.
       layout: "flax" or "torch".
-      name: the model's name in the catalog; kept in the file for
-        ``resnet-jax convert``.
-      options: of ``create_model``, kept beside the name; JSON values.
+      name: the model's name in the catalog, kept for ``resnet-jax convert``.
+      options: of ``create_model``, kept with the name; JSON values.
 
     Returns:
       The arrays as written, by name.
@@ -149,27 +138,23 @@ def save_weights(
         raise UserError(
             f"unknown layout {layout!r} of weights; valid are {', '.join(LAYOUTS)}"
         )
-    if not path.endswith(SUFFIX):
-        raise UserError(
-            f"{path} cannot be written: weights are written as safetensors; give a "
-            f"path that ends in {SUFFIX}"
-        )
+    check_suffix(path)
     host = shapes.flatten(jax.device_get(variables), model)
     arrays = {key: np.asarray(leaf) for key, leaf in host.items()}
-    refused = f"{path} is not written"
     if shapes.is_image_net(model):
         expected = shapes.abstract_arrays(model, shapes.input_channels(arrays))
-        difference = shapes.differences(expected, arrays)
-        if difference:
+        if difference := shapes.differences(expected, arrays):
             raise UserError(
-                f"{refused}: the variables do not match this {type(model).__name__}: "
-                f"{difference}; give all variables of the model, and nothing else"
+                f"{path} cannot be written: the variables do not match this "
+                f"{type(model).__name__}: {difference}; give all variables of the "
+                "model, and nothing else"
             )
         arrays = {key: arrays[key] for key in expected}
     for key, array in arrays.items():
         if not np.isfinite(array).all():
             raise UserError(
-                f"{refused}: {key} is not finite; give variables from an earlier step"
+                f"{path} cannot be written: {key} is not finite; give variables from "
+                "an earlier step"
             )
     metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION}
     if layout == "torch":
@@ -184,6 +169,15 @@ def save_weights(
     return arrays
 
 
+def check_suffix(path: str) -> None:
+    """Raises UserError unless a file of weights may be written under this name."""
+    if not path.endswith(".safetensors"):
+        raise UserError(
+            f"{path} cannot be written: weights are written as safetensors; give a "
+            "path that ends in .safetensors"
+        )
+
+
 def load_named_model(
     source: str | os.PathLike[str], name: str | None = None
 ) -> tuple[NamedModel, WeightsLayout]:
@@ -196,81 +190,68 @@ def load_named_model(
 
     Returns:
       The model with its variables, and the file's layout.
-
-    Raises:
-      UserError: the file does not name its model, or a fault of ``load_weights``.
     """
     text = os.fspath(source)
-    arrays, metadata = read_arrays(locate(source))
-    layout = file_layout(text, arrays, metadata)
+    arrays, layout, metadata = _read(text)
     options: dict[str, Any] = {}
     if name is None and "model" in metadata:
         name, options = metadata["model"], _kept_options(text, metadata)
     elif name is None and text.startswith(TORCHVISION_PREFIX):
         name = text.removeprefix(TORCHVISION_PREFIX).partition(".")[0]
     elif name is None:
-        fitting = list(fitting_models(without_counters(arrays, layout), layout))
+        fitting = _fitting_models(arrays, layout)
         hint = f"; its arrays fit {' or '.join(fitting[:3])}" if fitting else ""
         raise UserError(
             f"{source} does not name its model: give --model NAME, one of "
             f"resnet_jax.list_models(){hint}"
         )
     model = create_model(name, num_classes=shapes.classes(arrays), **options)
-    variables = variables_of(text, arrays, layout, model)
+    variables = _variables(text, arrays, layout, model)
     return NamedModel(name, options, model, variables), layout
 
 
 def _kept_options(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
+    with contextlib.suppress(ValueError):
         options = json.loads(metadata.get("model_options", "{}"))
-        known = isinstance(options, dict) and all(
+        if isinstance(options, dict) and all(
             isinstance(value, KEPT_OPTIONS.get(name, ()))
             for name, value in options.items()
-        )
-    except ValueError:
-        known = False
-    if not known:
-        raise UserError(
-            f"{source} names unknown options of its model; give --model NAME to ignore "
-            "them, or convert it with the resnet_jax that wrote it"
-        )
-    return options
+        ):
+            return options
+    raise UserError(
+        f"{source} names unknown options of its model; give --model NAME to ignore "
+        "them, or convert it with the resnet_jax that wrote it"
+    )
 
 
-def file_layout(
-    source: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> WeightsLayout:
-    """The layout of a file, from its metadata and the names of its arrays.
-
-    Raises:
-      UserError: it holds no arrays, or a later version of our format.
-    """
+def _read(source: str) -> tuple[dict[str, np.ndarray], WeightsLayout, dict[str, str]]:
+    """A file's arrays without torch's counters of batches, its layout and metadata."""
+    arrays, metadata = read_arrays(locate(source))
     if not arrays:
         raise UserError(f"{source} holds no arrays; give a file of weights")
-    if metadata.get("format") == _FORMAT:
-        version = metadata.get("format_version")
-        if version != _FORMAT_VERSION:
-            raise UserError(
-                f"{source} has version {version} of the format {_FORMAT}, but only "
-                f"version {_FORMAT_VERSION} is known; load it with the resnet_jax that "
-                "wrote it"
-            )
-        return "flax"
-    return "flax" if all("/" in name for name in arrays) else "torch"
+    is_ours = metadata.get("format") == _FORMAT
+    version = metadata.get("format_version")
+    if is_ours and version != _FORMAT_VERSION:
+        raise UserError(
+            f"{source} has version {version} of the format {_FORMAT}, but only version "
+            f"{_FORMAT_VERSION} is known; load it with the resnet_jax that wrote it"
+        )
+    if is_ours or all("/" in name for name in arrays):
+        return arrays, "flax", metadata
+    kept = {key: a for key, a in arrays.items() if key.split(".")[-1] != COUNTER}
+    return kept, "torch", metadata
 
 
-def variables_of(
+def _variables(
     source: str,
     arrays: Mapping[str, np.ndarray],
     layout: WeightsLayout,
     model: nn.Module,
-    *,
     new_head: bool = False,
     rng: jax.Array | None = None,
     example: Any = None,
 ) -> dict[str, Any]:
     """``load_weights`` from a file's arrays; ``source`` names the file in errors."""
-    arrays = without_counters(arrays, layout)
     channels = shapes.input_channels(arrays)
     expected = shapes.abstract_arrays(model, channels, example)
     table = _table(source, layout, model, expected)
@@ -291,11 +272,12 @@ def variables_of(
             f"{source} does not match the {type(model).__name__}: {difference}; "
             + _advice(layout, model, in_file, kept, arrays)
         )
-    loaded: dict[str, Any] = {}
-    for name, stored in table.items():
-        dtype = expected[name].dtype
-        array = _checked(source, stored.key, kept[stored.key], dtype)
-        loaded[name] = stored.from_file(array)
+    loaded: dict[str, Any] = {
+        name: stored.from_file(
+            _checked(source, stored.key, kept[stored.key], expected[name].dtype)
+        )
+        for name, stored in table.items()
+    }
     if new_head:
         key = jax.random.key(0) if rng is None else rng
         loaded |= shapes.fresh_head(model, key, channels, example)
@@ -303,26 +285,13 @@ def variables_of(
     return shapes.unflatten(whole, model)
 
 
-def without_counters(
-    arrays: Mapping[str, np.ndarray], layout: WeightsLayout
-) -> dict[str, np.ndarray]:
-    """A file's arrays without torch's counters of batches."""
-    if layout == "flax":
-        return dict(arrays)
-    return {key: a for key, a in arrays.items() if key.split(".")[-1] != COUNTER}
-
-
-def fitting_models(arrays: Mapping[str, Any], layout: WeightsLayout) -> Iterator[str]:
-    """Names of the models whose arrays are exactly those of a file.
-
-    Args:
-      arrays: of a file with a classifier, without counters; anything with a shape.
-      layout: of the file.
-    """
+def _fitting_models(arrays: Mapping[str, Any], layout: WeightsLayout) -> list[str]:
+    """Names of the models whose arrays are exactly those of a file."""
     classes = shapes.classes(arrays)
     if classes is None:
-        return
+        return []
     channels = shapes.input_channels(arrays)
+    fitting = []
     for name in _candidates(arrays):
         model = catalog_entry(name).net.clone(num_classes=classes)
         try:
@@ -330,7 +299,8 @@ def fitting_models(arrays: Mapping[str, Any], layout: WeightsLayout) -> Iterator
         except UserError:
             continue
         if not shapes.differing(_by_key(table), arrays):
-            yield name
+            fitting.append(name)
+    return fitting
 
 
 def _candidates(arrays: Mapping[str, Any]) -> Iterator[str]:
@@ -347,16 +317,10 @@ def _candidates(arrays: Mapping[str, Any]) -> Iterator[str]:
     if len(set(first_convs)) == 3:
         blocks = first_convs.count("1")
         basic, bottleneck = 6 * blocks + 2, 9 * blocks + 2
-        for name in (
-            f"cifar_resnet{basic}",
-            f"cifar_resnet{basic}_b",
-            f"cifar_resnet{basic}_c",
-            f"cifar_preact_resnet{basic}",
-            f"cifar_bottleneck_resnet{bottleneck}",
-            f"cifar_preact_bottleneck_resnet{bottleneck}",
-        ):
-            if name not in CATALOG:
-                yield name
+        names = [f"cifar_resnet{basic}{option}" for option in ("", "_b", "_c")]
+        names += [f"cifar_preact_resnet{basic}"]
+        names += [f"cifar_{kind}resnet{bottleneck}" for kind in _BOTTLENECKS]
+        yield from (name for name in names if name not in CATALOG)
 
 
 def _table(
@@ -375,13 +339,10 @@ def _table(
 
 
 def _classifier(layout: WeightsLayout, model: Any, head_alone: bool) -> tuple[str, ...]:
-    """Prefixes of the names of a file's classifier.
-
-    A VGG net without classes has no dense layers at all.
-    """
+    """Prefixes of the names of a file's classifier."""
     parts = ["head"]
     if isinstance(model, VGG) and not head_alone:
-        parts += ["fc1", "fc2"]
+        parts += ["fc1", "fc2"]  # a VGG net without classes has no dense layers
     if layout == "flax":
         return tuple(f"params/{part}/" for part in parts)
     return tuple(f"{torch_module(model, part)}." for part in parts)
@@ -411,8 +372,7 @@ def _advice(
                 f"it has {of_file} classes: create the model with num_classes="
                 f"{of_file}, or pass new_head=True for a fresh classifier"
             )
-    names = list(fitting_models(whole_file, layout))
-    if names:
+    if names := _fitting_models(whole_file, layout):
         return (
             f"is it a {' or '.join(names[:3])}? create the model that the file belongs "
             "to, or give another file"

@@ -4,7 +4,6 @@ A model that runs its blocks as a loop has the names of the unrolled one here, s
 do not depend on how the model computes.
 """
 
-import functools
 import math
 import re
 from collections.abc import Mapping
@@ -31,6 +30,19 @@ SIDE = 256
 that size is computed."""
 
 _SHOWN = 2
+
+# Where a file stores its first kernel, and the axis of the input channels.
+_STEMS = {
+    "params/stem/conv/kernel": 2,
+    "params/stem/conv1/kernel": 2,
+    "params/stage1/conv/kernel": 2,
+    "params/stage1/conv1/kernel": 2,
+    "conv1.weight": 1,
+    "conv1.0.weight": 1,
+    "features.0.weight": 1,
+}
+# Where it stores its classifier, and the axis of the classes.
+_HEADS = {"params/head/kernel": 1, "fc.weight": 0, "classifier.6.weight": 0}
 
 
 def is_image_net(model: nn.Module) -> bool:
@@ -70,13 +82,8 @@ def abstract_arrays(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a model's variables by flat name.
 
-    Args:
-      model: a model of this library, or any module if ``example`` is given.
-      channels: of the images.
-      example: an input of the model, or its shape and dtype.
-
-    Raises:
-      UserError: ``example`` is needed.
+    ``example`` is an input of the model, or its shape and dtype. Without it, images are
+    the input; UserError if the model is not an image net of this library.
     """
     if example is not None:
         return _trace(model, example)
@@ -85,15 +92,7 @@ def abstract_arrays(
             f"the input of a {type(model).__name__} is unknown; give example, an input "
             "or a jax.ShapeDtypeStruct"
         )
-    # The blocks after a stage's first have equal arrays, and tracing them is slow.
-    small = _with_blocks(model, 2)
-    try:
-        arrays = _cached_trace(small, _images(channels))
-    except TypeError:  # a field is a list, which cannot be hashed
-        arrays = _trace(small, _images(channels))
-    return {
-        copy: leaf for name, leaf in arrays.items() for copy in _copies(model, name)
-    }
+    return _trace(model, _images(channels))
 
 
 def fresh_head(
@@ -101,9 +100,11 @@ def fresh_head(
 ) -> dict[str, Any]:
     """The classifier's arrays by flat name, as ``model.init(rng, ...)`` draws them.
 
-    Its draws depend on its own name and shape alone, so one block a stage is enough.
+    Its draws depend on its own name and shape alone, so one block per stage is enough.
     """
-    small = _with_blocks(model, 1)
+    small: Any = model
+    if isinstance(small, ResNet) and class_of(small.stage) is Stage:
+        small = small.clone(stage_sizes=(1,) * len(small.stage_sizes), scan=False)
     given = _images(channels) if example is None else example
 
     @jax.jit
@@ -154,31 +155,21 @@ def count_parameters_for(arrays: Mapping[str, Any], num_classes: int) -> int | N
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Describes how names and shapes differ from the expected ones.
+    """How names and shapes differ: "it lacks A and has extra B, C and 2 more".
 
-    Args:
-      expected: anything with a shape, by name.
-      found: the same.
-
-    Returns:
-      "it lacks A and has extra B, C and 2 more"; empty if nothing differs.
+    The text is empty if nothing differs.
     """
-    names = differing(expected, found)
-    missing = [printable(name) for name in names if name not in found]
-    extra = [printable(name) for name in names if name not in expected]
-    changed = [
-        f"{printable(name)} of shape {tuple(found[name].shape)} instead of "
-        f"{tuple(expected[name].shape)}"
-        for name in names
-        if name in expected and name in found
-    ]
-    parts = []
-    if missing:
-        parts.append(f"lacks {_first(missing)}")
-    if changed:
-        parts.append(f"has {_first(changed)}")
-    if extra:
-        parts.append(f"has extra {_first(extra)}")
+    names: dict[str, list[str]] = {"lacks": [], "has": [], "has extra": []}
+    for name in differing(expected, found):
+        shown = printable(name)
+        if name not in found:
+            names["lacks"].append(shown)
+        elif name not in expected:
+            names["has extra"].append(shown)
+        else:
+            shapes = (tuple(arrays[name].shape) for arrays in (found, expected))
+            names["has"].append("{} of shape {} instead of {}".format(shown, *shapes))
+    parts = [f"{verb} {_first(some)}" for verb, some in names.items() if some]
     return " and ".join(parts) and f"it {' and '.join(parts)}"
 
 
@@ -208,65 +199,23 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _has_equal_blocks(model: Any) -> bool:
-    """Whether all blocks after a stage's first have equal arrays."""
-    return type(model) is ResNet and class_of(model.stage) is Stage
-
-
-def _with_blocks(model: Any, most: int) -> Any:
-    """The model with at most ``most`` blocks in a stage, if they are equal."""
-    if not _has_equal_blocks(model):
-        return model
-    sizes = tuple(min(size, most) for size in model.stage_sizes)
-    return model.clone(stage_sizes=sizes, scan=False, remat=False)
-
-
 def _trace(model: nn.Module, example: Any) -> dict[str, jax.ShapeDtypeStruct]:
     key = jax.random.key(0)
     return jax.eval_shape(lambda x: flatten(model.init(key, x), model), example)
-
-
-# A model is often saved again, and a file that does not fit is compared with several.
-_cached_trace = functools.lru_cache(maxsize=64)(_trace)
 
 
 def _images(channels: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, SIDE, SIDE, channels), jnp.float32)
 
 
-def _copies(model: Any, name: str) -> list[str]:
-    """The names in the whole model that a name in ``_with_blocks(model, 2)`` means."""
-    match = re.match(r"\w+/stage(\d+)/block2/", name)
-    if match is None or not _has_equal_blocks(model):
-        return [name]
-    numbers = range(2, model.stage_sizes[int(match[1]) - 1] + 1)
-    return [name.replace("/block2/", f"/block{number}/", 1) for number in numbers]
-
-
 def _stem_kernel(arrays: Mapping[str, Any]) -> tuple[Shape, int] | None:
     """Shape of the first convolution's kernel, and its input channels."""
-    return _find(
-        arrays,
-        4,
-        {
-            "params/stem/conv/kernel": 2,
-            "params/stem/conv1/kernel": 2,
-            "params/stage1/conv/kernel": 2,
-            "params/stage1/conv1/kernel": 2,
-            "conv1.weight": 1,
-            "conv1.0.weight": 1,
-            "features.0.weight": 1,
-        },
-    )
+    return _find(arrays, 4, _STEMS)
 
 
 def _head_kernel(arrays: Mapping[str, Any]) -> tuple[Shape, int] | None:
     """Shape of the classifier's kernel, and its classes."""
-    return _find(
-        arrays,
-        2,
-        {"params/head/kernel": 1, "fc.weight": 0, "classifier.6.weight": 0},
-    )
+    return _find(arrays, 2, _HEADS)
 
 
 def _find(

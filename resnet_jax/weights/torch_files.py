@@ -1,21 +1,21 @@
 """State dicts written by torch.save, read without torch.
 
 Such a file holds a pickle, and a pickle is a program: Python's unpickler imports and
-calls whatever the pickle names. ``_Machine`` imports and calls nothing. It handles the
-few opcodes that torch.save writes, replaces the few names that a state dict needs with
-stand-ins, and refuses everything else. Restricting the names of Python's own unpickler
-would not do: a few bytes can make it allocate all memory for its memo, or overflow the
-C stack with the hash of a deeply nested tuple.
+calls whatever the pickle names. Ours imports nothing. It runs the few opcodes that
+torch.save writes, replaces the few names that a state dict needs with stand-ins from
+this file, and refuses everything else. It extends Python's unpickler in Python,
+because the one in C can be made to allocate all memory for its memo by a few bytes.
 
 The numbers are stored outside the pickle, in storages: flat arrays that tensors view
-by offset, shape and strides. Only the storages of the state dict are read, once every
-view is known to be within its storage.
+by offset, shape and strides. Only the storages of the state dict are read, after every
+view has been checked to be within its storage.
 """
 
-import dataclasses
 import io
+import itertools
 import math
 import os
+import pickle
 import pickletools
 import re
 import struct
@@ -38,6 +38,7 @@ _BIG_ENDIAN = "was saved on a big-endian machine; save it on a little-endian one
 _MAX_PICKLE_BYTES = 2**24
 _MAX_DICT_PAIRS = 2**20
 _MAX_DIMENSIONS = 32
+_MAX_ARGUMENTS = 8
 _MAX_NESTING = 3
 
 # Tensors may share storages and repeat elements, within these bounds.
@@ -56,10 +57,19 @@ _DTYPES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
-_ORDERED_DICT = "collections.OrderedDict"
 _STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
 
-# What training scripts save beside the weights. Calls to these give _IGNORED.
+# Opcodes that Python's unpickler may run. _Unpickler itself runs five more, and the
+# rest are refused.
+_INHERITED_OPCODES = (
+    "PROTO FRAME STOP MARK GLOBAL STACK_GLOBAL BINPERSID BINPUT LONG_BINPUT MEMOIZE "
+    "BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
+    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINSTRING SHORT_BINSTRING "
+    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT"
+)
+_INHERITED = [getattr(pickle, name)[0] for name in _INHERITED_OPCODES.split()]
+
+# Objects that training scripts save with the weights; _Ignored replaces them.
 _IGNORED_NAMES = re.compile(
     r"(__builtin__|builtins)\.(bytearray|complex|set)|collections\.Counter"
     r"|argparse\.Namespace|_codecs\.encode|numpy\.(dtype|ndarray)"
@@ -72,41 +82,24 @@ _WRAPPERS = ("state_dict", "model", "model_state_dict")
 # Prefixes that data parallelism and torch.compile put before every name.
 _PREFIXES = ("module.", "_orig_mod.")
 
-# What Python's readers raise on damaged files; pickletools warns of odd escapes.
-_DAMAGE = (
-    *(ArithmeticError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
-    *(ValueError, Warning, struct.error, zipfile.BadZipFile),
-)
-
 
 class _FaultError(Exception):
     """A fault of the file, worded to follow its path in a sentence."""
 
 
-class _Global(NamedTuple):
-    """A name that the pickle would import, "module.name"."""
-
-    name: str
-
-
 class _Storage(NamedTuple):
-    """A flat array of ``size`` elements; its class in torch gives the dtype."""
+    """A flat array of ``size`` elements."""
 
     key: str
-    kind: str
+    dtype: np.dtype
     size: int
-
-    @property
-    def dtype(self) -> np.dtype:
-        return _DTYPES[self.kind]
 
     @property
     def nbytes(self) -> int:
         return self.size * self.dtype.itemsize
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Tensor:
+class _Tensor(NamedTuple):
     """A view within a storage; the offset and strides count elements."""
 
     storage: _Storage
@@ -116,10 +109,10 @@ class _Tensor:
 
 
 class _Ignored:
-    """An object beside the weights, of which nothing is kept."""
+    """Stands in for an object that is not part of the weights."""
 
-
-_IGNORED = _Ignored()
+    def __init__(self, *_: Any):
+        pass
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -137,25 +130,21 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
       and has the tensor's shape and dtype (``ml_dtypes.bfloat16`` for bfloat16).
 
     Raises:
-      UserError: the file cannot be read, is damaged, asks for more than tensors, or
-        holds no state dict or one with tensors that are not dense and real.
+      UserError: the file is damaged, asks for more than tensors, or holds no state
+        dict or one with tensors that are not dense and real.
+      OSError: the file cannot be opened.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        try:
             return _read(file, os.fstat(file.fileno()).st_size)
-    except _FaultError as fault:
-        raise UserError(f"{path} {fault}") from None
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); give the path of a file of "
-            "weights that you may read"
-        ) from error
-    except _DAMAGE as error:
-        reason = printable(" ".join(str(error).split())) or type(error).__name__
-        raise UserError(
-            f"{path} is damaged or cut short ({reason}); copy or download it again"
-        ) from error
+        except _FaultError as fault:
+            raise UserError(f"{path} {fault}") from None
+        except Exception as error:  # pickle and zipfile raise almost anything
+            reason = printable(" ".join(str(error).split())) or type(error).__name__
+            raise UserError(
+                f"{path} is damaged or cut short ({reason}); copy or download it again"
+            ) from error
 
 
 def printable(text: Any) -> str:
@@ -166,17 +155,17 @@ def printable(text: Any) -> str:
 
 
 def _read(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
-    head = file.read(4)
+    head = file.read(40)
     file.seek(0)
     if not head:
         raise _FaultError("is empty; copy or download it again")
-    if head == b"PK\x03\x04":
+    if head.startswith(b"PK\x03\x04"):
         return _read_zip(file, size)
     if head.startswith(b"\x80"):
         return _read_legacy(file, size)
     raise _FaultError(
-        f"is not a file of weights: it begins with the bytes {head.hex(' ')}; give a "
-        "file written by torch.save, or a safetensors file"
+        f"is not a file of weights: it begins with {head!r}; give a file written by "
+        "torch.save, or a safetensors file"
     )
 
 
@@ -199,17 +188,11 @@ def _read_zip(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
         byte_order = f"{folder}/byteorder"
         if byte_order in names and _member(archive, byte_order) != b"little":
             raise _FaultError(_BIG_ENDIAN)
-        machine = _Machine(io.BytesIO(_member(archive, pickles[0])))
-        tensors = _state_dict(machine.run())
+        unpickler = _Unpickler(io.BytesIO(_member(archive, pickles[0])))
+        tensors = _state_dict(unpickler.load())
 
         def read_storage(storage: _Storage) -> bytes:
-            name = f"{folder}/data/{storage.key}"
-            if name not in names:
-                raise _FaultError(
-                    f"is damaged: it lacks the storage {printable(storage.key)}; copy "
-                    "or download it again"
-                )
-            return _member(archive, name, storage.nbytes)
+            return _member(archive, f"{folder}/data/{storage.key}", storage.nbytes)
 
         return _arrays(tensors, read_storage, size)
 
@@ -250,19 +233,19 @@ def _read_legacy(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
     """
     stream = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
     for expected in (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
-        if _Machine(stream).run() != expected:
+        if _Unpickler(stream).load() != expected:
             raise _FaultError(
                 "is a pickle, but not one of a known version of torch.save; load and "
                 "save it again with a newer torch"
             )
-    machine_facts = _Machine(stream).run()
-    if not isinstance(machine_facts, dict) or not machine_facts.get("little_endian"):
+    machine = _Unpickler(stream).load()
+    if not isinstance(machine, dict) or not machine.get("little_endian"):
         raise _FaultError(_BIG_ENDIAN)
-    machine = _Machine(stream)
-    content = machine.run()
-    keys = _Machine(stream).run()
+    unpickler = _Unpickler(stream)
+    content = unpickler.load()
+    keys = _Unpickler(stream).load()
     tensors = _state_dict(content)
-    starts = _legacy_starts(file, size, stream.tell(), keys, machine.storages)
+    starts = _legacy_starts(file, size, stream.tell(), keys, unpickler.storages)
 
     def read_storage(storage: _Storage) -> bytes:
         file.seek(starts[storage.key])
@@ -295,123 +278,142 @@ def _legacy_starts(
     return starts
 
 
-class _Machine:
-    """Builds the object that a pickle describes, of plain data and stand-ins.
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any
+) -> _Tensor:
+    """A view. ``rest`` is requires_grad, hooks and flags.
+
+    Raises ValueError if an element is outside the storage.
+    """
+    if not all(map(isinstance, (storage, shape, stride), (_Storage, tuple, tuple))):
+        raise ValueError("a tensor of odd parts")
+    if any(rest[2:]):
+        raise ValueError("a negated or conjugated tensor")
+    if len(shape) != len(stride) or len(shape) > _MAX_DIMENSIONS:
+        raise ValueError("a tensor with odd dimensions")
+    numbers = (offset, *shape, *stride)
+    if not all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers):
+        raise ValueError("a tensor with an odd shape, stride or offset")
+    steps = [(n - 1) * step for n, step in zip(shape, stride, strict=True)]
+    if 0 not in shape and offset + sum(steps) >= storage.size:
+        raise ValueError("a tensor that reaches beyond its storage")
+    return _Tensor(storage, offset, shape, stride)
+
+
+def _first_argument(kind: type) -> Callable[..., Any]:
+    def rebuild(first: Any, *_: Any) -> Any:
+        if not isinstance(first, kind):
+            raise ValueError("a parameter or a size of odd parts")
+        return first
+
+    return rebuild
+
+
+_REBUILD: dict[str, Callable[..., Any]] = {
+    "torch.Size": _first_argument(tuple),
+    "torch._utils._rebuild_parameter": _first_argument(_Tensor),
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+}
+
+
+class _Dispatch(dict):
+    """Methods by opcode; every other opcode is refused."""
+
+    def __missing__(self, code: int) -> Any:
+        names = {opcode.code: opcode.name for opcode in pickletools.opcodes}
+        raise _FaultError(
+            f"uses the pickle instruction {names.get(chr(code), code)}, which a state "
+            "dict does not need: refused, nothing was run; save the state dict alone"
+        )
+
+
+class _Unpickler(pickle._Unpickler):
+    """Builds plain data and stand-ins.
 
     Attributes:
       storages: the storages that the pickle has named so far, by key.
     """
 
+    # Of the base class; its type stubs lack them.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(self, stream: io.BytesIO):
-        """Reads from the position of ``stream``, and leaves it after the pickle."""
+        super().__init__(stream, encoding="utf-8", errors="replace")
         self.storages: dict[str, _Storage] = {}
-        self._stream = stream
-        self._stack: list[Any] = []
-        self._outer_stacks: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
         self._pairs = 0
 
-    def run(self) -> Any:
-        """Returns the object; raises _FaultError or one of _DAMAGE."""
-        for opcode, argument, _ in pickletools.genops(self._stream):
-            if opcode.name == "STOP":
-                break
-            self._step(opcode.name, argument)
-        return self._take(1)[0]
+    def find_class(self, module: str, name: str) -> Any:
+        """A stand-in for a name that a state dict needs."""
+        full = f"{printable(module)}.{printable(name)}"
+        if full == "collections.OrderedDict":
+            return self._ordered_dict
+        if full in _REBUILD:
+            return _REBUILD[full]
+        if module in _STORAGE_MODULES and name in _DTYPES:
+            return _DTYPES[name]
+        if _IGNORED_NAMES.fullmatch(full):
+            return _Ignored
+        raise _FaultError(
+            f"asks for {full}, which a file of weights does not need: refused, nothing "
+            "was run; if you trust it, load it with torch and save model.state_dict() "
+            "alone"
+        )
 
-    def _step(self, opcode: str, argument: Any) -> None:
-        stack = self._stack
-        match opcode:
-            case "PROTO" | "FRAME":
-                pass
-            case "BINPUT" | "LONG_BINPUT":
-                self._memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self._memo[len(self._memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(self._memo[argument])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
-                stack.append(argument)
-            case "SHORT_BINUNICODE" | "BINUNICODE" | "SHORT_BINBYTES" | "BINBYTES":
-                stack.append(argument)
-            case "SHORT_BINSTRING" | "BINSTRING":
-                # Python 2 wrote these. pickletools gives each byte as a character.
-                stack.append(argument.encode("latin-1").decode("utf-8", "replace"))
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NEWTRUE": True, "NEWFALSE": False}.get(opcode))
-            case "MARK":
-                self._outer_stacks.append(stack)
-                self._stack = []
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(self._take(int(opcode[-1]))))
-            case "TUPLE":
-                items = self._take_marked()
-                self._stack.append(tuple(items))
-            case "EMPTY_LIST":
-                stack.append([])
-            case "APPEND":
-                self._append(self._take(1))
-            case "APPENDS":
-                self._append(self._take_marked())
-            case "EMPTY_DICT":
-                stack.append({})
-            case "SETITEM":
-                self._set_items(self._take(2))
-            case "SETITEMS":
-                self._set_items(self._take_marked())
-            case "GLOBAL":
-                module, _, name = argument.partition(" ")
-                stack.append(_stand_in(module, name))
-            case "STACK_GLOBAL":
-                module, name = self._take(2)
-                stack.append(_stand_in(module, name))
-            case "REDUCE" | "NEWOBJ":
-                function, arguments = self._take(2)
-                stack.append(self._call(function, arguments))
-            case "BUILD":
-                self._take(1)  # attributes, which weights do not need
-                if not isinstance(stack[-1], dict | _Ignored):
-                    raise ValueError("a pickle that sets attributes")
-            case "BINPERSID":
-                (identity,) = self._take(1)
-                stack.append(self._storage(identity))
+    def persistent_load(self, identity: Any) -> _Storage:
+        """The storage of a persistent id, whose fourth part is a device."""
+        match identity:
+            case (
+                "storage",
+                np.dtype() as dtype,
+                str() | int() as key,
+                _,
+                int(size),
+                *rest,
+            ) if size >= 0 and rest in ([], [None]):
+                storage = _Storage(str(key), dtype, size)
             case _:
                 raise _FaultError(
-                    f"uses the pickle instruction {opcode}, which a state dict does "
-                    "not need: refused, nothing was run; save the state dict alone"
+                    "refers to an object outside its pickle that is not a whole "
+                    "storage: refused, nothing was run; save the state dict alone"
                 )
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise ValueError("a storage of two dtypes or sizes")
+        return storage
 
-    def _take(self, count: int) -> list[Any]:
-        """Removes and returns the last ``count`` objects of the stack."""
-        if len(self._stack) < count:
-            raise IndexError("a pickle that takes what it did not put")
-        items = self._stack[-count:]
-        del self._stack[-count:]
-        return items
+    def load_reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        # Stand-ins alone are callable: everything else here is plain data.
+        if not isinstance(arguments, tuple) or not callable(function):
+            raise ValueError("a pickle that calls an object that is not a function")
+        if len(arguments) > _MAX_ARGUMENTS:
+            raise ValueError("a call with many arguments")
+        self.append(function(*arguments))
 
-    def _take_marked(self) -> list[Any]:
-        """Removes and returns the objects since the last mark."""
-        items = self._stack
-        self._stack = self._outer_stacks.pop()
-        return items
+    def load_build(self) -> None:
+        self.stack.pop()  # attributes, which weights do not need
+        if not isinstance(self.stack[-1], dict | _Ignored):
+            raise ValueError("a pickle that sets attributes")
 
-    def _append(self, items: list[Any]) -> None:
-        target = self._stack[-1]
-        if isinstance(target, list):
-            target.extend(items)
-        elif not isinstance(target, _Ignored):
-            raise ValueError("a pickle that appends to an object that is not a list")
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._fill(self.stack[-1], [(key, value)])
 
-    def _set_items(self, items: list[Any]) -> None:
-        target = self._stack[-1]
-        if isinstance(target, dict):
-            self._fill(target, zip(items[::2], items[1::2], strict=True))
-        elif not isinstance(target, _Ignored):
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._fill(self.stack[-1], zip(items[::2], items[1::2], strict=True))
+
+    def _ordered_dict(self, pairs: Iterable[Any] = ()) -> dict[Any, Any]:
+        """Empty, or from a list of pairs as Python 2 wrote it."""
+        result: dict[Any, Any] = {}
+        self._fill(result, pairs)
+        return result
+
+    def _fill(self, target: Any, pairs: Iterable[Any]) -> None:
+        if not isinstance(target, dict):
             raise ValueError("a pickle that sets items of an object that is not a dict")
-
-    def _fill(self, target: dict, pairs: Iterable[tuple[Any, Any]]) -> None:
         for key, value in pairs:
             # Hashing a nested object could overflow the C stack.
             if not isinstance(key, str | int | float | bytes | None):
@@ -428,110 +430,16 @@ class _Machine:
                 )
             target[key] = value
 
-    def _call(self, function: Any, arguments: Any) -> Any:
-        """The stand-in for the result of a call; nothing is called."""
-        if not isinstance(function, _Global) or not isinstance(arguments, tuple):
-            raise ValueError("a pickle that calls an object that is not a function")
-        name = function.name
-        if _IGNORED_NAMES.fullmatch(name):
-            return _IGNORED
-        if name == _ORDERED_DICT:
-            return self._ordered_dict(arguments)
-        if name in _REBUILD:
-            return _REBUILD[name](arguments)
-        raise ValueError(f"a pickle that calls {name}")
-
-    def _ordered_dict(self, arguments: tuple) -> dict[Any, Any]:
-        """Empty, or from a list of pairs as Python 2 wrote it."""
-        result: dict[Any, Any] = {}
-        match arguments:
-            case ():
-                pass
-            case (list(pairs),) if all(
-                isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
-            ):
-                self._fill(result, pairs)
-            case _:
-                raise ValueError("an OrderedDict of objects that are not pairs")
-        return result
-
-    def _storage(self, identity: Any) -> _Storage:
-        """The storage of a persistent id, whose fourth part is a device."""
-        match identity:
-            case (
-                "storage",
-                _Global(name),
-                str() | int() as key,
-                _,
-                int(size),
-                *rest,
-            ) if rest in ([], [None]):
-                storage = _Storage(str(key), name.rpartition(".")[2], size)
-            case _:
-                raise _FaultError(
-                    "refers to an object outside its pickle that is not a whole "
-                    "storage: refused, nothing was run; save the state dict alone"
-                )
-        if storage.kind not in _DTYPES or size < 0:
-            raise ValueError(f"a storage of class {name} and size {size}")
-        if self.storages.setdefault(storage.key, storage) != storage:
-            raise ValueError("a storage of two classes or sizes")
-        return storage
-
-
-def _stand_in(module: Any, name: Any) -> _Global:
-    """A stand-in for a name that a state dict needs; every other name is refused."""
-    if not isinstance(module, str) or not isinstance(name, str):
-        raise ValueError("a pickle that imports an object that is not a name")
-    full = f"{printable(module)}.{printable(name)}"
-    is_storage = module in _STORAGE_MODULES and name in _DTYPES
-    known = full == _ORDERED_DICT or full in _REBUILD
-    if is_storage or known or _IGNORED_NAMES.fullmatch(full):
-        return _Global(full)
-    raise _FaultError(
-        f"asks for {full}, which a file of weights does not need: refused, nothing "
-        "was run; if you trust it, load it with torch and save model.state_dict() alone"
+    dispatch = _Dispatch(
+        {code: pickle._Unpickler.dispatch[code] for code in _INHERITED}
+        | {
+            pickle.REDUCE[0]: load_reduce,
+            pickle.NEWOBJ[0]: load_reduce,
+            pickle.BUILD[0]: load_build,
+            pickle.SETITEM[0]: load_setitem,
+            pickle.SETITEMS[0]: load_setitems,
+        }
     )
-
-
-def _rebuild_tensor(arguments: tuple) -> _Tensor:
-    """A view: (storage, offset, shape, stride, requires_grad, hooks, flags).
-
-    Raises ValueError if an element is outside the storage.
-    """
-    match arguments:
-        case (_Storage() as storage, offset, tuple(shape), tuple(stride), *rest):
-            pass
-        case _:
-            raise ValueError("a tensor of odd parts")
-    if rest[2:] and rest[2]:
-        raise ValueError("a negated or conjugated tensor")
-    if len(shape) != len(stride) or len(shape) > _MAX_DIMENSIONS:
-        raise ValueError("a tensor with odd dimensions")
-    numbers = (offset, *shape, *stride)
-    if not all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers):
-        raise ValueError("a tensor with an odd shape, stride or offset")
-    steps = [(n - 1) * step for n, step in zip(shape, stride, strict=True)]
-    if 0 not in shape and offset + sum(steps) >= storage.size:
-        raise ValueError("a tensor that reaches beyond its storage")
-    return _Tensor(storage, offset, shape, stride)
-
-
-def _first_argument(kind: type) -> Callable[[tuple], Any]:
-    def rebuild(arguments: tuple) -> Any:
-        if not arguments or not isinstance(arguments[0], kind):
-            raise ValueError("a parameter or a size of odd parts")
-        return arguments[0]
-
-    return rebuild
-
-
-_REBUILD: dict[str, Callable[[tuple], Any]] = {
-    "torch.Size": _first_argument(tuple),
-    "torch._utils._rebuild_parameter": _first_argument(_Tensor),
-    "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
-}
 
 
 def _state_dict(content: Any) -> dict[str, _Tensor]:
@@ -584,7 +492,7 @@ def _arrays(
     read_storage: Callable[[_Storage], bytes],
     file_size: int,
 ) -> dict[str, np.ndarray]:
-    """The values of the tensors; holds at most one storage beside them."""
+    """The values of the tensors; reads one storage at a time."""
     total = sum(
         math.prod(tensor.shape) * tensor.storage.dtype.itemsize
         for tensor in tensors.values()
@@ -594,16 +502,13 @@ def _arrays(
             f"describes {total} bytes of tensors in {file_size} bytes: refused; if you "
             "trust it, load it with torch and save contiguous tensors"
         )
-    by_storage: dict[_Storage, list[str]] = {}
-    for name, tensor in tensors.items():
-        by_storage.setdefault(tensor.storage, []).append(name)
     arrays: dict[str, np.ndarray] = {}
-    for storage, names in by_storage.items():
+    by_storage = sorted(tensors, key=lambda name: tensors[name].storage.key)
+    for storage, names in itertools.groupby(by_storage, lambda n: tensors[n].storage):
         if storage.nbytes > file_size:
             raise EOFError(f"a storage of {storage.nbytes} bytes")
         content = read_storage(storage)
-        for name in names:
-            arrays[name] = _array(tensors[name], content)
+        arrays |= {name: _array(tensors[name], content) for name in names}
     return {name: arrays[name] for name in tensors}
 
 

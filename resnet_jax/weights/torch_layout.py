@@ -67,7 +67,7 @@ class StoredArray:
 
 
 def torch_layout(model: nn.Module, arrays: Mapping[str, Any]) -> dict[str, StoredArray]:
-    """How torch stores a model's arrays.
+    """How torch stores a model's arrays, by their flat names; without ``counters``.
 
     Running variances are equal in both layouts: torch averages the unbiased variance,
     as our BatchNorm does.
@@ -75,9 +75,6 @@ def torch_layout(model: nn.Module, arrays: Mapping[str, Any]) -> dict[str, Store
     Args:
       model: one with torch's order of layers.
       arrays: all of its arrays, or their shapes, by flat name.
-
-    Returns:
-      By the flat names of ``arrays``, without ``counters``. Keys are unique.
 
     Raises:
       UserError: torchvision and timm have no such model.

@@ -211,7 +211,7 @@ def test_settings_stand_from_top_to_bottom_with_their_runs():
     np.testing.assert_allclose(means.get_xydata(), [[8, 0], [13, 1]])
 
 
-def test_what_cannot_be_drawn_is_told():
+def test_errors_say_what_cannot_be_drawn():
     with pytest.raises(UserError, match="ResNet-8 have no test_error at a common step"):
         error_curves({"": [Curves("ResNet-8", [rows([(0.5, None)])])]})
     with pytest.raises(UserError, match="plain, residual, other, not 'wide'"):

@@ -187,7 +187,7 @@ def test_nets_without_normalisation_answer_with_their_convolutions():
     assert "bottleneck" not in found
 
 
-def test_what_cannot_be_measured_is_told():
+def test_errors_say_what_cannot_be_measured():
     net = make_net()
     with pytest.raises(UserError, match="measured on no images"):
         layer_responses(net, uneven_variables(net), [])

@@ -307,7 +307,7 @@ def test_what_does_not_see_the_image():
 
 
 def grown(layers):
-    """The field and the stride behind (kernel, stride) pairs, by the recurrence."""
+    """The field and the stride after (kernel, stride) pairs, by the recurrence."""
     field, jump = 1, 1
     for kernel, stride in layers:
         field, jump = field + (kernel - 1) * jump, jump * stride

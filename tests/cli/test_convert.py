@@ -230,7 +230,7 @@ def test_a_file_of_another_net(files, tmp_path):
     assert not target.exists()
 
 
-def test_nets_that_torch_has_not(tmp_path):
+def test_nets_that_torch_lacks(tmp_path):
     model = create_model("cifar_preact_resnet8")
     source, target = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_weights(source, random_variables(model), model, name="cifar_preact_resnet8")

@@ -140,7 +140,7 @@ def test_without_a_name_all_nets_are_listed(capsys):
         (["cifar_resnet8", "--json", "/nowhere/a.json"], "cannot be written"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(capsys, arguments, sentence):
+def test_mistakes_get_one_sentence(capsys, arguments, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         run(capsys, *arguments)
     assert "\n" not in str(error.value)

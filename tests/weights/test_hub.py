@@ -7,7 +7,6 @@ import hashlib
 import http.server
 import importlib.util
 import os
-import sys
 import threading
 from pathlib import Path
 
@@ -230,7 +229,7 @@ def test_an_interrupted_download_leaves_nothing(
     assert os.listdir(cache) == []
 
 
-def test_a_server_that_has_not_the_file_or_is_not_there(server, published, cache):
+def test_a_server_without_the_file_and_no_server(server, published, cache):
     server.answers.clear()
     sentence = complaint("torchvision:resnet50")
     assert f"{server.address}models/{published}" in sentence
@@ -250,7 +249,9 @@ def test_no_server_at_all(cache):
 def test_a_cache_that_cannot_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert "set XDG_CACHE_HOME" in complaint("torchvision:resnet50")
+    sentence = complaint("torchvision:resnet50")
+    assert f"to {tmp_path / 'file' / 'resnet_jax'} (" in sentence
+    assert "Not a directory" in sentence
 
 
 def test_the_cache_of_the_home_folder(tmp_path, monkeypatch, published):
@@ -305,7 +306,7 @@ def test_the_safetensors_file_of_a_repository(hugging_face, tmp_path, capfd):
     assert path.name == "model.safetensors"
     np.testing.assert_array_equal(read_arrays(path)[0]["a"], np.arange(3.0))
     assert capfd.readouterr() == ("", "")
-    # Again, with no server behind the address.
+    # Again, with no server at the address.
     hugging_face.answers.clear()
     hugging_face.shutdown()
     hugging_face.socket.close()
@@ -330,10 +331,9 @@ def test_the_older_file_where_the_newer_is_missing(hugging_face):
     ("code", "status", "words"),
     [
         ("EntryNotFound", 404, "neither model.safetensors nor pytorch_model.bin"),
-        ("RepoNotFound", 404, "has no repository timm/resnet50, or it is private"),
-        ("RepoNotFound", 401, "has no repository timm/resnet50, or it is private"),
-        ("GatedRepo", 403, "is gated: accept its terms"),
-        ("RevisionNotFound", 404, "has no revision 'main'"),
+        ("RepoNotFound", 404, "Repository Not Found"),
+        ("GatedRepo", 403, "Cannot access gated repo"),
+        ("RevisionNotFound", 404, "Revision Not Found"),
         ("", 500, "cannot be reached"),
     ],
 )
@@ -400,8 +400,3 @@ def test_the_hub_is_quiet_and_then_as_loud_as_before(hugging_face, monkeypatch):
     complaint("hf-hub:timm/nothing")
     assert loudness() == before
     assert set(during) == {(True, utils.logging.ERROR)}
-
-
-def test_without_huggingface_hub(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install huggingface_hub" in complaint("hf-hub:timm/resnet50")

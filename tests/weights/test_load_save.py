@@ -137,12 +137,6 @@ def test_the_arrays_are_those_of_init(name, scan):
         expected = jax.eval_shape(unstack_blocks, expected)
     found = shapes.abstract_arrays(model, channels=1)
     assert found == flax.traverse_util.flatten_dict(expected, sep="/")
-    if name == "basic":
-        # Lists, with which a model cannot be hashed, are as good.
-        unhashable = model.clone(stage_sizes=list(model.stage_sizes))
-        with pytest.raises(TypeError):
-            hash(unhashable)
-        assert shapes.abstract_arrays(unhashable, channels=1) == found
     if scan:
         example = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
         assert shapes.abstract_arrays(model, example=example) == found
@@ -371,7 +365,7 @@ def test_the_net_of_a_file_is_named(path, layout):
     assert "is it a" not in sentence
 
 
-def test_torch_files_of_nets_that_torch_has_not(path, variables, model):
+def test_torch_files_of_nets_that_torch_lacks(path, variables, model):
     save_weights(path, variables, model, layout="torch")
     sentence = complaint(path, create_model("cifar_preact_resnet8"))
     assert "has torch's layout: torchvision and timm have no net with" in sentence

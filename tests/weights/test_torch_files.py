@@ -1,6 +1,5 @@
 """Files of torch.save: torch's own, and ones written here by hand, opcode by opcode."""
 
-import errno
 import io
 import os
 import pickle
@@ -599,6 +598,8 @@ def test_repetition_is_bounded(tmp_path):
     many = ORDERED_DICT + b"q\x01" + pairs + b"q\x02" + again * 3000
     sentence = complaint(write_zip(tmp_path, many + b"\x85"))
     assert "entries in its dicts" in sentence
+    many = call("builtins", "set", *map(int_, range(9)))
+    assert "many arguments" in complaint(write_zip(tmp_path, dict_of(a=many)))
 
 
 def test_storages_of_odd_sizes_are_refused(tmp_path):
@@ -607,7 +608,7 @@ def test_storages_of_odd_sizes_are_refused(tmp_path):
     for content in (raw[:-1], raw + b"x", b""):
         path = write_zip(tmp_path, program, {"0": content})
         assert f"has {len(content)} bytes instead of 24" in complaint(path)
-    assert "lacks the storage 0" in complaint(write_zip(tmp_path, program))
+    assert "no item named 'archive/data/0'" in complaint(write_zip(tmp_path, program))
     for storages in ({}, {"0": (5, raw)}, {"0": (6, raw[:-1])}, {"1": (6, raw)}):
         complaint(write_legacy(tmp_path, program, storages))
     for keys in ([[]], [None], ["0", "x"]):
@@ -743,10 +744,8 @@ def test_flipped_bits_in_a_legacy_file_give_a_sentence_or_arrays(tmp_path):
     assert read > 50
 
 
-def test_what_is_no_file_of_torch(tmp_path):
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "model.pth"
-    assert "No such file" in complaint(path)
-    assert "Is a directory" in complaint(tmp_path)
     for content, words in (
         (b"", "is empty"),
         (b"hello", "is not a file of weights"),
@@ -764,11 +763,3 @@ def test_what_is_no_file_of_torch(tmp_path):
     with tarfile.open(path, "w") as archive:
         archive.add(tmp_path / "a.npz", "storages")
     assert "is not a file of weights" in complaint(path)
-
-
-def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
-    def refuse(*arguments):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr("pathlib.Path.open", refuse)
-    assert "(Permission denied); give the path" in complaint(tmp_path)

@@ -114,7 +114,7 @@ def shapes_of(name):
 
 
 def randomized(net):
-    """The net with statistics and affine maps behind which no mistake can hide."""
+    """The net with statistics and affine maps that reveal any mistake."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in net.modules():
@@ -267,7 +267,7 @@ class OwnBlock(BasicBlock):
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_nets_that_torch_has_not_are_refused(model, reason):
+def test_nets_that_torch_lacks_are_refused(model, reason):
     with pytest.raises(UserError, match=reason) as error:
         torch_layout(model, abstract_arrays(model))
     assert "flax layout" in str(error.value)

@@ -191,19 +191,17 @@ def test_flipped_bits_give_a_sentence_or_arrays(tmp_path):
         (b"<!DOCTYPE html>\n<html><head><title>Sign in</title>", "is a web page"),
         (b"\xef\xbb\xbf \n<html>", "is a web page"),
         (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "is a web page"),
-        (b"Entry not found", "text file that begins 'Entry not found'"),
-        (b'{"error": "Repository not found"}\n', 'text file that begins \'{"error"'),
-        (("ä" * 5000).encode(), "is a text file"),
-        (b"x" + ("ä" * 5000).encode(), "is a text file"),
+        (b"Entry not found", "it begins with b'Entry not found'"),
+        (b'{"error": "Repository not found"}\n', 'it begins with b\'{"error"'),
         (b"", "is empty"),
         (b" \n", "is not a file of weights"),
-        (b"\x89HDF\r\n\x1a\n\0\0", "begins with the bytes 89 48 44 46"),
+        (b"\x89HDF\r\n\x1a\n\0\0", r"it begins with b'\x89HDF"),
         (b"\xff\xff\xff\xff\xff\xff\xff\xff{}", "is not a file of weights"),
         (b"\x02\0\0\0\0\0\0\0{}x", "damaged or incomplete safetensors"),
         (b"PK\x03\x04 and so on", "is damaged or cut short"),
     ],
 )
-def test_what_is_no_file_of_weights(tmp_path, content, words):
+def test_other_files_are_refused(tmp_path, content, words):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     assert words in complaint(path)
@@ -214,11 +212,19 @@ def test_what_cannot_be_opened(tmp_path):
     assert "Is a directory" in complaint(tmp_path)
 
 
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    assert "(Permission denied); give the path" in complaint(tmp_path)
+
+
 # Writing
 
 
 def test_arrays_that_are_not_contiguous(tmp_path):
-    """safetensors.numpy writes memory as it lies, and so would mix these up."""
+    """safetensors.numpy writes memory as it is, which would mix these up."""
     path = tmp_path / "model.safetensors"
     kernel = RNG.normal(size=(3, 3, 4, 8)).astype(np.float32)
     swapped = kernel.astype(">f4")
@@ -292,7 +298,7 @@ def test_a_failure_leaves_the_file_that_was_there(tmp_path, monkeypatch, failure
 def test_where_nothing_can_be_written(tmp_path):
     with pytest.raises(UserError, match=r"there is no folder .*nowhere; create it"):
         write_safetensors(tmp_path / "nowhere" / "a.safetensors", {"a": np.ones(3)})
-    with pytest.raises(UserError, match=r"it is a folder"):
+    with pytest.raises(UserError, match=r"Is a directory"):
         write_safetensors(tmp_path, {"a": np.ones(3)})
     assert os.listdir(tmp_path) == []
 
