@@ -142,7 +142,8 @@ def test_streamed_data_give_the_statistics_of_resident_ones(tiny_config, tmp_pat
     for resident in (True, False):
         tiny_config.data.resident = resident
         states.append(train(tiny_config, tmp_path / str(resident)))
-    assert_trees(equal, states[0].batch_stats, states[1].batch_stats)
+    # Two programs, which XLA may round differently.
+    assert_trees(close, states[0].batch_stats, states[1].batch_stats)
 
 
 def test_averaged_weights_have_statistics_of_their_own(tiny_config):
