@@ -1,6 +1,10 @@
 """What every command prints with."""
 
+from collections.abc import Mapping
+
 import rich.console
+import rich.table
+import rich.text
 
 from resnet_jax import distributed
 
@@ -13,6 +17,14 @@ def make_console() -> rich.console.Console:
 def say(console: rich.console.Console, text: str) -> None:
     """Prints a line as it is: not wrapped, and brackets in paths are no markup."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_facts(console: rich.console.Console, facts: Mapping[str, str]) -> None:
+    """Prints names and values as two columns."""
+    table = rich.table.Table(box=None, show_header=False, padding=(0, 1))
+    for name, value in facts.items():
+        table.add_row(name, rich.text.Text(value))
+    console.print(table, highlight=False)
 
 
 def describe_seconds(seconds: float) -> str:

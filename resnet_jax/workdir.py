@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from resnet_jax import distributed, storage
 from resnet_jax.config import Config, Derived, fields, flatten, resolve
@@ -76,11 +77,28 @@ class Workdir:
         """``folder`` on this host's disk, for libraries that only write to disks."""
         return self._storage.mirror(folder)
 
-    def compiled_programs(self, folder: str) -> Path:
-        """Where compiled programs are kept: relative to the workdir, or a URL."""
-        return (
-            storage.locate(folder) if storage.is_remote(folder) else self.path / folder
-        )
+    @contextlib.contextmanager
+    def compiled_programs(self, folder: str | None) -> Iterator[None]:
+        """Keeps compiled programs in a folder, so that a restart does not compile.
+
+        A cache that the process already uses, such as JAX_COMPILATION_CACHE_DIR, stays.
+
+        Args:
+          folder: relative to the workdir, or a URL; None means no cache.
+        """
+        if folder is None or jax.config.values["jax_compilation_cache_dir"]:
+            yield
+            return
+        remote = storage.is_remote(folder)
+        path = storage.locate(folder) if remote else self.path / folder
+        try:
+            # jax decides once, at its first compilation, whether there is a cache.
+            jax.config.update("jax_compilation_cache_dir", str(path))
+            compilation_cache.reset_cache()
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()
 
     def check_shared(self) -> None:
         """Raises UserError if the processes of a run see different folders."""

@@ -115,8 +115,7 @@ class Section:
         outcomes = []
         for seed in sorted(int(p.name[len("seed-") :]) for p in folder.glob("seed-*")):
             workdir = Workdir(folder / f"seed-{seed}")
-            result, failure = workdir.read_result(), workdir.read_failure()
-            outcomes.append(Outcome(workdir, seed, result, failure))
+            outcomes.append(Outcome.read(workdir, seed))
         return outcomes
 
     def measured(self, experiment: Experiment) -> list[Measured]:

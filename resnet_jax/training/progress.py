@@ -7,11 +7,10 @@ from typing import Any
 
 import rich.console
 import rich.progress
-import rich.table
 
 from resnet_jax.analysis.complexity import count_parameters
 from resnet_jax.config import Config, Derived, flatten
-from resnet_jax.console import describe_seconds, say
+from resnet_jax.console import describe_seconds, print_facts, say
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.training.state import Learner
 
@@ -157,15 +156,14 @@ def print_config(
     console: rich.console.Console, config: Config, values: dict[str, Any]
 ) -> None:
     """Prints the resolved config, one line per section, and the derived values."""
-    table = rich.table.Table(box=None, show_header=False, padding=(0, 1))
     sections: dict[str, list[str]] = {}
     for name, value in flatten(config).items():
         section, _, key = name.rpartition(".")
         sections.setdefault(section or "run", []).append(f"{key}={value}")
     sections["derived"] = [f"{key}={value}" for key, value in values.items()]
-    for section, entries in sections.items():
-        table.add_row(section, " ".join(entries))
-    console.print(table, highlight=False)
+    print_facts(
+        console, {name: " ".join(entries) for name, entries in sections.items()}
+    )
 
 
 def derived_values(derived: Derived) -> dict[str, str]:

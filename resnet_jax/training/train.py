@@ -34,7 +34,6 @@ from resnet_jax.evaluation.precise_statistics import (
     check_precise_statistics,
     precise_variables,
 )
-from resnet_jax.training.compilation_cache import compiled_programs_in
 from resnet_jax.training.profile import Profile
 from resnet_jax.training.progress import Progress, Throughput, print_start
 from resnet_jax.training.report import make_result, print_result, write_report
@@ -110,12 +109,10 @@ def train_one(
         print_result(console, result, folder.report)
         return result
     folder.create()
-    cache = config.compilation_cache
-    programs = None if cache is None else folder.compiled_programs(cache)
     with (
         folder.lock(lambda text: say(console, text)),
         StopSignal(lambda text: say(console, text)) as stop,
-        compiled_programs_in(programs),
+        folder.compiled_programs(config.compilation_cache),
     ):
         # 2. Open the data; build net, optimizer and schedule; write config.json.
         dataset = datasets.open(config) if datasets else open_dataset(config)
