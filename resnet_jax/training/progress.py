@@ -56,49 +56,42 @@ class Progress:
     """The progress line of a run: live in a terminal, plain lines elsewhere."""
 
     def __init__(self, console: rich.console.Console, steps: int):
-        self._console = console
-        self._steps = steps
+        self._console, self._steps = console, steps
+        self._created = time.perf_counter()
         self._began: tuple[float, int] | None = None
-        self._live: rich.progress.Progress | None = None
-        self._task: rich.progress.TaskID | None = None
+        self._live = rich.progress.Progress(
+            rich.progress.BarColumn(bar_width=20),
+            rich.progress.TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._live.add_task("compiling", total=steps)
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
-            self._live = rich.progress.Progress(
-                rich.progress.BarColumn(bar_width=20),
-                rich.progress.TextColumn("{task.description}"),
-                console=self._console,
-                transient=True,
-            )
             self._live.start()
-            self._task = self._live.add_task("compiling", total=self._steps)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._live is not None:
+        if self._console.is_terminal:
             self._live.stop()
 
     def message(self, text: str) -> None:
         """Prints a line that stays."""
         say(self._console, text)
 
-    @property
-    def started(self) -> bool:
-        """Whether ``start`` was called."""
-        return self._began is not None
-
     def start(self, step: int) -> None:
-        """Starts the clock that estimates the time left."""
-        self._began = (time.perf_counter(), step)
+        """Starts the clock that estimates the time left, at its first call."""
+        if self._began is None:
+            self._began = (time.perf_counter(), step)
+            seconds = self._began[0] - self._created
+            self.message(f"data and compiled step ready in {seconds:.1f} s")
 
     def show(self, row: dict[str, Any]) -> None:
         """Shows a row of metrics.jsonl."""
         line = self._line(row)
-        if self._live is None or self._task is None:
-            self.message(line)
-            return
         self._live.update(self._task, completed=row["step"], description=line)
-        if "test_error" in row:
+        if "test_error" in row or not self._console.is_terminal:
             self.message(line)
 
     def _line(self, row: dict[str, Any]) -> str:
@@ -116,16 +109,12 @@ class Progress:
             for name in ("holdout", "test")
             if f"{name}_error" in row
         ]
-        left = self._time_left(row["step"])
-        if left is not None and row["step"] < self._steps:
-            parts.append(f"{describe_seconds(left)} left")
+        began, first = self._began or (0.0, row["step"])
+        done, left = row["step"] - first, self._steps - row["step"]
+        if done > 0 and left:
+            seconds = (time.perf_counter() - began) / done * left
+            parts.append(f"{describe_seconds(seconds)} left")
         return " · ".join(parts)
-
-    def _time_left(self, step: int) -> float | None:
-        if self._began is None or step <= self._began[1]:
-            return None
-        seconds = time.perf_counter() - self._began[0]
-        return seconds / (step - self._began[1]) * (self._steps - step)
 
 
 def print_start(
