@@ -16,11 +16,12 @@ def training_loss(
     config: LossConfig, logits: jax.Array, targets: jax.Array
 ) -> jax.Array:
     """The loss (n,) of logits (n, k) that a config names."""
+    smoothing = config.label_smoothing
     if config.kind == "sigmoid":
         return sigmoid_cross_entropy(
-            logits, targets, config.label_smoothing, config.target_threshold
+            logits, targets, smoothing, config.target_threshold
         )
-    return softmax_cross_entropy(logits, targets, config.label_smoothing)
+    return softmax_cross_entropy(logits, targets, smoothing)
 
 
 def softmax_cross_entropy(

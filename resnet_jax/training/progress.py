@@ -39,17 +39,10 @@ class Throughput:
         self._images += images
 
     def interval(self) -> dict[str, float]:
-        """The interval's figures, or nothing if it has no steps.
-
-        Call it when the interval's steps have finished.
-        """
+        """The figures of an interval whose steps have finished; empty without steps."""
         seconds = time.perf_counter() - self._start
-        if not self._images:
-            return {}
-        return {
-            "images_per_second": self._images / seconds,
-            "input_wait": self._waited / seconds,
-        }
+        figures = {"images_per_second": self._images, "input_wait": self._waited}
+        return {k: x / seconds for k, x in figures.items()} if self._images else {}
 
 
 class Progress:

@@ -77,8 +77,8 @@ class StopSignal:
     def asked(self) -> bool:
         """Whether the run should stop here; the same on all processes.
 
-        All processes must call it equally often. An all-reduce carries the question,
-        and its answer is read a few calls later: no step waits for the one before.
+        All processes must call it equally often. An all-reduce asks, and its answer is
+        read a few calls later, so that no step waits for the one before.
         """
         if self._mesh is None or distributed.process_count() == 1:
             return self._heard.is_set()
@@ -104,7 +104,7 @@ class StopSignal:
             _end("stopped at once by a second SIGTERM", _AT_ONCE)
         self._heard_at = now
         self._heard.set()
-        # With several processes, the others would wait for this one.
+        # Among several processes, the others would wait for this one.
         if self._nothing_to_save and distributed.process_count() == 1:
             _end(
                 "stopped by SIGTERM before its first step, with nothing new to save; "
