@@ -1,6 +1,7 @@
 """Where a run happened: versions, hardware and the code's commit."""
 
 import importlib.metadata
+import os
 import platform
 import re
 import shlex
@@ -10,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-
-from resnet_jax.machine import usable_cores
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -53,6 +52,13 @@ def command_line() -> str:
     if name == "__main__.py":
         name = "python -m resnet_jax"
     return " ".join([name, *map(shlex.quote, sys.argv[1:])])
+
+
+def usable_cores() -> int:
+    """Processors that this process may use; in a container, often fewer than exist."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _cpu_model() -> str:

@@ -155,31 +155,22 @@ def benchmark_step(
         start = time.perf_counter()
         state = jax.block_until_ready(compiled(state, None, batch))
         milliseconds.append(1000 * (time.perf_counter() - start))
-    times, side = milliseconds[2:], learner.image_shape[0]
+    times = milliseconds[2:]
     per_second = 1000 * batch_size / statistics.median(times)
     forward = count_multiply_adds(learner.model, learner.image_shape)
-    multiply_adds, memory = 3 * forward * per_second, _peak_memory()
     result = {
         "model": model,
         "batch_size": batch_size,
-        "image_size": side,
+        "image_size": learner.image_shape[0],
         "dtype": dtype,
         "images_per_second": per_second,
         **_spread("milliseconds", times),
         "steps": steps,
         "compile_seconds": compile_seconds,
-        **memory,
-        "multiply_adds_per_second": multiply_adds,
+        **_peak_memory(),
+        "multiply_adds_per_second": 3 * forward * per_second,
     }
-    lines = {
-        "step": f"{model}, batch {batch_size}, {side} px, {dtype}",
-        "images per second": f"{per_second:,.0f}",
-        "milliseconds per step": _describe(times, ".2f"),
-        "compile time": f"{compile_seconds:.1f} s",
-        f"peak memory ({memory['peak_of']})": _mebibytes(memory["peak_bytes"]),
-        "multiply-adds per second": f"{multiply_adds / 1e9:,.1f} G (3 x forward)",
-    }
-    return _report(result, lines, console, json_path)
+    return _report(result, console, json_path)
 
 
 def benchmark_input(
@@ -224,9 +215,7 @@ def benchmark_input(
                 jax.block_until_ready(next(stream))
             speeds.append(batches * size / (time.perf_counter() - began))
             busy.append(batches * size / (time.process_time() - cpu))
-    # Worker processes are only counted when they end, after the last round.
-    per_cpu = None if config.data.num_processes else statistics.median(busy[1:])
-    data, speeds, peak = config.data, speeds[1:], _process_peak_bytes()
+    data = config.data
     result = {
         "data": data.name,
         "examples": len(split),
@@ -235,25 +224,17 @@ def benchmark_input(
         "batch_size": size,
         "threads": data.threads,
         "processes": data.num_processes,
-        **_spread("images_per_second", speeds),
-        "images_per_cpu_second": per_cpu,
+        **_spread("images_per_second", speeds[1:]),
+        # Worker processes are only counted when they end, after the last round.
+        "images_per_cpu_second": (
+            None if data.num_processes else statistics.median(busy[1:])
+        ),
         "first_batch_seconds": first,
-        "peak_mib": peak / 2**20,
+        "peak_mib": _process_peak_bytes() / 2**20,
         "batches_a_round": batches,
         "rounds": rounds,
     }
-    shape = "x".join(map(str, split.training_shape))
-    where = "streamed" if feed.resident is None else "resident on the device"
-    lines = {
-        "data": f"{data.name}: {len(split):,} examples, {shape}, {where}",
-        "read by": f"{data.threads} threads, {data.num_processes} processes",
-        "images per second": _describe(speeds, ",.0f") + f" in batches of {size}",
-        "first batch after": f"{first:.2f} s",
-        "peak memory": _mebibytes(peak),
-    }
-    if per_cpu is not None:
-        lines["images per CPU second"] = f"{per_cpu:,.0f}"
-    return _report(result, lines, console, json_path)
+    return _report(result, console, json_path)
 
 
 def _spread(name: str, values: list[float]) -> dict[str, float]:
@@ -261,25 +242,30 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
     return {name: middle, f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
-def _describe(values: list[float], form: str) -> str:
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:{form}} (median of {len(values)}; {low:{form}} to {high:{form}})"
-
-
 def _report(
-    result: dict[str, Any],
-    lines: dict[str, str],
-    console: rich.console.Console | None,
-    json_path: str | None,
+    result: dict[str, Any], console: rich.console.Console | None, json_path: str | None
 ) -> dict[str, Any]:
     """Prints a measurement, adds the environment to it and writes its JSON file."""
-    where = environment()
-    lines = lines | {"on": f"{where['devices']}, {where['cpu_cores']} cores"}
-    print_facts(console or make_console(), lines)
-    result = result | {"environment": where}
+    result = result | {"environment": environment()}
+    where = {name: result["environment"][name] for name in ("devices", "cpu_cores")}
+    facts = {**result, **where, "environment": None}
+    print_facts(
+        console or make_console(),
+        {
+            name.replace("_", " "): _describe(value)
+            for name, value in facts.items()
+            if value is not None
+        },
+    )
     if json_path is not None and distributed.is_primary():
         write_text(json_path, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def write_text(path: str, text: str) -> None:
@@ -305,7 +291,3 @@ def _peak_memory() -> dict[str, Any]:
 def _process_peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
-
-
-def _mebibytes(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.0f} MiB"
