@@ -235,9 +235,10 @@ class _Watch:
             if dead and not self._leaving.is_set():
                 names = ", ".join(map(str, sorted(dead)))
                 self.close()
-                _end(
-                    f"process {names} of {self._count} has stopped, died or cannot be "
-                    f"reached; see its own output. {_RESTART}"
+                exit_now(
+                    f"error: process {names} of {self._count} has stopped, died or "
+                    f"cannot be reached; see its own output. {_RESTART}",
+                    status=1,
                 )
 
 
@@ -251,8 +252,8 @@ def _dead() -> set[int]:
     return set(range(jax.process_count())) - {d.process_index for d in living}
 
 
-def _end(sentence: str) -> NoReturn:
+def exit_now(sentence: str, status: int) -> NoReturn:
     """Ends the process from any thread, even if the main one waits in a collective."""
     sys.stdout.flush()
-    print(f"resnet-jax: error: {sentence}", file=sys.stderr, flush=True)
-    os._exit(1)
+    print(f"resnet-jax: {sentence}", file=sys.stderr, flush=True)
+    os._exit(status)

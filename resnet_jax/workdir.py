@@ -123,7 +123,7 @@ class Workdir:
             "derived": None if derived is None else dataclasses.asdict(derived),
             "command": command,
         }
-        self._write_json("config.json", content)
+        self.write_json("config.json", content)
 
     def refuse_other_run(self, config: Config) -> None:
         """Raises UserError if the folder holds a run that would have another result."""
@@ -169,7 +169,7 @@ class Workdir:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes result.json, which marks the run as finished."""
-        self._write_json("result.json", result)
+        self.write_json("result.json", result)
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""
@@ -177,7 +177,7 @@ class Workdir:
 
     def write_failure(self, sentence: str) -> None:
         """Writes failure.json, which says how the run diverged."""
-        self._write_json("failure.json", {"failure": sentence})
+        self.write_json("failure.json", {"failure": sentence})
 
     def read_failure(self) -> str | None:
         """How the run diverged, or None."""
@@ -194,7 +194,8 @@ class Workdir:
             with _writing(path):
                 self._storage.write(path, text)
 
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Replaces a JSON file of the workdir."""
         self.write(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def _read_json(self, name: str) -> dict[str, Any] | None:

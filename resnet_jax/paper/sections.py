@@ -99,8 +99,7 @@ class Section:
             "experiments": list(dict.fromkeys([*present.experiments, experiment])),
         }
         Workdir(path).create()
-        text = json.dumps(content, indent=2) + "\n"
-        Workdir(path).write(path / "setting.json", text)
+        Workdir(path).write_json("setting.json", content)
 
     def describe(self) -> str:
         """The scale in words."""

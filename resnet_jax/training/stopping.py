@@ -8,11 +8,10 @@ which may compile for minutes.
 import collections
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,20 +100,14 @@ class StopSignal:
         if self._heard.is_set():
             if now - self._heard_at < _SAME_SECONDS:
                 return
-            _end("stopped at once by a second SIGTERM", _AT_ONCE)
+            distributed.exit_now("stopped at once by a second SIGTERM", _AT_ONCE)
         self._heard_at = now
         self._heard.set()
         # Among several processes, the others would wait for this one.
         if self._nothing_to_save and distributed.process_count() == 1:
-            _end(
+            distributed.exit_now(
                 "stopped by SIGTERM before its first step, with nothing new to save; "
                 "the same command starts or resumes the run",
                 0,
             )
         self._say("SIGTERM: the run finishes its step and saves; a second one ends it")
-
-
-def _end(sentence: str, status: int) -> NoReturn:
-    sys.stdout.flush()
-    print(f"resnet-jax: {sentence}", file=sys.stderr, flush=True)
-    os._exit(status)

@@ -1,7 +1,6 @@
 """A sweep: one run for every combination of values, or one per seed."""
 
 import itertools
-import json
 import os
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -80,7 +79,7 @@ def sweep(
         "command": command_line(),
         "environment": environment(),
     }
-    folder.write(folder.path / "sweep.json", json.dumps(content, indent=2) + "\n")
+    folder.write_json("sweep.json", content)
     folder.write(folder.report, _page(spec, rows))
     _print(console, rows)
     say(console, f"report: {folder.report}")
