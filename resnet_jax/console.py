@@ -1,6 +1,7 @@
 """What every command prints with."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import rich.console
 import rich.table
@@ -25,6 +26,13 @@ def print_facts(console: rich.console.Console, facts: Mapping[str, str]) -> None
     for name, value in facts.items():
         table.add_row(name, rich.text.Text(value))
     console.print(table, highlight=False)
+
+
+def describe(value: Any) -> str:
+    """A value as text, with short floats and thousands separators."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def describe_seconds(seconds: float) -> str:

@@ -23,7 +23,7 @@ from resnet_jax.config.schema import (
     ModelConfig,
     TrainingConfig,
 )
-from resnet_jax.console import make_console, print_facts
+from resnet_jax.console import describe, make_console, print_facts
 from resnet_jax.data.batch import Batch
 from resnet_jax.data.feeds import make_feed
 from resnet_jax.data.sources import open_collection
@@ -252,7 +252,7 @@ def _report(
     print_facts(
         console or make_console(),
         {
-            name.replace("_", " "): _describe(value)
+            name.replace("_", " "): describe(value)
             for name, value in facts.items()
             if value is not None
         },
@@ -260,12 +260,6 @@ def _report(
     if json_path is not None and distributed.is_primary():
         write_text(json_path, json.dumps(result, indent=2) + "\n")
     return result
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-    return f"{value:,}" if type(value) is int else str(value)
 
 
 def write_text(path: str, text: str) -> None:

@@ -1,5 +1,6 @@
 """The terminal output of a run: its config, a progress line and messages."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +10,8 @@ import rich.console
 import rich.progress
 
 from resnet_jax.analysis.complexity import count_parameters
-from resnet_jax.config import Config, Derived, flatten
-from resnet_jax.console import describe_seconds, print_facts, say
+from resnet_jax.config import flatten
+from resnet_jax.console import describe, describe_seconds, print_facts, say
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.training.state import Learner
 
@@ -113,54 +114,24 @@ class Progress:
 def print_start(
     console: rich.console.Console, learner: Learner, dataset: Dataset
 ) -> None:
-    """Prints what is going to run: the config, derived values and the data."""
+    """Prints the config, one line per section, the derived values and the data."""
     config, derived, mesh = learner.config, learner.derived, learner.mesh
-    values = derived_values(derived) | {
-        "parameters": f"{count_parameters(learner.abstract_state().params):,}",
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
-    }
-    print_config(console, config, values)
-    for note in derived.notes():
-        say(console, note)
-    splits = [
-        split for split in (dataset.train, dataset.holdout, dataset.test) if split
-    ]
-    counts = ", ".join(f"{len(split):,} {split.name}" for split in splits)
-    height, width, channels = dataset.image_shape
-    say(
-        console,
-        f"{config.data.name}: {counts}; {height}x{width}x{channels}, "
-        f"{dataset.num_classes} classes",
-    )
-
-
-def print_config(
-    console: rich.console.Console, config: Config, values: dict[str, Any]
-) -> None:
-    """Prints the resolved config, one line per section, and the derived values."""
     sections: dict[str, list[str]] = {}
     for name, value in flatten(config).items():
         section, _, key = name.rpartition(".")
         sections.setdefault(section or "run", []).append(f"{key}={value}")
-    sections["derived"] = [f"{key}={value}" for key, value in values.items()]
+    values = dataclasses.asdict(derived) | {
+        "parameters": count_parameters(learner.abstract_state().params),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+    }
+    sections["derived"] = [f"{key}={describe(x)}" for key, x in values.items() if x]
     print_facts(
         console, {name: " ".join(entries) for name, entries in sections.items()}
     )
-
-
-def derived_values(derived: Derived) -> dict[str, str]:
-    """The derived values as text: thousands separated, floats short."""
-    values = {
-        "training_examples": f"{derived.training_examples:,}",
-        "global_batch": f"{derived.global_batch_size:,}",
-        "steps": f"{derived.steps:,}",
-        "epochs": f"{derived.epochs:.4g}",
-        "steps_per_epoch": f"{derived.steps_per_epoch:.6g}",
-        "evaluate_every": f"{derived.evaluate_every:,}",
-        "checkpoint_every": f"{derived.checkpoint_every:,}",
-    }
-    if derived.boundaries:
-        values["rate_falls_at"] = ",".join(map(str, derived.boundaries))
-    if derived.warmup_steps:
-        values["warmup_steps"] = f"{derived.warmup_steps:,}"
-    return values
+    for note in derived.notes():
+        say(console, note)
+    splits = (dataset.train, dataset.holdout, dataset.test)
+    counts = ", ".join(f"{len(split):,} {split.name}" for split in splits if split)
+    shape = "x".join(map(str, dataset.image_shape))
+    classes = f"{dataset.num_classes} classes"
+    say(console, f"{config.data.name}: {counts}; {shape}, {classes}")
