@@ -1,4 +1,4 @@
-"""What every command prints with."""
+"""Printing, for all commands."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ from resnet_jax import distributed
 
 
 def make_console() -> rich.console.Console:
-    """Standard output; silent on all processes of a run but the first."""
+    """Standard output; silent on all but the first process of a run."""
     return rich.console.Console(quiet=not distributed.is_primary())
 
 
 def say(console: rich.console.Console, text: str) -> None:
-    """Prints a line as it is: not wrapped, and brackets in paths are no markup."""
+    """Prints a line without wrapping or markup: paths may contain brackets."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 

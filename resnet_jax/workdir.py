@@ -3,8 +3,8 @@
 With several processes only the first writes them. They are in a folder, or below a URL
 such as ``gs://bucket/run`` (see ``storage``).
 
-Every file is replaced in one step or grows by whole lines, so a run that is killed at
-any moment leaves readable files.
+Every file is replaced in one step or grows by whole lines, so that a run killed at any
+moment leaves readable files.
 """
 
 import contextlib

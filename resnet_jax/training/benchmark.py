@@ -58,7 +58,7 @@ def synthetic_learner(
       batch_size: global batch.
       image_size: side of the images; by default the net's own.
       dtype: of the convolutions.
-      augmentation: by default the paper's for the net, as far as the device does it.
+      augmentation: by default the paper's for the net, without the host's crops.
       micro_batches: the config's ``training.micro_batches``.
       mesh: the devices; all by default.
       **model_options: other fields of the config's ``model`` section.
@@ -131,7 +131,7 @@ def benchmark_step(
       batch_size: global batch.
       image_size: side of the images; by default the net's own.
       dtype: of the convolutions.
-      steps: timed steps, each of them waited for.
+      steps: timed steps; each is timed until it finishes.
       json_path: where to write the result, if anywhere.
       console: where to print; standard output by default.
 

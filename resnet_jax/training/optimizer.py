@@ -1,4 +1,4 @@
-"""Optimizers without the learning rate, by which the step multiplies the update."""
+"""Optimizers without the learning rate: the step multiplies their update by it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

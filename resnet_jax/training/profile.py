@@ -1,4 +1,4 @@
-"""A profile of a range of steps, for xprof."""
+"""A profile of some steps, for xprof."""
 
 import contextlib
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 The paper's recipes need both: drops at given steps (CIFAR), a drop when the held-out
 error plateaus (ImageNet), a small rate until the training error is below 80 % (depth
-110). ``ScheduleState`` is what they remember; checkpoints hold it.
+110). ``ScheduleState`` is their memory, and part of checkpoints.
 """
 
 import dataclasses

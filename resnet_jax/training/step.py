@@ -51,10 +51,10 @@ def make_train_step(learner: Learner) -> jax.stages.Wrapped:
 
 
 def make_train_steps(learner: Learner) -> jax.stages.Wrapped:
-    """A jitted function of (state, resident, indices) to the state many steps on.
+    """A jitted function of (state, resident, indices) that runs many steps.
 
-    Each row of the indices is the batch of one step of ``make_train_step``. Each number
-    of rows compiles its own program.
+    Each row of the indices is the batch of one step, as in ``make_train_step``. Each
+    number of rows compiles its own program.
 
     Returns:
       A function of the ``TrainState``, ``Feed.resident`` and int32 indices
@@ -191,7 +191,7 @@ def _accumulated(learner: Learner, count: int) -> Callable[..., _Gradients]:
 
     The whole batch is augmented and mixed first. With batch normalisation groups a
     micro-batch holds whole groups, and the step is the same to rounding. With one
-    group, each micro-batch has its own statistics: those of examples i with equal
+    group, each micro-batch has its own statistics, and holds the examples i with equal
     i mod ``count``. The running statistics move once, by the mean over all groups.
     Dropout and stochastic depth draw by the place in the micro-batch.
     """
@@ -203,7 +203,7 @@ def _accumulated(learner: Learner, count: int) -> Callable[..., _Gradients]:
             index, images, targets = part
             part_key = jax.random.fold_in(key, index)
             found = of_examples(params, batch_stats, images, targets, part_key)
-            # Summed as changes, so that frozen statistics keep their very bits.
+            # Sums of changes keep frozen statistics bit for bit.
             changes = jax.tree.map(jnp.subtract, found.batch_stats, batch_stats)
             return dataclasses.replace(found, batch_stats=changes)
 

@@ -27,7 +27,7 @@ _SAME_SECONDS = 0.2
 
 
 class StopSignal:
-    """Whether SIGTERM came, agreed on by all processes; a context manager.
+    """Whether SIGTERM came; all processes agree. A context manager.
 
     It handles SIGTERM only in the main thread, and only if the process has no handler
     yet: an application that embeds a run keeps its signals.

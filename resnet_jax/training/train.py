@@ -71,8 +71,8 @@ def train(
       console: where to print; standard output by default.
 
     Returns:
-      The content of result.json. For one run: ``test_error`` as a share,
-      ``test_errors`` of ``test_count``, and how they came about. For several seeds:
+      The content of result.json. For one run: ``test_error`` as a fraction,
+      ``test_errors`` of ``test_count``, and facts of the run. For several seeds:
       ``test_error`` is the mean, ``test_error_deviation`` the standard deviation, and
       ``runs`` has each run.
 
