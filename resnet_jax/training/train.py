@@ -97,8 +97,9 @@ def train_one(
     # 1. Refuse a workdir with another run; a finished run only prints its result.
     folder = Workdir(workdir)
     folder.refuse_other_run(config)
-    result = _finished(folder)
-    if result is not None:
+    result = folder.read_result() if distributed.is_primary() else None
+    if distributed.broadcast(result is not None):
+        result = result or folder.read_result() or {}
         say(console, f"{folder.path} holds a finished run; nothing to do")
         print_result(console, result, folder.report)
         return result
@@ -168,13 +169,6 @@ def steps_per_call(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) ->
         )
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return asked or (STEPS_PER_CALL if resident and not on_cpu else 1)
-
-
-def _finished(folder: Workdir) -> dict[str, Any] | None:
-    result = folder.read_result() if distributed.is_primary() else None
-    if distributed.broadcast(result is not None):
-        return result or folder.read_result() or {}
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +322,7 @@ class _Run:
     ) -> TrainState:
         """Does what is due after a step: a row of metrics, evaluation, a checkpoint.
 
-        ``saved`` says that a checkpoint of this step exists.
+        ``saved`` is true if a checkpoint of this step exists.
         """
         last = step == self.derived.steps
         saves = last or step % self.derived.checkpoint_every == 0
@@ -427,9 +421,8 @@ class _Run:
             row_is_due=row_is_due,
             skipped=self._skipped(),
         )
-        content = dataclasses.asdict(start) | {
-            "config": dataclasses.asdict(self.config)
-        }
+        config = dataclasses.asdict(self.config)
+        content = dataclasses.asdict(start) | {"config": config}
         row = self.rows[-1] if self.rows and self.rows[-1]["step"] == step else {}
         self.checkpoints.save(state, content, row.get("holdout_error"), replace)
 
