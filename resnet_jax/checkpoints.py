@@ -2,7 +2,7 @@
 
 A checkpoint has two items. ``state`` is the ``TrainState``. ``meta`` is JSON: the rest
 of the run (config, position in the data, metrics so far) and a checksum of every array,
-because a flipped bit on a disk would otherwise be restored without a word.
+because Orbax restores a flipped bit without an error.
 
 1. ``save`` computes checksums on the devices and refuses a state that is not finite.
 2. Orbax copies the state to the host and writes it while training continues.
@@ -12,6 +12,7 @@ because a flipped bit on a disk would otherwise be restored without a word.
 
 import contextlib
 import json
+import operator
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,7 +34,6 @@ from resnet_jax.storage import is_remote, storage_of
 
 Warn = Callable[[str], None]
 Content = dict[str, Any]
-_HOLDOUT_ERROR = "holdout_error"
 _SAVE_SECONDS = 10**8
 """Orbax measures time by the wall clock and gives up on a save if the clock jumps."""
 
@@ -52,13 +52,14 @@ class Checkpoints:
           directory: absolute path, or an epath URL.
           config: which checkpoints to keep.
         """
+        holdout_error = operator.itemgetter("holdout_error")
         kept: list[Any] = [policies.LatestN(config.keep_last)]
         if config.keep_every_steps:
             kept.append(policies.EveryNSteps(config.keep_every_steps))
         if config.best:
             kept.append(
                 policies.BestN(
-                    get_metric_fn=_holdout_error,
+                    get_metric_fn=holdout_error,
                     reverse=True,
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -73,7 +74,7 @@ class Checkpoints:
                 save_decision_policy=policies.FixedIntervalPolicy(1),
                 # Orbax writes metrics only with best_fn, and with best_fn it warns of
                 # every checkpoint without metrics.
-                best_fn=_holdout_error if config.best else None,
+                best_fn=holdout_error if config.best else None,
                 best_mode="min",
                 async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
             ),
@@ -107,18 +108,14 @@ class Checkpoints:
         """
         step = int(state.step)
         checksums, finite = _checksums(state)
+        checked = (".params", ".batch_stats", ".opt_state")
         for name, is_finite in finite.items():
-            if not is_finite and name.startswith(
-                (".params", ".batch_stats", ".opt_state")
-            ):
+            if not is_finite and name.startswith(checked):
                 raise self.diverged(f"{name} is not finite after step {step}")
         text = json.dumps(content)
-        meta = {
-            "content": text,
-            "content_crc32": zlib.crc32(text.encode()),
-            "checksums": checksums,
-        }
-        metrics = None if holdout_error is None else {_HOLDOUT_ERROR: holdout_error}
+        crc32 = zlib.crc32(text.encode())
+        meta = {"content": text, "content_crc32": crc32, "checksums": checksums}
+        metrics = None if holdout_error is None else {"holdout_error": holdout_error}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(jax.tree.map(_one_copy, state)),
             meta=ocp.args.JsonSave(meta),
@@ -131,12 +128,9 @@ class Checkpoints:
     def diverged(self, what: str) -> DivergedError:
         """The error to raise, which names the last good checkpoint."""
         self.wait()
-        steps = self.steps()
-        kept = (
-            f"the last good checkpoint is step {steps[-1]}"
-            if steps
-            else ("there is no checkpoint yet")
-        )
+        kept = "there is no checkpoint yet"
+        if steps := self.steps():
+            kept = f"the last good checkpoint is step {steps[-1]}"
         return DivergedError(
             f"{what}; {kept} in {self._directory}. Lower optimizer.learning_rate or "
             "add a warm-up, in another workdir"
@@ -180,17 +174,12 @@ class Checkpoints:
         """
         failure = None
         try:
+            how = ocp.checkpoint_utils.construct_restore_args(abstract_state)
             arguments = ocp.args.PyTreeRestore(
-                item=abstract_state,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(
-                    abstract_state
-                ),
-                partial_restore=True,
+                item=abstract_state, restore_args=how, partial_restore=True
             )
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(state=arguments, meta=ocp.args.JsonRestore()),
-            )
+            items = ocp.args.Composite(state=arguments, meta=ocp.args.JsonRestore())
+            restored = self._manager.restore(step, args=items)
             state, meta = restored["state"], restored["meta"]
             content = json.loads(meta["content"])
         except Exception as error:  # A damaged file can raise anything.
@@ -252,7 +241,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            # Stores raise their own errors; on a disk, anything else is a bug here.
+            # Stores raise errors of many types; on a disk, others than these are bugs.
             known = isinstance(error, (OSError, ValueError, RuntimeError))
             if not known and not is_remote(self._directory):
                 raise
@@ -277,10 +266,6 @@ def _one_copy(leaf: jax.Array) -> jax.Array:
     if distributed.process_count() == 1 and leaf.is_fully_replicated:
         return leaf.addressable_data(0)
     return leaf
-
-
-def _holdout_error(metrics: dict[str, float]) -> float:
-    return metrics[_HOLDOUT_ERROR]
 
 
 def _reason(error: Exception) -> str:
@@ -315,7 +300,7 @@ def _leaves(state: Any) -> dict[str, jax.Array]:
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return jax.random.key_data(leaf) if is_key else leaf
 
-    leaves = jax.tree_util.tree_leaves_with_path(state)
+    leaves = jax.tree.leaves_with_path(state)
     return {_name(jax.tree_util.keystr(path)): words(leaf) for path, leaf in leaves}
 
 

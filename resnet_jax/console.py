@@ -1,18 +1,38 @@
-"""What every command prints with."""
+"""Printing, for all commands."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import rich.console
+import rich.table
+import rich.text
 
 from resnet_jax import distributed
 
 
 def make_console() -> rich.console.Console:
-    """Standard output; silent on all processes of a run but the first."""
+    """Standard output; silent on all but the first process of a run."""
     return rich.console.Console(quiet=not distributed.is_primary())
 
 
 def say(console: rich.console.Console, text: str) -> None:
-    """Prints a line as it is: not wrapped, and brackets in paths are no markup."""
+    """Prints a line without wrapping or markup: paths may contain brackets."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_facts(console: rich.console.Console, facts: Mapping[str, str]) -> None:
+    """Prints names and values as two columns."""
+    table = rich.table.Table(box=None, show_header=False, padding=(0, 1))
+    for name, value in facts.items():
+        table.add_row(name, rich.text.Text(value))
+    console.print(table, highlight=False)
+
+
+def describe(value: Any) -> str:
+    """A value as text, with short floats and thousands separators."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def describe_seconds(seconds: float) -> str:

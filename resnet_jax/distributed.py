@@ -1,8 +1,8 @@
 """The processes of one run on several hosts: how they connect, and how they end.
 
-jax.distributed connects the processes, and its coordination service knows which of
-them live. This module adds what a person needs: if a process dies, the others stop
-soon, with one sentence that names it, instead of waiting in a collective forever.
+jax.distributed connects the processes, and its coordination service knows which are
+alive. This module adds: if a process dies, the others soon stop with one sentence that
+names it, instead of waiting in a collective forever.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ class Processes:
     """The processes of a run.
 
     Attributes:
-      coordinator: ``HOST:PORT`` of process 0; None: jax finds all three in the
-        environment of a cluster.
+      coordinator: ``HOST:PORT`` of process 0. If all three are None, jax reads them
+        from the environment of a cluster.
       count: number of processes.
       index: of this process, from 0.
     """
@@ -111,9 +111,8 @@ def started(processes: Processes | None, peer_timeout_seconds: int) -> Iterator[
     every other one ends with exit status 1 and a sentence that names it.
 
     Args:
-      processes: None: this process is alone, and nothing happens.
-      peer_timeout_seconds: a process counts as dead after this time without a
-        heartbeat.
+      processes: None if this process is alone; then nothing happens.
+      peer_timeout_seconds: without a heartbeat for this long, a process counts as dead.
 
     Raises:
       UserError: the processes cannot be connected.
@@ -168,7 +167,7 @@ def _initialize(processes: Processes, peer_timeout_seconds: int) -> None:
 
 
 class _Watch:
-    """A thread that asks jax which processes live, and ends this one if any died."""
+    """A thread that asks jax which processes are alive, and exits if one died."""
 
     def __init__(self, peer_timeout_seconds: int):
         low, high = _POLL_SECONDS
@@ -183,7 +182,7 @@ class _Watch:
     def _say_if_aborted(self) -> subprocess.Popen[bytes]:
         """A shell that prints a sentence if this process dies without closing a pipe.
 
-        jaxlib aborts a process that loses process 0. No Python code can run then.
+        jaxlib aborts a process that loses process 0, and no Python code runs then.
         """
         sentence = (
             f"resnet-jax: error: process 0 of {self._count}, the coordinator, has died "
@@ -212,7 +211,7 @@ class _Watch:
         """Disconnects when all processes are here; process 0 goes last."""
         wait_for_all("end")
         self._leaving.set()
-        # No process goes while another's thread would still take that for a death.
+        # A process that leaves while another still watches would count as dead.
         wait_for_all("watch ended")
         if self._index == 0:
             with contextlib.suppress(Exception):
@@ -236,14 +235,15 @@ class _Watch:
             if dead and not self._leaving.is_set():
                 names = ", ".join(map(str, sorted(dead)))
                 self.close()
-                _end(
-                    f"process {names} of {self._count} has stopped, died or cannot be "
-                    f"reached; see its own output. {_RESTART}"
+                exit_now(
+                    f"error: process {names} of {self._count} has stopped, died or "
+                    f"cannot be reached; see its own output. {_RESTART}",
+                    status=1,
                 )
 
 
 def _dead() -> set[int]:
-    """Processes that no longer live. Returns when all living ones have asked."""
+    """The dead processes. Returns when every living process has asked."""
     try:
         with multihost_utils.live_devices(jax.devices()) as living:
             pass
@@ -252,8 +252,8 @@ def _dead() -> set[int]:
     return set(range(jax.process_count())) - {d.process_index for d in living}
 
 
-def _end(sentence: str) -> NoReturn:
+def exit_now(sentence: str, status: int) -> NoReturn:
     """Ends the process from any thread, even if the main one waits in a collective."""
     sys.stdout.flush()
-    print(f"resnet-jax: error: {sentence}", file=sys.stderr, flush=True)
-    os._exit(1)
+    print(f"resnet-jax: {sentence}", file=sys.stderr, flush=True)
+    os._exit(status)

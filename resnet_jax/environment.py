@@ -1,7 +1,9 @@
 """Where a run happened: versions, hardware and the code's commit."""
 
 import importlib.metadata
+import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -9,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-
-from resnet_jax.machine import usable_cores
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -30,17 +30,16 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the code if it runs from a checkout, ``+`` if it was changed."""
+    """The commit of a checkout, with ``+`` if tracked files differ; None elsewhere."""
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        options: Any = {"text": True, "stderr": subprocess.DEVNULL, "timeout": 10}
+        return subprocess.check_output(command, **options).strip()
 
     try:
-        git("ls-files", "--error-unmatch", str(Path(__file__)))
+        git("ls-files", "--error-unmatch", __file__)
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
@@ -48,19 +47,23 @@ def commit() -> str | None:
 
 
 def command_line() -> str:
-    """The command of this process, as one may type it again."""
+    """The command that started this process, quoted for a shell."""
     name = Path(sys.argv[0]).name
     if name == "__main__.py":
         name = "python -m resnet_jax"
     return " ".join([name, *map(shlex.quote, sys.argv[1:])])
 
 
+def usable_cores() -> int:
+    """Processors that this process may use; in a container, often fewer than exist."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _cpu_model() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1] for line in lines if line.startswith("model name")]
-    name = names[0].strip() if names else platform.processor()
-    return name or platform.machine()
+    """The processor's name if the system gives it, or its architecture."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text() if file.exists() else ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return name[1] if name else platform.processor() or platform.machine()

@@ -16,14 +16,9 @@ SMALL_LEAF = 2**12
 
 
 def data_mesh(num_devices: int | None = None) -> Mesh:
-    """A mesh with one axis, ``data``, over which batches are sharded.
+    """A mesh of all or some devices with one Auto axis, ``data``, to shard batches.
 
-    The axis is Auto: programs are written for the global batch, and the compiler
-    partitions them. The devices of a process are neighbours, so each process reads
-    consecutive examples.
-
-    Args:
-      num_devices: None means all.
+    The devices of a process are neighbours, so each process reads consecutive examples.
 
     Raises:
       UserError: jax finds no device.
@@ -49,20 +44,15 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def steps_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The second axis cut over the devices: batches of several steps, or parts."""
+    """The second axis split over the devices, for the batches of several steps."""
     return NamedSharding(mesh, PartitionSpec(None, "data"))
 
 
 def fully_sharded(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The shardings of a state that is split over the devices.
 
-    Each leaf is split along its largest axis that the number of devices divides. It is
-    replicated if there is none, or if it is small: gathering it would cost more than
-    splitting saves.
-
-    Args:
-      tree: arrays or their shapes.
-      mesh: the devices.
+    Each array or shape of ``tree`` is split along its largest axis that the number of
+    devices divides. Small arrays are replicated, because gathering them costs more.
     """
 
     def sharding(leaf: Any) -> NamedSharding:
@@ -81,15 +71,11 @@ def gathered(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def settled(tree: Tree) -> Tree:
-    """``tree``; waits for it first if one CPU simulates several devices.
+    """Returns ``tree``; waits for it first if one CPU simulates several devices.
 
-    Simulated devices share a pool with one thread per device. Programs in flight
-    together can hold threads that the collectives of the others need, and XLA then ends
-    the process after 40 seconds. This happened within a minute with evaluations on 8
-    devices and 2 cores. A loop that dispatches programs calls this between them.
-
-    Args:
-      tree: arrays that a program returned, on the same devices.
+    Simulated devices share one thread pool. Programs in flight together can block each
+    other's collectives, and XLA then ends the process after 40 seconds. A loop that
+    dispatches programs calls this between them.
     """
     devices = jax.tree.leaves(tree)[0].sharding.addressable_devices
     if len(devices) > 1 and next(iter(devices)).platform == "cpu":
@@ -100,13 +86,9 @@ def settled(tree: Tree) -> Tree:
 def check_divides(
     global_batch_size: int, num_devices: int, micro_batches: int = 1, groups: int = 1
 ) -> None:
-    """Raises UserError if a batch does not split evenly.
+    """Raises UserError if a batch does not split evenly over micro-batches and devices.
 
-    Args:
-      global_batch_size: examples per step.
-      num_devices: each computes its share of every micro-batch.
-      micro_batches: parts of the batch, computed one after another.
-      groups: of batch normalisation; the sizes suggested divide by these too.
+    The sizes suggested also divide by the ``groups`` of batch normalisation.
     """
     parts = num_devices * micro_batches
     if global_batch_size % parts == 0:
@@ -146,12 +128,7 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def place_whole(tree: Any, shardings: Any) -> Any:
-    """Device arrays from host arrays that every process holds whole.
-
-    Args:
-      tree: host arrays.
-      shardings: a tree of the same structure.
-    """
+    """Device arrays from host arrays that every process holds whole."""
 
     def placed(array: Any, sharding: NamedSharding) -> jax.Array:
         array = np.asarray(array)

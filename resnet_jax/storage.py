@@ -1,8 +1,7 @@
 """Where the files of a run are: on a disk, or as objects in a store such as gs://.
 
-A disk renames, appends and locks. A store does none of these: it replaces whole
-objects, each in one step. This module holds the differences; the paths of pathlib and
-epath do the rest alike.
+A disk renames, appends and locks. A store only replaces whole objects, each in one
+step. This module holds the differences; pathlib and epath do the rest alike.
 """
 
 import contextlib
@@ -61,8 +60,7 @@ def locate(path: str | os.PathLike[str]) -> Any:
 def reached(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns any error of a store into a UserError that it cannot be reached.
 
-    Each store's library has errors of its own. Errors of a disk and missing files pass
-    unchanged.
+    Errors of a disk and missing files pass unchanged.
     """
     try:
         yield
@@ -85,10 +83,9 @@ def reached(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path, refusal: str) -> Iterator[None]:
-    """Holds a folder on the disk. The lock ends with the process, however it ends.
+    """Locks a folder on the disk, or raises UserError with the text ``refusal``.
 
-    Raises:
-      UserError: with the text ``refusal``; another process holds the folder.
+    The lock ends with the process, however it ends.
     """
     opened = os.open(folder, os.O_RDONLY)
     try:
@@ -102,10 +99,9 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; the file written there becomes ``path``.
+    """A temporary path; the file written there replaces ``path`` in one step.
 
-    It does so in one step, after the disk has it. If the block fails, ``path`` stays as
-    it was, and the temporary file is deleted.
+    If the block fails, ``path`` stays as it was, and the temporary file is deleted.
     """
     # Two processes may write the same file.
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")
@@ -137,14 +133,10 @@ class Disk:
     def lock(self, folder: Path, tell: Tell) -> contextlib.AbstractContextManager[None]:
         """Holds a folder; raises UserError if another run holds it."""
         del tell
-        return locked(
-            folder,
-            f"workdir {folder} is in use by another run; wait for it, or give another "
-            "--workdir",
-        )
+        return locked(folder, _in_use(folder))
 
     def write(self, path: Path, text: str) -> None:
-        """Replaces a file in one step, after the disk has the new one."""
+        """Replaces a file in one step."""
         with replacing(path) as temporary:
             temporary.write_text(text)
 
@@ -184,9 +176,9 @@ class Store:
     def lock(self, folder: Path, tell: Tell) -> Iterator[None]:
         """Holds a folder by an object that names the run. A thread renews it.
 
-        The lock is advisory. A killed run leaves it, and the next run watches it for
-        ``DEAD_SECONDS`` to see whether it is renewed: no two clocks have to agree. Rows
-        that still wait are written on leaving.
+        A killed run leaves its lock. The next run watches it for ``DEAD_SECONDS`` to
+        see whether it is renewed, so clocks need not agree. On leaving, rows that still
+        wait are written.
 
         Raises:
           UserError: another run renews it, or took it at the same time.
@@ -198,12 +190,12 @@ class Store:
             _renew(file, me)
             time.sleep(SETTLE_SECONDS)
             if (holder := _holder(file)) != me:
-                raise _in_use(file, holder)
+                raise UserError(_in_use(folder, holder))
         leaving = threading.Event()
 
         def beat() -> None:
             while not leaving.wait(BEAT_SECONDS):
-                # If the store cannot be reached, the next time may do.
+                # If the store cannot be reached now, try again at the next beat.
                 with contextlib.suppress(Exception):
                     holder = _holder(file)
                     if holder and holder != me:
@@ -218,7 +210,7 @@ class Store:
         finally:
             leaving.set()
             thread.join()
-            # An error of the run matters more than one of these.
+            # Errors here must not hide one of the run.
             with contextlib.suppress(Exception):
                 self._flush()
             with contextlib.suppress(Exception):
@@ -279,14 +271,10 @@ class Store:
 
 
 class Mirror:
-    """A folder on the disk for libraries that write only there.
-
-    Attributes:
-      path: the folder.
-    """
+    """A folder on the disk, ``path``, for libraries that only write there."""
 
     def __init__(self, path: Path, target: Path | None):
-        """Copies go to ``target``; None: the folder needs no copy."""
+        """``target`` gets the copies; None if the folder needs none."""
         self.path, self._target = path, target
         self._sizes: dict[Path, int] = {}
 
@@ -313,7 +301,7 @@ def read_text(path: Path) -> str | None:
 
 
 def _wait_until_free(file: Path, tell: Tell) -> None:
-    first = now = read_text(file)
+    first = read_text(file)
     if first is None:
         return
     tell(
@@ -322,10 +310,10 @@ def _wait_until_free(file: Path, tell: Tell) -> None:
     )
     for _ in range(round(DEAD_SECONDS / BEAT_SECONDS)):
         time.sleep(BEAT_SECONDS)
-        if (now := read_text(file)) != first:
-            break
-    if now not in (None, first):
-        raise _in_use(file, _holder(file))
+        if (now := read_text(file)) is None:
+            return
+        if now != first:
+            raise UserError(_in_use(file.parent, _holder(file)))
 
 
 def _renew(file: Path, me: str) -> None:
@@ -340,8 +328,9 @@ def _holder(file: Path) -> str:
         return "an unknown host"
 
 
-def _in_use(file: Path, holder: str) -> UserError:
-    return UserError(
-        f"workdir {file.parent} is in use by another run on {holder}; wait for it, or "
-        "give another --workdir"
+def _in_use(folder: Path, holder: str = "") -> str:
+    where = f" on {holder}" if holder else ""
+    return (
+        f"workdir {folder} is in use by another run{where}; wait for it, or give "
+        "another --workdir"
     )

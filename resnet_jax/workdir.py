@@ -3,8 +3,8 @@
 With several processes only the first writes them. They are in a folder, or below a URL
 such as ``gs://bucket/run`` (see ``storage``).
 
-Every file is replaced in one step or grows by whole lines, so a run that is killed at
-any moment leaves readable files.
+Every file is replaced in one step or grows by whole lines, so that a run killed at any
+moment leaves readable files.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from resnet_jax import distributed, storage
 from resnet_jax.config import Config, Derived, fields, flatten, resolve
@@ -39,10 +40,7 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
         self.report = self.path / "report.html"
-        self._config = self.path / "config.json"
         self._metrics = self.path / "metrics.jsonl"
-        self._result = self.path / "result.json"
-        self._failure = self.path / "failure.json"
 
     def create(self) -> None:
         """Creates the folder; raises UserError if it cannot be written to."""
@@ -56,31 +54,42 @@ class Workdir:
                 "give another --workdir"
             ) from error
 
-    @contextlib.contextmanager
-    def lock(self, tell: storage.Tell) -> Iterator[None]:
-        """Keeps other runs out.
+    def lock(self, tell: storage.Tell) -> contextlib.AbstractContextManager[None]:
+        """Keeps other runs out; raises UserError if another run holds the folder.
 
         On a disk the lock ends with the process, however it ends. In a store it is an
         object, and ``tell`` reports one that a killed run may have left.
-
-        Raises:
-          UserError: another run holds it.
         """
-        if not distributed.is_primary():
-            yield
-            return
-        with self._storage.lock(self.path, tell):
-            yield
+        if distributed.is_primary():
+            return self._storage.lock(self.path, tell)
+        return contextlib.nullcontext()
 
     def mirror(self, folder: Path) -> contextlib.AbstractContextManager[storage.Mirror]:
         """``folder`` on this host's disk, for libraries that only write to disks."""
         return self._storage.mirror(folder)
 
-    def compiled_programs(self, folder: str) -> Path:
-        """Where compiled programs are kept: relative to the workdir, or a URL."""
-        return (
-            storage.locate(folder) if storage.is_remote(folder) else self.path / folder
-        )
+    @contextlib.contextmanager
+    def compiled_programs(self, folder: str | None) -> Iterator[None]:
+        """Keeps compiled programs in a folder, so that a restart does not compile.
+
+        A cache that the process already uses, such as JAX_COMPILATION_CACHE_DIR, stays.
+
+        Args:
+          folder: relative to the workdir, or a URL; None means no cache.
+        """
+        if folder is None or jax.config.values["jax_compilation_cache_dir"]:
+            yield
+            return
+        remote = storage.is_remote(folder)
+        path = storage.locate(folder) if remote else self.path / folder
+        try:
+            # jax decides once, at its first compilation, whether there is a cache.
+            jax.config.update("jax_compilation_cache_dir", str(path))
+            compilation_cache.reset_cache()
+            yield
+        finally:
+            jax.config.update("jax_compilation_cache_dir", None)
+            compilation_cache.reset_cache()
 
     def check_shared(self) -> None:
         """Raises UserError if the processes of a run see different folders."""
@@ -101,27 +110,20 @@ class Workdir:
             mark.unlink()
 
     def read_config(self) -> Config | None:
-        """The config of the run that is here, or None.
-
-        Raises:
-          UserError: config.json is damaged.
-        """
-        saved = self._read_json(self._config)
+        """The config of the run that is here, or None."""
+        saved = self._read_json("config.json")
         return None if saved is None else resolve(saved["config"])
 
     def write_config(
         self, config: Config, derived: Derived | None, command: str
     ) -> None:
-        """Writes config.json: the resolved config, derived values and the command.
-
-        ``derived`` is None for the folder of several seeds.
-        """
+        """Writes config.json; ``derived`` is None for the folder of several seeds."""
         content = {
             "config": dataclasses.asdict(config),
             "derived": None if derived is None else dataclasses.asdict(derived),
             "command": command,
         }
-        self.write(self._config, json.dumps(content, indent=2) + "\n")
+        self.write_json("config.json", content)
 
     def refuse_other_run(self, config: Config) -> None:
         """Raises UserError if the folder holds a run that would have another result."""
@@ -131,17 +133,18 @@ class Workdir:
         if present is None:
             if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
                 raise UserError(
-                    f"workdir {self.path} holds checkpoints but no config.json, so "
-                    "it is not a whole run; give another --workdir"
+                    f"workdir {self.path} holds checkpoints but no config.json; give "
+                    "another --workdir"
                 )
             return
-        here, wanted = flatten(present), flatten(config)
         if (present.seeds > 1) != (config.seeds > 1):
-            kinds = ("a single run", f"runs of {present.seeds} seeds")
+            several = f"runs of {present.seeds} seeds"
+            held = several if present.seeds > 1 else "a single run"
             raise UserError(
-                f"workdir {self.path} holds {kinds[present.seeds > 1]}, but "
-                f"the config says seeds={config.seeds}; give another --workdir"
+                f"workdir {self.path} holds {held}, but the config says "
+                f"seeds={config.seeds}; give another --workdir"
             )
+        here, wanted = flatten(present), flatten(config)
         for name, field in fields().items():
             if here[name] != wanted[name] and not field.operational:
                 raise UserError(
@@ -154,11 +157,7 @@ class Workdir:
         self.write(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append_row(self, row: dict[str, Any]) -> None:
-        """Adds a row to metrics.jsonl.
-
-        Raises:
-          UserError: it cannot be written, to a full disk for example.
-        """
+        """Adds a row to metrics.jsonl; raises UserError if the disk is full."""
         if distributed.is_primary():
             with _writing(self._metrics):
                 self._storage.append(self._metrics, json.dumps(row) + "\n")
@@ -170,25 +169,23 @@ class Workdir:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes result.json, which marks the run as finished."""
-        self.write(self._result, json.dumps(result, indent=2) + "\n")
+        self.write_json("result.json", result)
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""
-        return self._read_json(self._result)
+        return self._read_json("result.json")
 
     def write_failure(self, sentence: str) -> None:
         """Writes failure.json, which says how the run diverged."""
-        self.write(self._failure, json.dumps({"failure": sentence}, indent=2) + "\n")
+        self.write_json("failure.json", {"failure": sentence})
 
     def read_failure(self) -> str | None:
         """How the run diverged, or None."""
-        content = self._read_json(self._failure)
+        content = self._read_json("failure.json")
         return None if content is None else content["failure"]
 
     def write(self, path: Path, text: str) -> None:
-        """Replaces a file in one step, so a reader sees the old or the new one, whole.
-
-        With several processes only the first writes.
+        """Replaces a file in one step: a reader sees the old or the new one, whole.
 
         Raises:
           UserError: it cannot be written, to a full disk for example.
@@ -197,7 +194,12 @@ class Workdir:
             with _writing(path):
                 self._storage.write(path, text)
 
-    def _read_json(self, path: Path) -> dict[str, Any] | None:
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Replaces a JSON file of the workdir."""
+        self.write(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
         try:
             text = storage.read_text(path)
             return None if text is None else json.loads(text)

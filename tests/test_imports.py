@@ -53,8 +53,7 @@ def test_public_names_are_there():
 
 
 ROOMS = (
-    ("errors", "machine", "distributed", "storage", "parallel", "console"),
-    ("environment",),
+    ("errors", "environment", "distributed", "storage", "parallel", "console"),
     ("models",),
     ("config",),
     ("workdir", "checkpoints"),

@@ -5,8 +5,8 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from resnet_jax.environment import usable_cores
 from resnet_jax.errors import UserError
-from resnet_jax.machine import usable_cores
 from resnet_jax.models.options import Field, ModelOptions, declared, option
 
 if TYPE_CHECKING:

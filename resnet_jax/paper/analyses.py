@@ -1,7 +1,7 @@
 """The analyses that experiments need besides training, stored as JSON."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from resnet_jax.analysis.gradients import gradient_norms
 from resnet_jax.analysis.responses import responses_of_run
+from resnet_jax.config import Config
 from resnet_jax.console import say
 from resnet_jax.data.batch import gather
 from resnet_jax.data.dataset import open_dataset
@@ -23,7 +24,6 @@ from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.surgery import deepen
 from resnet_jax.paper.entries import AnalysisKind
 from resnet_jax.paper.sections import analysis_file
-from resnet_jax.training.runs import Member
 from resnet_jax.training.train import learner_for
 from resnet_jax.workdir import Workdir
 
@@ -33,7 +33,7 @@ DEEPER = 3
 
 def analyse(
     kind: AnalysisKind,
-    members: Sequence[Member],
+    members: Mapping[str, Config],
     folder: Path,
     console: rich.console.Console,
 ) -> None:
@@ -41,35 +41,34 @@ def analyse(
 
     Args:
       kind: kind of analysis.
-      members: the runs, finished if they are trained at all.
+      members: configs of the runs, finished if they are trained at all, by folder.
       folder: contains their folders.
       console: where to print.
     """
     analysis = {"responses": _responses, "gradients": _gradients, "deepened": _deepened}
-    for member in members:
-        section, run, seed = member.name.split("/")
+    for name, config in members.items():
+        section, run, seed = name.split("/")
         number = int(seed.removeprefix("seed-"))
         file = analysis_file(folder / section, kind, run, number)
-        workdir = Workdir(folder / member.name)
+        workdir = Workdir(folder / name)
         if file.exists() or workdir.read_failure() is not None:
             continue
-        say(console, f"{kind} of {member.name}")
-        found: Any = analysis[kind](member, workdir)
+        say(console, f"{kind} of {name}")
+        found: Any = analysis[kind](config, workdir)
         Workdir(file.parent).create()
         workdir.write(file, json.dumps(found) + "\n")
 
 
-def _responses(_: Member, workdir: Workdir) -> list[tuple[str, float]]:
+def _responses(_: Config, workdir: Workdir) -> list[tuple[str, float]]:
     """Name and standard deviation of each 3x3 layer's response, on the test set."""
     return [(found.layer, found.std) for found in responses_of_run(workdir.path)]
 
 
-def _gradients(member: Member, _: Workdir) -> list[tuple[str, float]]:
+def _gradients(config: Config, _: Workdir) -> list[tuple[str, float]]:
     """Name and norm of each kernel's gradient, before the first step.
 
     The batch is the run's first, without augmentation.
     """
-    config = member.config
     dataset = open_dataset(config)
     learner = learner_for(config, dataset)
     state = learner.fresh_state(dataset.train.statistics())
@@ -86,7 +85,7 @@ def _gradients(member: Member, _: Workdir) -> list[tuple[str, float]]:
     return [(gradient.layer, gradient.norm) for gradient in found]
 
 
-def _deepened(_: Member, workdir: Workdir) -> dict[str, Any]:
+def _deepened(_: Config, workdir: Workdir) -> dict[str, Any]:
     """Test errors of a trained net, and of the same net with identity layers added."""
     run = load_run(workdir.path)
     if not isinstance(run.model, ResNet):

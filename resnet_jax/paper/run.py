@@ -52,12 +52,12 @@ def run_experiment(
     runs = choose_runs(experiment, only)
     if not runs:
         raise UserError(f"{name} has nothing to run: its numbers are only quoted")
-    by_run = [setting.members(run, seeds or run.seeds) for run in runs]
+    by_run = [setting.members(run, seeds or run.seeds).items() for run in runs]
     rounds = itertools.zip_longest(*by_run)
-    members = [member for each in rounds for member in each if member is not None]
+    members = dict(member for each in rounds for member in each if member is not None)
     folder = Workdir(workdir)
     folder.create()
-    for section in {member.name.split("/")[0] for member in members}:
+    for section in {name.split("/")[0] for name in members}:
         Section.note(folder.path / section, setting, experiment.name)
     say(console, f"{experiment.title}: {len(members)} runs")
     if experiment.trains:

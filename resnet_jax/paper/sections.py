@@ -99,8 +99,7 @@ class Section:
             "experiments": list(dict.fromkeys([*present.experiments, experiment])),
         }
         Workdir(path).create()
-        text = json.dumps(content, indent=2) + "\n"
-        Workdir(path).write(path / "setting.json", text)
+        Workdir(path).write_json("setting.json", content)
 
     def describe(self) -> str:
         """The scale in words."""
@@ -115,8 +114,7 @@ class Section:
         outcomes = []
         for seed in sorted(int(p.name[len("seed-") :]) for p in folder.glob("seed-*")):
             workdir = Workdir(folder / f"seed-{seed}")
-            result, failure = workdir.read_result(), workdir.read_failure()
-            outcomes.append(Outcome(workdir, seed, result, failure))
+            outcomes.append(Outcome.read(workdir, seed))
         return outcomes
 
     def measured(self, experiment: Experiment) -> list[Measured]:

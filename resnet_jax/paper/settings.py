@@ -13,7 +13,7 @@ from resnet_jax.config.schema import ParallelConfig
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.paper.entries import PaperRun
 from resnet_jax.paper.experiments import find_experiment
-from resnet_jax.training.runs import Member, members_of
+from resnet_jax.training.runs import members_of
 
 SCALES = {"paper": 1.0, "small": 1 / 100, "tiny": 1 / 1000}
 """Fraction of the published length of training."""
@@ -58,8 +58,8 @@ class Setting:
         scaled = self._length_fields(load_config(spec, chosen))
         return load_config(spec, {**chosen, **scaled, **self.overrides})
 
-    def members(self, run: PaperRun, seeds: int) -> list[Member]:
-        """One run per seed, with its folder."""
+    def members(self, run: PaperRun, seeds: int) -> dict[str, Config]:
+        """The config of each seed's run, by its folder."""
         config = dataclasses.replace(self.config(run), seeds=seeds)
         return members_of(config, f"{self.section(config)}/{run.name}/")
 

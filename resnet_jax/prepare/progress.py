@@ -10,7 +10,7 @@ import rich.console
 import rich.progress
 
 from resnet_jax.console import say
-from resnet_jax.machine import usable_cores
+from resnet_jax.environment import usable_cores
 
 _LINE_SECONDS = 30.0
 

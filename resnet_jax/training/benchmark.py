@@ -21,10 +21,9 @@ from resnet_jax.config.schema import (
     AugmentationConfig,
     DataConfig,
     ModelConfig,
-    ParallelConfig,
     TrainingConfig,
 )
-from resnet_jax.console import make_console, say
+from resnet_jax.console import describe, make_console, print_facts
 from resnet_jax.data.batch import Batch
 from resnet_jax.data.feeds import make_feed
 from resnet_jax.data.sources import open_collection
@@ -49,7 +48,6 @@ def synthetic_learner(
     dtype: str = "float32",
     augmentation: AugmentationConfig | None = None,
     micro_batches: int = 1,
-    fully_sharded: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     **model_options: Any,
 ) -> Learner:
@@ -60,25 +58,22 @@ def synthetic_learner(
       batch_size: global batch.
       image_size: side of the images; by default the net's own.
       dtype: of the convolutions.
-      augmentation: by default the paper's for the net, as far as the device does it.
+      augmentation: by default the paper's for the net, without the host's crops.
       micro_batches: the config's ``training.micro_batches``.
-      fully_sharded: the config's ``parallel.fully_sharded``.
       mesh: the devices; all by default.
       **model_options: other fields of the config's ``model`` section.
     """
     entry = catalog_entry(model)
     side = image_size or entry.image_size
     is_small = entry.image_size <= _SMALL_SIDE
-    if augmentation is None:
-        augmentation = CIFAR_AUGMENTATION if is_small else IMAGENET_AUGMENTATION
+    default = CIFAR_AUGMENTATION if is_small else IMAGENET_AUGMENTATION
     config = Config(
         model=ModelConfig(name=model, dtype=dtype, **model_options),
         data=DataConfig(normalization="per_pixel_mean" if is_small else "per_channel"),
-        augmentation=augmentation,
+        augmentation=augmentation or default,
         training=TrainingConfig(
             steps=10**6, global_batch_size=batch_size, micro_batches=micro_batches
         ),
-        parallel=ParallelConfig(fully_sharded=fully_sharded),
     )
     return make_learner(
         config,
@@ -108,14 +103,14 @@ def synthetic_inputs(learner: Learner) -> tuple[TrainState, Batch]:
 def abstract_batch(learner: Learner) -> Batch:
     """Shapes, dtypes and shardings of a streamed batch, to compile a step."""
     size = learner.config.training.global_batch_size
+    shapes = {
+        "image": ((size, *learner.image_shape), jnp.uint8),
+        "label": ((size,), jnp.int32),
+    }
     cut = parallel.batch_sharding(learner.mesh)
-
-    def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=cut)
-
     return {
-        "image": abstract((size, *learner.image_shape), jnp.uint8),
-        "label": abstract((size,), jnp.int32),
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=cut)
+        for name, (shape, dtype) in shapes.items()
     }
 
 
@@ -136,7 +131,7 @@ def benchmark_step(
       batch_size: global batch.
       image_size: side of the images; by default the net's own.
       dtype: of the convolutions.
-      steps: timed steps, each of them waited for.
+      steps: timed steps; each is timed until it finishes.
       json_path: where to write the result, if anywhere.
       console: where to print; standard output by default.
 
@@ -155,40 +150,27 @@ def benchmark_step(
     compiled = make_train_step(learner).lower(state, None, batch).compile()
     compile_seconds = time.perf_counter() - start
     milliseconds = []
-    for number in range(2 + steps):
+    for _ in range(2 + steps):
         jax.block_until_ready(state)
         start = time.perf_counter()
         state = jax.block_until_ready(compiled(state, None, batch))
-        if number >= 2:
-            milliseconds.append(1000 * (time.perf_counter() - start))
-    per_second = 1000 * batch_size / statistics.median(milliseconds)
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    times = milliseconds[2:]
+    per_second = 1000 * batch_size / statistics.median(times)
     forward = count_multiply_adds(learner.model, learner.image_shape)
-    multiply_adds, memory = 3 * forward * per_second, _peak_memory()
     result = {
         "model": model,
         "batch_size": batch_size,
         "image_size": learner.image_shape[0],
         "dtype": dtype,
         "images_per_second": per_second,
-        **_spread("milliseconds", milliseconds),
+        **_spread("milliseconds", times),
         "steps": steps,
         "compile_seconds": compile_seconds,
-        **memory,
-        "multiply_adds_per_second": multiply_adds,
-        "environment": environment(),
+        **_peak_memory(),
+        "multiply_adds_per_second": 3 * forward * per_second,
     }
-    title = (
-        f"{model}, batch {batch_size}, {result['image_size']} px, {dtype}, "
-        f"{result['environment']['devices']}"
-    )
-    lines = {
-        "images per second": f"{per_second:,.0f}",
-        "milliseconds per step": _describe(milliseconds, ".2f"),
-        "compile time": f"{compile_seconds:.1f} s",
-        f"peak memory ({memory['peak_of']})": _mebibytes(memory["peak_bytes"]),
-        "multiply-adds per second": f"{multiply_adds / 1e9:,.1f} G (3 x forward)",
-    }
-    return _report(result, title, lines, console, json_path)
+    return _report(result, console, json_path)
 
 
 def benchmark_input(
@@ -227,73 +209,54 @@ def benchmark_input(
         jax.block_until_ready(next(stream))
         first = time.perf_counter() - start
         speeds, busy = [], []
-        for number in range(rounds + 1):
+        for _ in range(1 + rounds):
             began, cpu = time.perf_counter(), time.process_time()
             for _ in range(batches):
                 jax.block_until_ready(next(stream))
-            if number:
-                speeds.append(batches * size / (time.perf_counter() - began))
-                busy.append(batches * size / (time.process_time() - cpu))
-    # Worker processes are only counted when they end, after the last round.
-    per_cpu = None if config.data.num_processes else statistics.median(busy)
-    result: dict[str, Any] = {
-        "data": config.data.name,
+            speeds.append(batches * size / (time.perf_counter() - began))
+            busy.append(batches * size / (time.process_time() - cpu))
+    data = config.data
+    result = {
+        "data": data.name,
         "examples": len(split),
         "image_shape": list(split.training_shape),
         "resident": feed.resident is not None,
         "batch_size": size,
-        "threads": config.data.threads,
-        "processes": config.data.num_processes,
-        **_spread("images_per_second", speeds),
-        "images_per_cpu_second": per_cpu,
+        "threads": data.threads,
+        "processes": data.num_processes,
+        **_spread("images_per_second", speeds[1:]),
+        # Worker processes are only counted when they end, after the last round.
+        "images_per_cpu_second": (
+            None if data.num_processes else statistics.median(busy[1:])
+        ),
         "first_batch_seconds": first,
         "peak_mib": _process_peak_bytes() / 2**20,
         "batches_a_round": batches,
         "rounds": rounds,
-        "environment": environment(),
     }
-    shape = "x".join(map(str, result["image_shape"]))
-    title = (
-        f"{result['data']}: {len(split):,} examples, {shape}, "
-        f"{'resident on the device' if result['resident'] else 'streamed'}; batch "
-        f"{size}, {result['threads']} threads, {result['processes']} processes, "
-        f"{result['environment']['cpu_cores']} cores"
-    )
-    lines = {
-        "images per second": _describe(speeds, ",.0f"),
-        "first batch after": f"{first:.2f} s",
-        "peak memory": _mebibytes(_process_peak_bytes()),
-    }
-    if per_cpu is not None:
-        lines["images per CPU second"] = f"{per_cpu:,.0f}"
-    return _report(result, title, lines, console, json_path)
+    return _report(result, console, json_path)
 
 
 def _spread(name: str, values: list[float]) -> dict[str, float]:
-    return {
-        name: statistics.median(values),
-        f"{name}_min": min(values),
-        f"{name}_max": max(values),
-    }
-
-
-def _describe(values: list[float], form: str) -> str:
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:{form}} (median of {len(values)}; {low:{form}} to {high:{form}})"
+    middle = statistics.median(values)
+    return {name: middle, f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def _report(
-    result: dict[str, Any],
-    title: str,
-    lines: dict[str, str],
-    console: rich.console.Console | None,
-    json_path: str | None,
+    result: dict[str, Any], console: rich.console.Console | None, json_path: str | None
 ) -> dict[str, Any]:
-    """Prints a measurement and writes its JSON file; returns the result."""
-    console = console or make_console()
-    say(console, title)
-    for name, value in lines.items():
-        say(console, f"  {name:<25}{value}")
+    """Prints a measurement, adds the environment to it and writes its JSON file."""
+    result = result | {"environment": environment()}
+    where = {name: result["environment"][name] for name in ("devices", "cpu_cores")}
+    facts = {**result, **where, "environment": None}
+    print_facts(
+        console or make_console(),
+        {
+            name.replace("_", " "): describe(value)
+            for name, value in facts.items()
+            if value is not None
+        },
+    )
     if json_path is not None and distributed.is_primary():
         write_text(json_path, json.dumps(result, indent=2) + "\n")
     return result
@@ -313,16 +276,12 @@ def write_text(path: str, text: str) -> None:
 
 def _peak_memory() -> dict[str, Any]:
     """Peak bytes on the first device, or of the process if the device gives none."""
-    memory = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in memory:
-        return {"peak_bytes": memory["peak_bytes_in_use"], "peak_of": "device"}
-    return {"peak_bytes": _process_peak_bytes(), "peak_of": "process"}
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if peak is None:
+        return {"peak_bytes": _process_peak_bytes(), "peak_of": "process"}
+    return {"peak_bytes": peak, "peak_of": "device"}
 
 
 def _process_peak_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
-
-
-def _mebibytes(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.0f} MiB"

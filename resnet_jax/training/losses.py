@@ -16,11 +16,12 @@ def training_loss(
     config: LossConfig, logits: jax.Array, targets: jax.Array
 ) -> jax.Array:
     """The loss (n,) of logits (n, k) that a config names."""
+    smoothing = config.label_smoothing
     if config.kind == "sigmoid":
         return sigmoid_cross_entropy(
-            logits, targets, config.label_smoothing, config.target_threshold
+            logits, targets, smoothing, config.target_threshold
         )
-    return softmax_cross_entropy(logits, targets, config.label_smoothing)
+    return softmax_cross_entropy(logits, targets, smoothing)
 
 
 def softmax_cross_entropy(
@@ -34,7 +35,7 @@ def softmax_cross_entropy(
     if targets.ndim == 1 and not label_smoothing:
         return cross_entropy(logits, targets)
     logits = logits.astype(jnp.float32)
-    soft = smooth(soft_labels(targets, logits.shape[-1]), label_smoothing)
+    soft = optax.smooth_labels(soft_labels(targets, logits.shape[-1]), label_smoothing)
     return optax.softmax_cross_entropy(logits, soft)
 
 
@@ -55,20 +56,13 @@ def sigmoid_cross_entropy(
     soft = soft_labels(targets, logits.shape[-1])
     if threshold is not None:
         soft = (soft > threshold).astype(jnp.float32)
-    soft = smooth(soft, label_smoothing)
+    soft = optax.smooth_labels(soft, label_smoothing)
     return optax.sigmoid_binary_cross_entropy(logits, soft).mean(-1)
 
 
 def soft_labels(targets: jax.Array, num_classes: int) -> jax.Array:
     """Targets (n,) as one-hot rows (n, num_classes); soft labels stay as they are."""
     return jax.nn.one_hot(targets, num_classes) if targets.ndim == 1 else targets
-
-
-def smooth(targets: jax.Array, amount: float) -> jax.Array:
-    """Targets (n, k) times (1 - amount), plus amount / k for every class."""
-    if not amount:
-        return targets
-    return (1 - amount) * targets + amount / targets.shape[-1]
 
 
 def main_labels(targets: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Optimizers without the learning rate, by which the step multiplies the update."""
+"""Optimizers without the learning rate: the step multiplies their update by it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -117,12 +117,8 @@ def decay_mask(params: Any, scope: str) -> Any:
     def inside(tree: Any, name: str, is_norm: bool) -> Any:
         if isinstance(tree, Mapping):
             return {key: inside(tree[key], key, "scale" in tree) for key in tree}
-        decays = {
-            "all": True,
-            "all_but_norm": not is_norm,
-            "kernels": name == "kernel",
-        }[scope]
+        kinds = {"all": True, "all_but_norm": not is_norm, "kernels": name == "kernel"}
         # Frozen parts are empty nodes, and stay empty.
-        return jax.tree.map(lambda leaf: decays, tree)
+        return jax.tree.map(lambda leaf: kinds[scope], tree)
 
     return inside(params, "", False)

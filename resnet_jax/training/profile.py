@@ -1,4 +1,4 @@
-"""A profile of a range of steps, for xprof."""
+"""A profile of some steps, for xprof."""
 
 import contextlib
 from collections.abc import Callable
@@ -21,27 +21,24 @@ class Profile:
         The folder is on the disk: jax's profiler needs TensorFlow to write to a store.
         """
         self._mirror, self._steps = mirror, steps or range(0)
-        self._open = contextlib.ExitStack()
-        self._tracing = False
-
-    @property
-    def ends(self) -> tuple[int, ...]:
+        self._open: contextlib.ExitStack | None = None
+        self.ends = (self._steps[0] - 1, self._steps[-1]) if self._steps else ()
         """The steps after which it starts and ends: no call may run past them."""
-        return (self._steps.start - 1, self._steps.stop - 1) if self._steps else ()
 
     def before(self, step: int) -> None:
         """Starts the trace if ``step`` is in the range."""
-        if step in self._steps and not self._tracing:
+        if step in self._steps and self._open is None:
             options = jax.profiler.ProfileOptions()
             # One name for all hosts: xprof shows their traces together.
             options.session_id = f"steps_{self._steps.start}_{self._steps.stop}"
+            self._open = contextlib.ExitStack()
             folder = self._open.enter_context(self._mirror()).path
             jax.profiler.start_trace(folder, profiler_options=options)
-            self._tracing = True
+            self._open.callback(jax.profiler.stop_trace)
 
     def after(self, step: int, state: object) -> bool:
         """Ends the trace after the last step of the range; returns whether it did."""
-        if not self._tracing or step + 1 in self._steps:
+        if self._open is None or step + 1 in self._steps:
             return False
         jax.block_until_ready(state)
         self.close()
@@ -49,7 +46,6 @@ class Profile:
 
     def close(self) -> None:
         """Ends a trace that is running."""
-        if self._tracing:
-            self._tracing = False
-            with self._open:
-                jax.profiler.stop_trace()
+        if self._open is not None:
+            self._open.close()
+            self._open = None

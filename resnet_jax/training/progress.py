@@ -1,5 +1,6 @@
 """The terminal output of a run: its config, a progress line and messages."""
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +8,10 @@ from typing import Any
 
 import rich.console
 import rich.progress
-import rich.table
 
 from resnet_jax.analysis.complexity import count_parameters
-from resnet_jax.config import Config, Derived, flatten
-from resnet_jax.console import describe_seconds, say
+from resnet_jax.config import flatten
+from resnet_jax.console import describe, describe_seconds, print_facts, say
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.training.state import Learner
 
@@ -40,66 +40,52 @@ class Throughput:
         self._images += images
 
     def interval(self) -> dict[str, float]:
-        """The interval's figures, or nothing if it has no steps.
-
-        Call it when the interval's steps have finished.
-        """
+        """The figures of an interval whose steps have finished; empty without steps."""
         seconds = time.perf_counter() - self._start
-        if not self._images:
-            return {}
-        return {
-            "images_per_second": self._images / seconds,
-            "input_wait": self._waited / seconds,
-        }
+        figures = {"images_per_second": self._images, "input_wait": self._waited}
+        return {k: x / seconds for k, x in figures.items()} if self._images else {}
 
 
 class Progress:
     """The progress line of a run: live in a terminal, plain lines elsewhere."""
 
     def __init__(self, console: rich.console.Console, steps: int):
-        self._console = console
-        self._steps = steps
+        self._console, self._steps = console, steps
+        self._created = time.perf_counter()
         self._began: tuple[float, int] | None = None
-        self._live: rich.progress.Progress | None = None
-        self._task: rich.progress.TaskID | None = None
+        self._live = rich.progress.Progress(
+            rich.progress.BarColumn(bar_width=20),
+            rich.progress.TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+        )
+        self._task = self._live.add_task("compiling", total=steps)
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
-            self._live = rich.progress.Progress(
-                rich.progress.BarColumn(bar_width=20),
-                rich.progress.TextColumn("{task.description}"),
-                console=self._console,
-                transient=True,
-            )
             self._live.start()
-            self._task = self._live.add_task("compiling", total=self._steps)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._live is not None:
+        if self._console.is_terminal:
             self._live.stop()
 
     def message(self, text: str) -> None:
         """Prints a line that stays."""
         say(self._console, text)
 
-    @property
-    def started(self) -> bool:
-        """Whether ``start`` was called."""
-        return self._began is not None
-
     def start(self, step: int) -> None:
-        """Starts the clock that estimates the time left."""
-        self._began = (time.perf_counter(), step)
+        """Starts the clock that estimates the time left, at its first call."""
+        if self._began is None:
+            self._began = (time.perf_counter(), step)
+            seconds = self._began[0] - self._created
+            self.message(f"data and compiled step ready in {seconds:.1f} s")
 
     def show(self, row: dict[str, Any]) -> None:
         """Shows a row of metrics.jsonl."""
         line = self._line(row)
-        if self._live is None or self._task is None:
-            self.message(line)
-            return
         self._live.update(self._task, completed=row["step"], description=line)
-        if "test_error" in row:
+        if "test_error" in row or not self._console.is_terminal:
             self.message(line)
 
     def _line(self, row: dict[str, Any]) -> str:
@@ -117,70 +103,35 @@ class Progress:
             for name in ("holdout", "test")
             if f"{name}_error" in row
         ]
-        left = self._time_left(row["step"])
-        if left is not None and row["step"] < self._steps:
-            parts.append(f"{describe_seconds(left)} left")
+        began, first = self._began or (0.0, row["step"])
+        done, left = row["step"] - first, self._steps - row["step"]
+        if done > 0 and left:
+            seconds = (time.perf_counter() - began) / done * left
+            parts.append(f"{describe_seconds(seconds)} left")
         return " · ".join(parts)
-
-    def _time_left(self, step: int) -> float | None:
-        if self._began is None or step <= self._began[1]:
-            return None
-        seconds = time.perf_counter() - self._began[0]
-        return seconds / (step - self._began[1]) * (self._steps - step)
 
 
 def print_start(
     console: rich.console.Console, learner: Learner, dataset: Dataset
 ) -> None:
-    """Prints what is going to run: the config, derived values and the data."""
+    """Prints the config, one line per section, the derived values and the data."""
     config, derived, mesh = learner.config, learner.derived, learner.mesh
-    values = derived_values(derived) | {
-        "parameters": f"{count_parameters(learner.abstract_state().params):,}",
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
-    }
-    print_config(console, config, values)
-    for note in derived.notes():
-        say(console, note)
-    splits = [
-        split for split in (dataset.train, dataset.holdout, dataset.test) if split
-    ]
-    counts = ", ".join(f"{len(split):,} {split.name}" for split in splits)
-    height, width, channels = dataset.image_shape
-    say(
-        console,
-        f"{config.data.name}: {counts}; {height}x{width}x{channels}, "
-        f"{dataset.num_classes} classes",
-    )
-
-
-def print_config(
-    console: rich.console.Console, config: Config, values: dict[str, Any]
-) -> None:
-    """Prints the resolved config, one line per section, and the derived values."""
-    table = rich.table.Table(box=None, show_header=False, padding=(0, 1))
     sections: dict[str, list[str]] = {}
     for name, value in flatten(config).items():
         section, _, key = name.rpartition(".")
         sections.setdefault(section or "run", []).append(f"{key}={value}")
-    sections["derived"] = [f"{key}={value}" for key, value in values.items()]
-    for section, entries in sections.items():
-        table.add_row(section, " ".join(entries))
-    console.print(table, highlight=False)
-
-
-def derived_values(derived: Derived) -> dict[str, str]:
-    """The derived values as text: thousands separated, floats short."""
-    values = {
-        "training_examples": f"{derived.training_examples:,}",
-        "global_batch": f"{derived.global_batch_size:,}",
-        "steps": f"{derived.steps:,}",
-        "epochs": f"{derived.epochs:.4g}",
-        "steps_per_epoch": f"{derived.steps_per_epoch:.6g}",
-        "evaluate_every": f"{derived.evaluate_every:,}",
-        "checkpoint_every": f"{derived.checkpoint_every:,}",
+    values = dataclasses.asdict(derived) | {
+        "parameters": count_parameters(learner.abstract_state().params),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
     }
-    if derived.boundaries:
-        values["rate_falls_at"] = ",".join(map(str, derived.boundaries))
-    if derived.warmup_steps:
-        values["warmup_steps"] = f"{derived.warmup_steps:,}"
-    return values
+    sections["derived"] = [f"{key}={describe(x)}" for key, x in values.items() if x]
+    print_facts(
+        console, {name: " ".join(entries) for name, entries in sections.items()}
+    )
+    for note in derived.notes():
+        say(console, note)
+    splits = (dataset.train, dataset.holdout, dataset.test)
+    counts = ", ".join(f"{len(split):,} {split.name}" for split in splits if split)
+    shape = "x".join(map(str, dataset.image_shape))
+    classes = f"{dataset.num_classes} classes"
+    say(console, f"{config.data.name}: {counts}; {shape}, {classes}")

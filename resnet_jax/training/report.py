@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import rich.console
-import rich.table
 
 from resnet_jax.analysis import pages
 from resnet_jax.analysis.complexity import count_multiply_adds, count_parameters
 from resnet_jax.analysis.plots import Curves, error_curves, training_curves
 from resnet_jax.config import fields, flatten
-from resnet_jax.console import describe_seconds, say
+from resnet_jax.console import describe_seconds, print_facts, say
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.environment import command_line, environment
 from resnet_jax.errors import UserError
@@ -29,13 +28,9 @@ def make_result(
     config, last = learner.config, rows[-1]
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
     skipped = [row["train_skipped"] for row in rows if "train_skipped" in row]
-    evaluated = {
-        name: value
-        for name, value in last.items()
-        if name.startswith(("test_", "holdout_"))
-    }
+    evaluated = [name for name in last if name.startswith(("test_", "holdout_"))]
     return {
-        **evaluated,
+        **{name: last[name] for name in evaluated},
         **({"train_skipped": sum(skipped)} if skipped else {}),
         "train_error": last["train_error"],
         "checkpoint": "last",
@@ -59,31 +54,37 @@ def make_result(
 def print_result(
     console: rich.console.Console, result: dict[str, Any], report: Path
 ) -> None:
-    """Prints the result of a finished run, its test error and its report."""
-    table = rich.table.Table(box=None, show_header=False, padding=(0, 1))
-    table.add_row("model", f"{result['model']}, {result['parameters']:,} parameters")
-    table.add_row("data", f"{result['data']}, {result['training_examples']:,} examples")
-    table.add_row("length", f"{result['step']:,} steps, {result['epoch']:.4g} epochs")
-    table.add_row("training error", f"{100 * result['train_error']:.2f} %")
-    if "holdout_error" in result:
-        table.add_row("held-out error", f"{100 * result['holdout_error']:.2f} %")
-    for name, value in _optional_facts(result).items():
-        table.add_row(name, value)
-    table.add_row("time", describe_seconds(result["seconds"]))
-    console.print(table, highlight=False)
+    """Prints the facts of a finished run, its test error and its report."""
+    print_facts(console, _facts(result))
     say(console, describe_error("test", result["test_errors"], result["test_count"]))
     say(console, f"report: {report}")
 
 
-def _optional_facts(result: dict[str, Any]) -> dict[str, str]:
-    facts = {}
-    if "test_top5_error" in result:
-        facts["test top-5 error"] = f"{100 * result['test_top5_error']:.2f} %"
+def _facts(result: dict[str, Any]) -> dict[str, str]:
+    """A run's facts as text, for the terminal and the report."""
+    facts = {
+        "model": f"{result['model']}, {result['parameters']:,} parameters",
+        "multiply-adds": f"{result['multiply_adds']:,} per image",
+        "data": f"{result['data']}, {result['training_examples']:,} training examples",
+        "length": f"{result['step']:,} steps of {result['global_batch_size']}, "
+        f"{result['epoch']:.4g} epochs",
+    }
+    errors = {
+        "train_error": "training error",
+        "holdout_error": "held-out error",
+        "test_top5_error": "test top-5 error",
+    }
+    for name, text in errors.items():
+        if name in result:
+            facts[text] = f"{100 * result[name]:.2f} %"
+    if "holdout_error" in result:
+        counts = f" ({result['holdout_errors']} of {result['holdout_count']})"
+        facts["held-out error"] += counts
     if result["images_per_second"] is not None:
         facts["speed"] = f"{result['images_per_second']:,.0f} images/s (median)"
     if result.get("train_skipped"):
         facts["skipped"] = f"{result['train_skipped']:,} broken images replaced"
-    return facts
+    return facts | {"time": describe_seconds(result["seconds"])}
 
 
 def report(
@@ -110,17 +111,16 @@ def report(
             f"workdir {folder.path} holds no finished run (no result.json); train one "
             "with resnet-jax train"
         )
-    if "runs" in result:
-        if figure is not None:
-            raise UserError(
-                f"workdir {folder.path} holds runs of several seeds; for a figure give "
-                f"that of one: {folder.path / next(iter(result['runs']))}"
-            )
-        write_seeds_report(folder, result)
-        say(console, f"report: {folder.report}")
-        return
     rows = folder.read_rows()
-    write_report(folder, result, rows)
+    if "runs" not in result:
+        write_report(folder, result, rows)
+    elif figure is None:
+        write_seeds_report(folder, result)
+    else:
+        raise UserError(
+            f"workdir {folder.path} holds runs of several seeds; for a figure, give "
+            f"the workdir of one: {folder.path / next(iter(result['runs']))}"
+        )
     say(console, f"report: {folder.report}")
     if figure is not None:
         try:
@@ -133,19 +133,15 @@ def report(
 def write_report(
     folder: Workdir, result: dict[str, Any], rows: list[dict[str, Any]]
 ) -> None:
-    """Writes report.html: self-contained, its curves drawn as SVG.
+    """Writes report.html from result.json and the rows of metrics.jsonl.
 
-    Args:
-      folder: the workdir, for its config.
-      result: the content of result.json.
-      rows: of metrics.jsonl.
+    The page is self-contained, its curves drawn as SVG.
     """
-    title = _title(result)
     config = folder.read_config()
     values = flatten(config) if config else {}
     defaults = {name: field.default for name, field in fields().items()}
     page = pages.page(
-        title,
+        _title(result),
         pages.paragraph(
             describe_error("test", result["test_errors"], result["test_count"]), "error"
         ),
@@ -153,9 +149,11 @@ def write_report(
             f"The last checkpoint (step {result['step']:,}) on every test example, one "
             f"run with seed {result['seed']}. The test set chose no checkpoint."
         ),
-        pages.svg(training_curves(rows, title)),
+        pages.svg(training_curves(rows, _title(result))),
         pages.heading("The run"),
-        pages.facts(_facts(result)),
+        pages.facts(
+            _facts(result) | {name: result[name] for name in ("finished", "command")}
+        ),
         pages.heading("Config"),
         pages.paragraph("Bold values differ from the default."),
         pages.facts(values, bold={n for n in values if values[n] != defaults[n]}),
@@ -166,17 +164,9 @@ def write_report(
 
 
 def write_seeds_report(folder: Workdir, result: dict[str, Any]) -> None:
-    """Writes report.html of several seeds.
-
-    Args:
-      folder: their workdir.
-      result: the content of its result.json; see ``train.train``.
-    """
+    """Writes report.html of several seeds from their result.json."""
     runs = result["runs"]
-
-    def rows_of(name: str) -> list[dict[str, Any]]:
-        return Workdir(folder.path / name).read_rows()
-
+    rows = [Workdir(folder.path / name).read_rows() for name in runs]
     table = [
         [
             name,
@@ -199,12 +189,7 @@ def write_seeds_report(folder: Workdir, result: dict[str, Any]) -> None:
             pages.paragraph(f"{name} diverged: {failure}")
             for name, failure in result["failures"].items()
         ),
-        pages.svg(
-            error_curves(
-                {"": [Curves(result["model"], [rows_of(name) for name in runs])]},
-                _title(result),
-            )
-        ),
+        pages.svg(error_curves({"": [Curves(result["model"], rows)]}, _title(result))),
         pages.grid(
             ["run", "training error (%)", "test error (%)", "wrong", "time"], table
         ),
@@ -216,22 +201,3 @@ def write_seeds_report(folder: Workdir, result: dict[str, Any]) -> None:
 
 def _title(result: dict[str, Any]) -> str:
     return f"{result['model']} on {result['data']}"
-
-
-def _facts(result: dict[str, Any]) -> dict[str, Any]:
-    facts = {
-        "length": f"{result['step']:,} steps of {result['global_batch_size']}, "
-        f"{result['epoch']:.4g} epochs",
-        "parameters": f"{result['parameters']:,}",
-        "multiply-adds per image": f"{result['multiply_adds']:,}",
-        "training examples": f"{result['training_examples']:,}",
-        "training error": f"{100 * result['train_error']:.2f} %",
-        "time": describe_seconds(result["seconds"]),
-        "finished": result["finished"],
-        "command": result["command"],
-    }
-    if "holdout_error" in result:
-        facts["held-out error"] = describe_error(
-            "held-out", result["holdout_errors"], result["holdout_count"]
-        )
-    return facts | _optional_facts(result)

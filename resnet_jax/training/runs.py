@@ -1,13 +1,13 @@
 """Several runs as one: the seeds of a config, one after another.
 
-Each run has its own folder. Finished runs are not run again, and an interrupted one
+Each run has its own folder. Finished runs are not repeated, and an interrupted run
 continues where it stopped.
 """
 
 import dataclasses
 import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from resnet_jax.console import describe_seconds, say
 from resnet_jax.data.feeds import LastDataset
 from resnet_jax.environment import command_line, environment
 from resnet_jax.errors import UserError
-from resnet_jax.training.compilation_cache import compiled_programs_in
 from resnet_jax.training.report import write_seeds_report
 from resnet_jax.workdir import Workdir
 
@@ -37,19 +36,10 @@ def train_seeds(
     train_one: TrainOne,
     console: rich.console.Console,
 ) -> dict[str, Any]:
-    """Trains a config once for each of its seeds.
+    """Trains a config once for each of its seeds; see ``train.train``.
 
     The runs are in the folders ``seed-0``, ``seed-1``, ... of the workdir. The
     workdir's own result.json and report.html hold their mean and deviation.
-
-    Args:
-      config: with ``seeds`` above 1.
-      workdir: of all runs.
-      train_one: trains one of them.
-      console: where to print.
-
-    Returns:
-      The content of result.json; see ``train.train``.
 
     Raises:
       UserError: a fault in config, data or workdir, or all runs diverged.
@@ -64,8 +54,7 @@ def train_seeds(
     result = _combined(outcomes)
     folder.write_result(result)
     write_seeds_report(folder, result)
-    say(console, "")
-    say(console, f"test error {result['summary']}")
+    say(console, f"\ntest error {result['summary']}")
     for name, failure in result["failures"].items():
         say(console, f"{name} diverged: {failure}")
     say(console, f"report: {folder.report}")
@@ -73,33 +62,25 @@ def train_seeds(
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
-    """One run of several.
-
-    Attributes:
-      name: its folder, below the folder of all.
-      config: of one seed.
-    """
-
-    name: str
-    config: Config
-
-
-@dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended, if it has.
+    """How a run ended, if it did.
 
     Attributes:
       workdir: of the run.
       seed: of the run.
       result: the content of result.json; None if the run is not finished.
-      failure: how the run diverged; None if it has not.
+      failure: how the run diverged; None if it did not.
     """
 
     workdir: Workdir
     seed: int
     result: dict[str, Any] | None
     failure: str | None
+
+    @classmethod
+    def read(cls, workdir: Workdir, seed: int) -> "Outcome":
+        """The outcome of the run in a folder."""
+        return cls(workdir, seed, workdir.read_result(), workdir.read_failure())
 
     @property
     def is_open(self) -> bool:
@@ -116,17 +97,16 @@ class Outcome:
         return f"test error {100 * error:.2f} %, {describe_seconds(seconds)}"
 
 
-def members_of(config: Config, prefix: str = "") -> list[Member]:
-    """A run for each seed of a config, in folders named after the seeds."""
-    seeds = range(config.seed, config.seed + config.seeds)
-    return [
-        Member(f"{prefix}seed-{seed}", dataclasses.replace(config, seed=seed, seeds=1))
-        for seed in seeds
-    ]
+def members_of(config: Config, prefix: str = "") -> dict[str, Config]:
+    """The config of each seed's run, by its folder: ``PREFIXseed-0``, ..."""
+    return {
+        f"{prefix}seed-{seed}": dataclasses.replace(config, seed=seed, seeds=1)
+        for seed in range(config.seed, config.seed + config.seeds)
+    }
 
 
 def train_members(
-    members: Sequence[Member],
+    members: Mapping[str, Config],
     folder: Path,
     train_one: TrainOne,
     console: rich.console.Console,
@@ -137,8 +117,8 @@ def train_members(
     Any other fault ends the call.
 
     Args:
-      members: in order.
-      folder: contains their folders, and compiled programs for all of them.
+      members: configs of one seed, by the name of their folder.
+      folder: contains these folders, and compiled programs for all runs.
       train_one: trains one of them.
       console: where to print.
 
@@ -147,38 +127,26 @@ def train_members(
       Preempted: SIGTERM stopped a run, and it has saved.
     """
     datasets, outcomes, ran = LastDataset(), [], False
-    cache = next((member.config.compilation_cache for member in members), None)
-    programs = None if cache is None else Workdir(folder).compiled_programs(cache)
-    with compiled_programs_in(programs):
-        for number, member in enumerate(members, start=1):
-            title = f"[{number}/{len(members)}] {member.name}"
-            outcome = read_outcome(folder, member)
+    cache = next((config.compilation_cache for config in members.values()), None)
+    with Workdir(folder).compiled_programs(cache):
+        for number, (name, config) in enumerate(members.items(), start=1):
+            title = f"[{number}/{len(members)}] {name}"
+            workdir = Workdir(folder / name)
+            workdir.refuse_other_run(config)
+            outcome = Outcome.read(workdir, config.seed)
             if distributed.broadcast(outcome.is_open):
                 say(console, ("\n" if ran else "") + title)
-                workdir, ran = outcome.workdir, True
+                ran = True
                 try:
-                    train_one(member.config, workdir.path, console, datasets)
+                    train_one(config, workdir.path, console, datasets)
                 except DivergedError as error:
                     workdir.write_failure(str(error))
                     say(console, str(error))
-                outcome = read_outcome(folder, member)
+                outcome = Outcome.read(workdir, config.seed)
             else:
                 say(console, f"{title}: {outcome.describe()}")
             outcomes.append(outcome)
     return outcomes
-
-
-def read_outcome(folder: Path, member: Member) -> Outcome:
-    """The outcome of a member's run.
-
-    Raises:
-      UserError: its folder holds another run.
-    """
-    workdir = Workdir(folder / member.name)
-    workdir.refuse_other_run(member.config)
-    return Outcome(
-        workdir, member.config.seed, workdir.read_result(), workdir.read_failure()
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,39 +170,48 @@ class Spread:
         deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
         return cls(statistics.fmean(numbers), deviation, len(numbers))
 
+    def __str__(self) -> str:
+        """In percent: ``6.61 +- 0.16``."""
+        text = f"{100 * self.mean:.2f}"
+        return (
+            text
+            if self.deviation is None
+            else f"{text} \u00b1 {100 * self.deviation:.2f}"
+        )
+
     def percent(self) -> str:
         """As ``6.61 +- 0.16 % (5 seeds)``."""
-        text = f"{100 * self.mean:.2f}"
-        if self.deviation is not None:
-            text += f" \u00b1 {100 * self.deviation:.2f}"
-        return f"{text} % ({self.count} seed{'s' if self.count > 1 else ''})"
+        return f"{self} % ({self.count} seed{'s' if self.count > 1 else ''})"
+
+
+def mean_errors(results: Iterable[dict[str, Any]]) -> dict[str, float | None]:
+    """Mean and deviation of every error that results have, for result.json."""
+    means: dict[str, float | None] = {}
+    for name in ("holdout_error", "test_error", "train_error"):
+        values = [result[name] for result in results if name in result]
+        if values:
+            spread = Spread.of(values)
+            means |= {name: spread.mean, f"{name}_deviation": spread.deviation}
+    return means
 
 
 def _combined(outcomes: list[Outcome]) -> dict[str, Any]:
     """The content of result.json over several seeds."""
-    results = {o.workdir.path.name: o.result for o in outcomes if o.result is not None}
-    failures = {
-        o.workdir.path.name: o.failure for o in outcomes if o.failure is not None
-    }
+    names = [outcome.workdir.path.name for outcome in outcomes]
+    ended = list(zip(names, outcomes, strict=True))
+    results = {name: o.result for name, o in ended if o.result is not None}
     if not results:
         raise UserError(f"all {len(outcomes)} runs diverged: {outcomes[0].failure}")
-    first = next(iter(results.values()))
-    metrics: dict[str, Any] = {}
-    for name in ("test_error", "holdout_error", "train_error"):
-        if name in first:
-            spread = Spread.of(result[name] for result in results.values())
-            metrics |= {name: spread.mean, f"{name}_deviation": spread.deviation}
-    test_error = Spread.of(result["test_error"] for result in results.values())
+    first, *_ = all_results = list(results.values())
     kept = ("step", "epoch", "model", "parameters", "multiply_adds", "data")
     return {
-        **metrics,
-        "summary": test_error.percent(),
+        **mean_errors(all_results),
+        "summary": Spread.of(r["test_error"] for r in all_results).percent(),
         "checkpoint": "last",
-        **{name: first[name] for name in kept},
-        "test_count": first["test_count"],
+        **{name: first[name] for name in (*kept, "test_count")},
         "runs": results,
-        "failures": failures,
-        "seconds": sum(result["seconds"] for result in results.values()),
+        "failures": {name: o.failure for name, o in ended if o.failure is not None},
+        "seconds": sum(result["seconds"] for result in all_results),
         "command": command_line(),
         "environment": environment(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -2,7 +2,7 @@
 
 The paper's recipes need both: drops at given steps (CIFAR), a drop when the held-out
 error plateaus (ImageNet), a small rate until the training error is below 80 % (depth
-110). ``ScheduleState`` is what they remember; checkpoints hold it.
+110). ``ScheduleState`` is their memory, and part of checkpoints.
 """
 
 import dataclasses
@@ -57,17 +57,16 @@ class Schedule:
         """The learning rate of the step that follows ``step`` completed steps."""
         rate = self._by_step(step) * state.scale
         warmup = self.derived.warmup_steps
+        initial = self.config.warmup_initial_learning_rate
         if warmup:
-            rate = self._warmed_up(rate, jnp.minimum(1.0, (step + 1) / warmup))
+            progress = jnp.minimum(1.0, (step + 1) / warmup)
+            warming = initial + (rate - initial) * progress
+            rate = (
+                jnp.where(progress < 1, warming, rate) if initial else rate * progress
+            )
         if self.config.warmup_learning_rate is not None:
             rate = jnp.where(state.warming, self.config.warmup_learning_rate, rate)
         return jnp.asarray(rate, jnp.float32)
-
-    def _warmed_up(self, rate: jax.Array, progress: jax.Array) -> jax.Array:
-        initial = self.config.warmup_initial_learning_rate
-        if not initial:
-            return rate * progress
-        return jnp.where(progress < 1, initial + (rate - initial) * progress, rate)
 
     def _by_step(self, step: jax.Array) -> jax.Array:
         peak = self.optimizer.learning_rate

@@ -21,14 +21,14 @@ from resnet_jax.training.schedule import Schedule, ScheduleState
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a training step changes, and what evaluation needs beside it.
+    """Everything that a training step changes, and what evaluation needs.
 
     Attributes:
       step: completed steps, int32.
       params, batch_stats: the net's variables, float32.
       opt_state: the optimizer's state, float32.
       ema: moving averages of params and batch_stats, or None.
-      schedule: what the learning rate remembers.
+      schedule: the memory of the learning rate.
       rng: the run's random key; each step folds in its number.
       statistics: of the training pixels, constant.
       learning_rate: of the last step, float32.
@@ -63,7 +63,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """A net with its optimizer, schedule and devices: all that a step is made of.
+    """A net with its optimizer, schedule and devices: the parts of a step.
 
     Attributes:
       config: of the run.
@@ -111,21 +111,16 @@ class Learner:
     ) -> TrainState:
         """The state before the first step, on the devices.
 
-        Args:
-          statistics: of the training pixels.
-          variables: host arrays to start from; None starts from ``init``.
+        ``variables`` are host arrays to start from, in place of those of ``init``.
         """
         state = jax.jit(self.init, out_shardings=self.shardings)(statistics)
         if variables is None:
             return state
         variables = jax.device_get({"batch_stats": {}} | variables)
-        shardings = {name: getattr(self.shardings, name) for name in variables}
-        # The step donates the state: its averages need buffers apart from params.
-        averages = None
-        if state.ema is not None:
-            averages = parallel.place_whole(variables, self.shardings.ema)
-        placed = parallel.place_whole(variables, shardings)
-        return state.replace(**placed, ema=averages)
+        new = variables if state.ema is None else {**variables, "ema": variables}
+        # The step donates the state, so the averages need buffers of their own.
+        shardings = {name: getattr(self.shardings, name) for name in new}
+        return state.replace(**parallel.place_whole(new, shardings))
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state; computes nothing."""
@@ -148,10 +143,9 @@ class Learner:
         if not self.config.parallel.fully_sharded:
             return same
         cut = {
-            name: parallel.fully_sharded(getattr(self._shapes, name), self.mesh)
-            for name in ("params", "opt_state", "ema")
+            name: getattr(self._shapes, name) for name in ("params", "opt_state", "ema")
         }
-        return same.replace(**cut)
+        return same.replace(**parallel.fully_sharded(cut, self.mesh))
 
     @functools.cached_property
     def _shapes(self) -> TrainState:

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,14 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from resnet_jax import parallel
 from resnet_jax.config import Config
 from resnet_jax.data.batch import Batch, gather
 from resnet_jax.data.transforms import augment_and_mix, mixed_targets
 from resnet_jax.evaluation.metrics import Sums, batch_sums
-from resnet_jax.training.accumulation import add_over_parts, in_loop, micro_batches
+from resnet_jax.models.conv import loop_algorithm
 from resnet_jax.training.losses import main_labels, training_loss
 from resnet_jax.training.state import Learner, TrainState
 
@@ -43,20 +45,16 @@ def make_train_step(learner: Learner) -> jax.stages.Wrapped:
     Returns:
       A function of the ``TrainState``, ``Feed.resident`` and a ``Batch``.
     """
-    same = parallel.replicated(learner.mesh)
-    return jax.jit(
-        _step_function(learner),
-        in_shardings=(learner.shardings, same, parallel.batch_sharding(learner.mesh)),
-        out_shardings=learner.shardings,
-        donate_argnums=0,
+    return _jitted(
+        _step_function(learner), learner, parallel.batch_sharding(learner.mesh)
     )
 
 
 def make_train_steps(learner: Learner) -> jax.stages.Wrapped:
-    """A jitted function of (state, resident, indices) to the state many steps on.
+    """A jitted function of (state, resident, indices) that runs many steps.
 
-    Each row of the indices is the batch of one step of ``make_train_step``. Each number
-    of rows compiles its own program.
+    Each row of the indices is the batch of one step, as in ``make_train_step``. Each
+    number of rows compiles its own program.
 
     Returns:
       A function of the ``TrainState``, ``Feed.resident`` and int32 indices
@@ -70,10 +68,15 @@ def make_train_steps(learner: Learner) -> jax.stages.Wrapped:
 
         return lax.scan(one, state, indices)[0]
 
-    same = parallel.replicated(learner.mesh)
+    return _jitted(train_steps, learner, parallel.steps_sharding(learner.mesh))
+
+
+def _jitted(
+    function: Callable[..., TrainState], learner: Learner, batch: NamedSharding
+) -> jax.stages.Wrapped:
     return jax.jit(
-        train_steps,
-        in_shardings=(learner.shardings, same, parallel.steps_sharding(learner.mesh)),
+        function,
+        in_shardings=(learner.shardings, parallel.replicated(learner.mesh), batch),
         out_shardings=learner.shardings,
         donate_argnums=0,
     )
@@ -93,7 +96,10 @@ def _step_function(
 ) -> Callable[[TrainState, Batch | None, Batch], TrainState]:
     """The step itself, to be called inside jit."""
     config, mesh = learner.config, learner.mesh
-    gradients_of = _gradient_function(learner)
+    if config.training.micro_batches == 1:
+        gradients_of = _of_examples(learner.model, config)
+    else:
+        gradients_of = _accumulated(learner, config.training.micro_batches)
 
     def train_step(state, resident, batch):
         # 1. The images, augmented with a key that depends on the step alone.
@@ -156,16 +162,8 @@ class _Gradients:
     batch_stats: Any
 
 
-def _gradient_function(learner: Learner) -> Callable[..., _Gradients]:
-    """A function of (params, batch_stats, images, targets, dropout key)."""
-    count = learner.config.training.micro_batches
-    if count == 1:
-        return _of_examples(learner.model, learner.config)
-    return _accumulated(learner, count)
-
-
 def _of_examples(model: nn.Module, config: Config) -> Callable[..., _Gradients]:
-    """The gradients of all examples at once."""
+    """A function of (params, batch_stats, images, targets, dropout key)."""
 
     def of_examples(params, batch_stats, images, targets, key):
         def loss_fn(params):
@@ -189,23 +187,23 @@ def _of_examples(model: nn.Module, config: Config) -> Callable[..., _Gradients]:
 
 
 def _accumulated(learner: Learner, count: int) -> Callable[..., _Gradients]:
-    """The gradients of micro-batches, one after another, averaged.
+    """As ``_of_examples``, but averages micro-batches that run one after another.
 
     The whole batch is augmented and mixed first. With batch normalisation groups a
     micro-batch holds whole groups, and the step is the same to rounding. With one
-    group, each micro-batch has its own statistics: those of examples i with equal
+    group, each micro-batch has its own statistics, and holds the examples i with equal
     i mod ``count``. The running statistics move once, by the mean over all groups.
     Dropout and stochastic depth draw by the place in the micro-batch.
     """
     groups = learner.config.model.batch_norm_groups
-    of_examples = _of_examples(in_loop(learner.model, count), learner.config)
+    of_examples = _of_examples(_in_loop(learner.model, count), learner.config)
 
     def accumulated(params, batch_stats, images, targets, key):
         def of_part(part):
             index, images, targets = part
             part_key = jax.random.fold_in(key, index)
             found = of_examples(params, batch_stats, images, targets, part_key)
-            # Summed as changes, so that frozen statistics keep their very bits.
+            # Sums of changes keep frozen statistics bit for bit.
             changes = jax.tree.map(jnp.subtract, found.batch_stats, batch_stats)
             return dataclasses.replace(found, batch_stats=changes)
 
@@ -225,16 +223,72 @@ def _accumulated(learner: Learner, count: int) -> Callable[..., _Gradients]:
     return accumulated
 
 
+def micro_batches(batch: Any, count: int, unit: int, mesh: Mesh | AbstractMesh) -> Any:
+    """Cuts a global batch into equal parts; inside jit.
+
+    Consecutive examples form units, and unit u belongs to part u mod ``count``: the
+    same examples on any number of devices. If ``count`` times the number of devices
+    divides the number of units, nothing moves between devices.
+
+    Args:
+      batch: a tree of arrays (n, ...), cut over the devices along their first axis.
+      count: parts; divides the number of units.
+      unit: consecutive examples that stay together, such as a group of batch
+        normalisation; divides n.
+      mesh: the devices.
+
+    Returns:
+      A tree of arrays (count, n / count, ...), each part cut over the devices.
+    """
+
+    def cut(array: jax.Array) -> jax.Array:
+        units = array.reshape(-1, count, unit, *array.shape[1:])
+        parts = units.swapaxes(0, 1).reshape(count, -1, *array.shape[1:])
+        return lax.with_sharding_constraint(parts, parallel.steps_sharding(mesh))
+
+    return jax.tree.map(cut, batch)
+
+
+def add_over_parts(function: Callable[[Any], Any], parts: Any) -> Any:
+    """The sum of ``function`` over a tree of arrays (count, ...), part by part.
+
+    It is a compiled loop, so one part is in memory at a time. (XLA:CPU keeps the maps
+    of all parts of an unrolled loop, barriers or not.)
+    """
+    first = jax.tree.map(lambda array: array[0], parts)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first)
+    )
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    return lax.scan(add, zeros, parts)[0]
+
+
+def _in_loop(model: nn.Module, count: int) -> nn.Module:
+    """The net for one of ``count`` micro-batches, inside a compiled loop.
+
+    It has its share of the batch normalisation groups, and convolutions that suit a
+    loop; see ``loop_algorithm``.
+    """
+    options: dict[str, Any] = {}
+    groups = getattr(model, "batch_norm_groups", 1)
+    if groups > 1:
+        norm: Any = getattr(model, "norm", None)
+        options["norm"] = functools.partial(norm, groups=groups // count)
+    if hasattr(model, "conv_algorithm"):
+        options["conv_algorithm"] = loop_algorithm(model.conv_algorithm)
+    return model.clone(**options)
+
+
 def _averaged(ema: Any, params: Any, batch_stats: Any, step: jax.Array, config: Config):
     """The moving averages after this step."""
     decay, every = config.optimizer.ema_decay, config.optimizer.ema_every_steps
     if ema is None or decay is None:
         return None
     new = {"params": params, "batch_stats": batch_stats}
-
-    def average():
-        return optax.incremental_update(new, ema, 1 - decay)
-
-    return (
-        average() if every == 1 else lax.cond(step % every == 0, average, lambda: ema)
-    )
+    average = functools.partial(optax.incremental_update, new, ema, 1 - decay)
+    if every == 1:
+        return average()
+    return lax.cond(step % every == 0, average, lambda: ema)

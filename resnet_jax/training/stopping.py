@@ -8,11 +8,10 @@ which may compile for minutes.
 import collections
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ _SAME_SECONDS = 0.2
 
 
 class StopSignal:
-    """Whether SIGTERM came, agreed on by all processes; a context manager.
+    """Whether SIGTERM came; all processes agree. A context manager.
 
     It handles SIGTERM only in the main thread, and only if the process has no handler
     yet: an application that embeds a run keeps its signals.
@@ -77,8 +76,8 @@ class StopSignal:
     def asked(self) -> bool:
         """Whether the run should stop here; the same on all processes.
 
-        All processes must call it equally often. An all-reduce carries the question,
-        and its answer is read a few calls later: no step waits for the one before.
+        All processes must call it equally often. An all-reduce asks, and its answer is
+        read a few calls later, so that no step waits for the one before.
         """
         if self._mesh is None or distributed.process_count() == 1:
             return self._heard.is_set()
@@ -101,20 +100,14 @@ class StopSignal:
         if self._heard.is_set():
             if now - self._heard_at < _SAME_SECONDS:
                 return
-            _end("stopped at once by a second SIGTERM", _AT_ONCE)
+            distributed.exit_now("stopped at once by a second SIGTERM", _AT_ONCE)
         self._heard_at = now
         self._heard.set()
-        # With several processes, the others would wait for this one.
+        # Among several processes, the others would wait for this one.
         if self._nothing_to_save and distributed.process_count() == 1:
-            _end(
+            distributed.exit_now(
                 "stopped by SIGTERM before its first step, with nothing new to save; "
                 "the same command starts or resumes the run",
                 0,
             )
         self._say("SIGTERM: the run finishes its step and saves; a second one ends it")
-
-
-def _end(sentence: str, status: int) -> NoReturn:
-    sys.stdout.flush()
-    print(f"resnet-jax: {sentence}", file=sys.stderr, flush=True)
-    os._exit(status)

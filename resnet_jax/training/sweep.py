@@ -1,7 +1,6 @@
 """A sweep: one run for every combination of values, or one per seed."""
 
 import itertools
-import json
 import os
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,13 @@ from resnet_jax.config import Config, load_config
 from resnet_jax.console import describe_seconds, make_console, say
 from resnet_jax.environment import command_line, environment
 from resnet_jax.errors import UserError
-from resnet_jax.training.runs import Outcome, Spread, members_of, train_members
+from resnet_jax.training.runs import (
+    Outcome,
+    Spread,
+    mean_errors,
+    members_of,
+    train_members,
+)
 from resnet_jax.training.train import train_one
 from resnet_jax.workdir import Workdir
 
@@ -25,8 +30,6 @@ _ABOUT = (
     "the whole split. The test set chooses nothing: choose by the held-out error "
     "(data.holdout_examples)."
 )
-
-Point = tuple[str, ...]
 
 
 def sweep(
@@ -59,20 +62,16 @@ def sweep(
       Preempted: SIGTERM stopped a run, and it has saved.
     """
     console = console or make_console()
-    configs = _configs(spec, grid, overrides or {})
+    points = _points(spec, grid, overrides or {})
     folder = Workdir(workdir)
     folder.create()
-    members = {
-        point: members_of(config, f"{_folder(grid, point)}/")
-        for point, config in configs.items()
-    }
-    outcomes = train_members(
-        list(itertools.chain(*members.values())), folder.path, train_one, console
-    )
-    ended = iter(outcomes)
+    members: dict[str, Config] = {}
+    for fields, config in points:
+        members |= members_of(config, f"{_folder(fields)}/")
+    outcomes = iter(train_members(members, folder.path, train_one, console))
     rows = [
-        _row(grid, point, list(itertools.islice(ended, len(runs))))
-        for point, runs in members.items()
+        _row(fields, list(itertools.islice(outcomes, config.seeds)))
+        for fields, config in points
     ]
     content = {
         "grid": {name: list(values) for name, values in grid.items()},
@@ -80,9 +79,9 @@ def sweep(
         "command": command_line(),
         "environment": environment(),
     }
-    folder.write(folder.path / "sweep.json", json.dumps(content, indent=2) + "\n")
-    folder.write(folder.report, _page(spec, grid, rows))
-    _print(console, grid, rows)
+    folder.write_json("sweep.json", content)
+    folder.write(folder.report, _page(spec, rows))
+    _print(console, rows)
     say(console, f"report: {folder.report}")
     return rows
 
@@ -119,9 +118,10 @@ def _split(text: str) -> list[str]:
     return parts
 
 
-def _configs(
+def _points(
     spec: str, grid: Mapping[str, Sequence[str]], overrides: Mapping[str, str]
-) -> dict[Point, Config]:
+) -> list[tuple[dict[str, str], Config]]:
+    """The fields of each combination, and their config."""
     if not grid:
         raise UserError("a sweep needs fields with values: --grid FIELD=A,B")
     twice = sorted(set(grid) & set(overrides))
@@ -129,52 +129,47 @@ def _configs(
         raise UserError(f"{twice[0]} is both in the grid and overridden; give it once")
     if "seed" in grid or "seeds" in grid:
         raise UserError("seeds do not belong in the grid; give --config.seeds=N")
-    return {
-        point: load_config(spec, {**overrides, **dict(zip(grid, point, strict=True))})
-        for point in itertools.product(*grid.values())
-    }
+    combinations = itertools.product(*grid.values())
+    points = [dict(zip(grid, values, strict=True)) for values in combinations]
+    return [(fields, load_config(spec, {**overrides, **fields})) for fields in points]
 
 
-def _folder(grid: Mapping[str, Any], point: Point) -> str:
-    text = ",".join(f"{name}={value}" for name, value in zip(grid, point, strict=True))
+def _folder(fields: Mapping[str, str]) -> str:
+    text = ",".join(f"{name}={value}" for name, value in fields.items())
     return urllib.parse.quote(text, safe="=,.()[] ")
 
 
-def _row(
-    grid: Mapping[str, Any], point: Point, outcomes: Sequence[Outcome]
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"fields": dict(zip(grid, point, strict=True))}
+def _row(fields: dict[str, str], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     results = [outcome.result for outcome in outcomes if outcome.result is not None]
-    row["diverged"] = len(outcomes) - len(results)
-    row["n"] = len(results)
-    for metric in ("holdout_error", "test_error", "train_error"):
-        values = [result[metric] for result in results if metric in result]
-        if values:
-            spread = Spread.of(values)
-            row |= {metric: spread.mean, f"{metric}_deviation": spread.deviation}
-    row["test_errors"] = [result["test_error"] for result in results]
-    row["seconds"] = sum(result["seconds"] for result in results)
-    return row
+    return {
+        "fields": fields,
+        "diverged": len(outcomes) - len(results),
+        "n": len(results),
+        **mean_errors(results),
+        "test_errors": [result["test_error"] for result in results],
+        "seconds": sum(result["seconds"] for result in results),
+    }
 
 
-def _table(
-    grid: Mapping[str, Any], rows: Sequence[dict[str, Any]]
-) -> tuple[list[str], list[list[str]]]:
-    metrics = [
-        metric
-        for metric in ("holdout_error", "test_error", "train_error")
-        if any(metric in row for row in rows)
-    ]
+def _table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The header and the cells of the printed table and the report's."""
     names = {
         "holdout_error": "held-out error (%)",
         "test_error": "test error (%)",
         "train_error": "training error (%)",
     }
-    header = [*grid, *(names[metric] for metric in metrics), "n", "diverged", "time"]
+    names = {name: text for name, text in names.items() if any(name in r for r in rows)}
+
+    def error(row: dict[str, Any], name: str) -> str:
+        if name not in row:
+            return ""
+        return str(Spread(row[name], row[f"{name}_deviation"], row["n"]))
+
+    header = [*rows[0]["fields"], *names.values(), "n", "diverged", "time"]
     return header, [
         [
             *row["fields"].values(),
-            *(_percent(row, metric) for metric in metrics),
+            *(error(row, name) for name in names),
             str(row["n"]),
             str(row["diverged"] or ""),
             describe_seconds(row["seconds"]),
@@ -183,22 +178,14 @@ def _table(
     ]
 
 
-def _percent(row: dict[str, Any], metric: str) -> str:
-    if metric not in row:
-        return ""
-    deviation = row[f"{metric}_deviation"]
-    spread = "" if deviation is None else f" \u00b1 {100 * deviation:.2f}"
-    return f"{100 * row[metric]:.2f}{spread}"
-
-
-def _page(spec: str, grid: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+def _page(spec: str, rows: Sequence[dict[str, Any]]) -> str:
     errors = {
         _label(row["fields"]): row["test_errors"] for row in rows if row["test_errors"]
     }
     return pages.page(
-        f"Sweep of {', '.join(grid)}",
+        f"Sweep of {', '.join(rows[0]['fields'])}",
         pages.paragraph(_ABOUT, "note"),
-        pages.grid(*_table(grid, rows)),
+        pages.grid(*_table(rows)),
         *([pages.svg(error_by_setting(errors))] if errors else []),
         pages.heading("Where it ran"),
         pages.facts({"config": spec, "command": command_line(), **environment()}),
@@ -209,15 +196,9 @@ def _label(fields: Mapping[str, str]) -> str:
     return ", ".join(f"{name.rpartition('.')[2]}={x}" for name, x in fields.items())
 
 
-def _print(
-    console: rich.console.Console,
-    grid: Mapping[str, Any],
-    rows: Sequence[dict[str, Any]],
-) -> None:
-    header, lines = _table(grid, rows)
-    table = rich.table.Table(box=None, padding=(0, 2, 0, 0))
-    for name in header:
-        table.add_column(name)
+def _print(console: rich.console.Console, rows: Sequence[dict[str, Any]]) -> None:
+    header, lines = _table(rows)
+    table = rich.table.Table(*header, box=None, padding=(0, 2, 0, 0))
     for line in lines:
         table.add_row(*line)
     console.print()

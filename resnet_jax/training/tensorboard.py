@@ -21,7 +21,7 @@ def _without_torch() -> Iterator[None]:
             del sys.modules["torch"]
 
 
-# tensorboardX imports torch if it can, for other uses than this one: 2.5 s of a start.
+# tensorboardX imports torch if it can, which takes 2.5 s and is not needed here.
 with _without_torch():
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event
@@ -31,13 +31,10 @@ _FLUSH_SECONDS = 10
 
 
 class TensorBoard:
-    """Writes the curves of a run anew at each start; a context manager.
+    """Writes the curves of a run again at each start; a context manager.
 
-    It holds nothing that metrics.jsonl does not. If it cannot be written, a warning
-    says so and the run goes on.
-
-    This uses tensorboardX's events writer. Its SummaryWriter has a thread with a short
-    queue; on a full disk the thread dies with a traceback and the run waits for ever.
+    If the file cannot be written, the run warns and continues. tensorboardX's
+    SummaryWriter would hang: on a full disk its thread dies, and the run waits for it.
     """
 
     def __init__(
@@ -46,13 +43,7 @@ class TensorBoard:
         rows: Sequence[dict[str, Any]],
         warn: Callable[[str], None],
     ):
-        """Prepares the file.
-
-        Args:
-          workdir: of the run.
-          rows: written at the start.
-          warn: prints a sentence.
-        """
+        """``rows`` are written at the start; ``warn`` prints a sentence."""
         self._workdir, self._rows, self._warn = workdir, rows, warn
         self._writer: EventsWriter | None = None
         self._open_mirror = contextlib.ExitStack()
@@ -92,11 +83,9 @@ class TensorBoard:
             for name, value in row.items()
             if name not in ("step", "seconds")
         ]
-        self._writer.write_event(
-            Event(
-                wall_time=time.time(), step=row["step"], summary=Summary(value=values)
-            )
-        )
+        summary = Summary(value=values)
+        event = Event(wall_time=time.time(), step=row["step"], summary=summary)
+        self._writer.write_event(event)
         if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
             self._writer.flush()
             self._mirror.copy()

@@ -8,6 +8,7 @@ is saved in ../checkpoints.py.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -34,7 +35,6 @@ from resnet_jax.evaluation.precise_statistics import (
     check_precise_statistics,
     precise_variables,
 )
-from resnet_jax.training.compilation_cache import compiled_programs_in
 from resnet_jax.training.profile import Profile
 from resnet_jax.training.progress import Progress, Throughput, print_start
 from resnet_jax.training.report import make_result, print_result, write_report
@@ -71,8 +71,8 @@ def train(
       console: where to print; standard output by default.
 
     Returns:
-      The content of result.json. For one run: ``test_error`` as a share,
-      ``test_errors`` of ``test_count``, and how they came about. For several seeds:
+      The content of result.json. For one run: ``test_error`` as a fraction,
+      ``test_errors`` of ``test_count``, and facts of the run. For several seeds:
       ``test_error`` is the mean, ``test_error_deviation`` the standard deviation, and
       ``runs`` has each run.
 
@@ -93,29 +93,22 @@ def train_one(
     console: rich.console.Console,
     datasets: LastDataset | None = None,
 ) -> dict[str, Any]:
-    """Trains or continues one run; see ``train``.
-
-    Args:
-      config: with ``seeds`` 1.
-      workdir: of the run.
-      console: where to print.
-      datasets: opens the data, for several runs in a row.
-    """
+    """Trains or continues one run; ``datasets`` opens the data of runs in a row."""
     # 1. Refuse a workdir with another run; a finished run only prints its result.
     folder = Workdir(workdir)
     folder.refuse_other_run(config)
-    result = _finished(folder)
-    if result is not None:
+    result = folder.read_result() if distributed.is_primary() else None
+    if distributed.broadcast(result is not None):
+        result = result or folder.read_result() or {}
         say(console, f"{folder.path} holds a finished run; nothing to do")
         print_result(console, result, folder.report)
         return result
     folder.create()
-    cache = config.compilation_cache
-    programs = None if cache is None else folder.compiled_programs(cache)
+    tell = functools.partial(say, console)
     with (
-        folder.lock(lambda text: say(console, text)),
-        StopSignal(lambda text: say(console, text)) as stop,
-        compiled_programs_in(programs),
+        folder.lock(tell),
+        StopSignal(tell) as stop,
+        folder.compiled_programs(config.compilation_cache),
     ):
         # 2. Open the data; build net, optimizer and schedule; write config.json.
         dataset = datasets.open(config) if datasets else open_dataset(config)
@@ -178,13 +171,6 @@ def steps_per_call(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) ->
     return asked or (STEPS_PER_CALL if resident and not on_cpu else 1)
 
 
-def _finished(folder: Workdir) -> dict[str, Any] | None:
-    result = folder.read_result() if distributed.is_primary() else None
-    if distributed.broadcast(result is not None):
-        return result or folder.read_result() or {}
-    return None
-
-
 @dataclasses.dataclass(frozen=True)
 class _Start:
     """Where a run starts or continues; a checkpoint holds it beside the state.
@@ -218,57 +204,54 @@ def _first_state(
     )
     if restored is not None:
         state, content = restored
-        names = [field.name for field in dataclasses.fields(_Start)]
-        start = _Start(**{name: content[name] for name in names if name in content})
+        names = {field.name for field in dataclasses.fields(_Start)} & content.keys()
+        start = _Start(**{name: content[name] for name in names})
         folder.write_rows(start.rows)
         say(console, f"continuing from the checkpoint at step {int(state.step)}")
         return state, start
     folder.write_rows([])
-    config = learner.config
+    options, key = learner.config.model, jax.random.key(learner.config.seed)
     variables = None
-    if config.model.weights is not None:
+    if options.weights is not None:
         variables = load_weights(
-            config.model.weights,
-            learner.model,
-            new_head=config.model.new_head,
-            rng=jax.random.key(config.seed),
+            options.weights, learner.model, new_head=options.new_head, rng=key
         )
     return learner.fresh_state(dataset.train.statistics(), variables), _Start()
 
 
+@dataclasses.dataclass
 class _Run:
     """The steps of a run, and what is due between them."""
 
-    def __init__(
-        self,
-        learner: Learner,
-        dataset: Dataset,
-        checkpoints: Checkpoints,
-        folder: Workdir,
-        console: rich.console.Console,
-        stop: StopSignal,
-        start: _Start,
-    ):
-        config = learner.config
-        self.learner, self.checkpoints, self.folder = learner, checkpoints, folder
-        self.config, self.derived, self.stop = config, learner.derived, stop
-        self.rows, self.start = list(start.rows), start
-        self.train_feed, *eval_feeds = [
-            make_feed(split, learner.mesh, config.data, config.augmentation)
+    learner: Learner
+    dataset: dataclasses.InitVar[Dataset]
+    checkpoints: Checkpoints
+    folder: Workdir
+    console: rich.console.Console
+    stop: StopSignal
+    start: _Start
+
+    def __post_init__(self, dataset: Dataset) -> None:
+        config, folder = self.learner.config, self.folder
+        self.config, self.derived = config, self.learner.derived
+        self.batch_size = self.derived.global_batch_size
+        self.rows = list(self.start.rows)
+        mesh = self.learner.mesh
+        self.eval_feeds = {
+            split.name: make_feed(split, mesh, config.data, config.augmentation)
             for split in (dataset.train, dataset.holdout, dataset.test)
             if split is not None
-        ]
-        names = ["test"] if dataset.holdout is None else ["holdout", "test"]
-        self.eval_feeds = dict(zip(names, eval_feeds, strict=True))
-        self.evaluator = Evaluator(learner.model, learner.mesh)
-        self.steps_per_call = steps_per_call(config, dataset, learner.mesh)
-        self.progress = Progress(console, self.derived.steps)
+        }
+        self.train_feed = self.eval_feeds.pop("train")
+        self.evaluator = Evaluator(self.learner.model, mesh)
+        self.steps_per_call = steps_per_call(config, dataset, mesh)
+        self.progress = Progress(self.console, self.derived.steps)
         self.throughput = Throughput()
-        self.profile = Profile(
-            lambda: folder.mirror(folder.profile), config.profile.range
-        )
+        mirror = functools.partial(folder.mirror, folder.profile)
+        self.profile = Profile(mirror, config.profile.range)
+        self.tensorboard = TensorBoard(folder, self.rows, self.progress.message)
         self.named_broken: set[str] = set()
-        self.skipped_before = -start.skipped
+        self.skipped_before = -self.start.skipped
         self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
         self.began = time.perf_counter()
 
@@ -278,23 +261,20 @@ class _Run:
         Raises:
           Preempted: SIGTERM stopped the run, and it has saved.
         """
-        batch_size, seed = self.derived.global_batch_size, self.config.seed
-        step, last = int(state.step), self.derived.steps
-        batches = self.train_feed.training_batches(
-            self.start.position, batch_size, seed
-        )
+        step, last, compiled = int(state.step), self.derived.steps, set[int]()
+        batch_size, seed, feed = self.batch_size, self.config.seed, self.train_feed
+        batches = feed.training_batches(self.start.position, batch_size, seed)
         one_step = make_train_step(self.learner)
         many_steps = make_train_steps(self.learner)
-        compiled: set[int] = set()
         self.stop.agree_over(self.learner.mesh)
         with (
             contextlib.closing(batches),
             contextlib.closing(self.profile),
             self.progress,
-            TensorBoard(self.folder, self.rows, self.progress.message) as tensorboard,
+            self.tensorboard,
         ):
             if self.start.row_is_due:
-                state = self.after_step(state, step, tensorboard, saved=True)
+                state = self.after_step(state, step, saved=True)
             while step < last:
                 self.profile.before(step + 1)
                 length = call_length(self.next_due(step) - step, self.steps_per_call)
@@ -304,24 +284,26 @@ class _Run:
                     if self.steps_per_call == 1:
                         train, batch = one_step, next(batches)
                     else:
-                        assert isinstance(self.train_feed, ResidentFeed)
-                        train = many_steps
-                        batch = self.train_feed.training_indices(
-                            step * batch_size, length, batch_size, seed
-                        )
+                        assert isinstance(feed, ResidentFeed)
+                        train, first = many_steps, step * batch_size
+                        batch = feed.training_indices(first, length, batch_size, seed)
                 # Step: one call, which the devices run while the host goes on.
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-                    state = train(state, self.train_feed.resident, batch)
+                    state = train(state, feed.resident, batch)
                     parallel.settled(state)
                 step += length
                 if length in compiled:
                     self.throughput.count(length * batch_size)
                 else:
+                    # A program's first call compiles: no part of the speed.
                     compiled.add(length)
-                    self._after_compiling(state, step)
+                    state.step.block_until_ready()
+                    self.stop.steps_were_made()
+                    self.progress.start(step)
+                    self.throughput.restart()
                 if self.profile.after(step, state):
                     self.progress.message(f"profile of steps: {self.folder.profile}")
-                state = self.after_step(state, step, tensorboard)
+                state = self.after_step(state, step)
         return self.rows
 
     def next_due(self, step: int) -> int:
@@ -336,28 +318,21 @@ class _Run:
         return min(self.derived.steps, *due)
 
     def after_step(
-        self,
-        state: TrainState,
-        step: int,
-        tensorboard: TensorBoard,
-        saved: bool = False,
+        self, state: TrainState, step: int, saved: bool = False
     ) -> TrainState:
         """Does what is due after a step: a row of metrics, evaluation, a checkpoint.
 
-        Args:
-          state: after the step.
-          step: its number.
-          tensorboard: gets every row too.
-          saved: a checkpoint of this step exists.
+        ``saved`` is true if a checkpoint of this step exists.
         """
         last = step == self.derived.steps
         saves = last or step % self.derived.checkpoint_every == 0
         # A checkpoint can be the best one only if it was evaluated.
         evaluates = last or step % self.derived.evaluate_every == 0
         evaluates = evaluates or (saves and self.config.checkpoint.best)
-        if evaluates or step % self.config.training.log_every_steps == 0:
+        reports = evaluates or step % self.config.training.log_every_steps == 0
+        if reports:
             try:
-                state = self._write_row(state, step, evaluates, tensorboard)
+                state = self._write_row(state, step, evaluates)
             except Interrupted:
                 self._preempted(state, step, saved, row_is_due=True)
         if saves:
@@ -366,13 +341,11 @@ class _Run:
             saved = True
         if not last and self.stop.asked():
             self._preempted(state, step, saved)
-        if evaluates or saves:
+        if reports or saves:
             self.throughput.restart()
         return state
 
-    def _write_row(
-        self, state: TrainState, step: int, evaluates: bool, tensorboard: TensorBoard
-    ) -> TrainState:
+    def _write_row(self, state: TrainState, step: int, evaluates: bool) -> TrainState:
         """Writes a row of metrics.jsonl; returns the state with its sums at zero."""
         self._refuse_bad_loss(state)
         sums = state.sums.summary()
@@ -384,35 +357,37 @@ class _Run:
             "train_error": sums["error"],
             **self.throughput.interval(),
         }
-        if self._skips:
+        if self.config.data.on_error == "skip":
             row["train_skipped"] = self._skipped()
         if evaluates:
             if step == self.derived.steps:
                 state = self._with_final_statistics(state)
             row |= self._evaluate(state)
-        state = dataclasses.replace(state, sums=self._replicated(Sums.zeros()))
+        new: dict[str, Any] = {"sums": Sums.zeros()}
         if "holdout_error" in row:
-            schedule = self.learner.schedule.after_evaluation(
+            new["schedule"] = self.learner.schedule.after_evaluation(
                 state.schedule, row["holdout_error"]
             )
-            state = dataclasses.replace(state, schedule=self._replicated(schedule))
+        same = parallel.replicated(self.learner.mesh)
+        state = dataclasses.replace(state, **parallel.place(jax.device_get(new), same))
         self.skipped_before += row.get("train_skipped", 0)
         row["seconds"] = self.seconds_before + time.perf_counter() - self.began
         self._name_broken_images()
         self.rows.append(row)
         self.folder.append_row(row)
-        tensorboard.add(row)
+        self.tensorboard.add(row)
         self.progress.show(row)
-        self.throughput.restart()
         return state
 
     def _evaluate(self, state: TrainState) -> dict[str, Any]:
-        size = evaluation_batch_size(self.config, self.learner.mesh)
-        variables = state.evaluation_variables()
         metrics: dict[str, Any] = {}
         for name, feed in self.eval_feeds.items():
             summary = self.evaluator.evaluate(
-                variables, state.statistics, feed, size, interrupted=self.stop.asked
+                state.evaluation_variables(),
+                state.statistics,
+                feed,
+                evaluation_batch_size(self.config, self.learner.mesh),
+                interrupted=self.stop.asked,
             )
             metrics |= {f"{name}_{key}": value for key, value in summary.items()}
         return metrics
@@ -422,7 +397,7 @@ class _Run:
         examples = self.config.evaluation.precise_statistics_examples
         if not examples:
             return state
-        batches = math.ceil(examples / self.derived.global_batch_size)
+        batches = math.ceil(examples / self.batch_size)
         self.progress.message(f"recomputing batch statistics over {batches} batches")
         variables = precise_variables(
             self.learner.model,
@@ -437,23 +412,17 @@ class _Run:
         return state.with_evaluation_variables(variables)
 
     def _save(
-        self,
-        state: TrainState,
-        step: int,
-        row_is_due: bool = False,
-        replace: bool = False,
+        self, state: TrainState, step: int, *, replace: bool, row_is_due: bool = False
     ) -> None:
         self._refuse_bad_loss(state)
         start = _Start(
-            position=step * self.derived.global_batch_size,
+            position=step * self.batch_size,
             rows=self.rows,
             row_is_due=row_is_due,
-            skipped=self._skipped() if self._skips else 0,
+            skipped=self._skipped(),
         )
-        content = {
-            **dataclasses.asdict(start),
-            "config": dataclasses.asdict(self.config),
-        }
+        config = dataclasses.asdict(self.config)
+        content = dataclasses.asdict(start) | {"config": config}
         row = self.rows[-1] if self.rows and self.rows[-1]["step"] == step else {}
         self.checkpoints.save(state, content, row.get("holdout_error"), replace)
 
@@ -461,47 +430,28 @@ class _Run:
         self, state: TrainState, step: int, saved: bool, row_is_due: bool = False
     ) -> NoReturn:
         if not saved:
-            self._save(state, step, row_is_due=row_is_due)
+            self._save(state, step, replace=False, row_is_due=row_is_due)
         self.checkpoints.wait()
         raise Preempted(
             f"stopped by SIGTERM and saved at step {step}; the same command continues"
         )
 
     def _refuse_bad_loss(self, state: TrainState) -> None:
-        bad_step = int(state.first_bad_step)
-        if bad_step >= 0:
-            raise self.checkpoints.diverged(
-                f"the loss is not finite at step {bad_step}"
-            )
-
-    def _after_compiling(self, state: TrainState, step: int) -> None:
-        """Keeps a program's first call, which compiles, out of all measured speeds."""
-        state.step.block_until_ready()
-        self.stop.steps_were_made()
-        if not self.progress.started:
-            seconds = time.perf_counter() - self.began
-            self.progress.message(f"data and compiled step ready in {seconds:.1f} s")
-            self.progress.start(step)
-        self.throughput.restart()
-
-    def _replicated(self, tree: Any) -> Any:
-        """Host values on all devices, as the step and the checkpoints expect them."""
-        same = parallel.replicated(self.learner.mesh)
-        return parallel.place(jax.device_get(tree), same)
-
-    @property
-    def _skips(self) -> bool:
-        return self.config.data.on_error == "skip"
+        step = int(state.first_bad_step)
+        if step >= 0:
+            raise self.checkpoints.diverged(f"the loss is not finite at step {step}")
 
     def _skipped(self) -> int:
         """Broken images replaced since the last row, on all hosts."""
+        if self.config.data.on_error != "skip":
+            return 0
         total = distributed.sum_over_processes(len(self.train_feed.skipped))
         return total - self.skipped_before
 
     def _name_broken_images(self) -> None:
         """Names each skipped image once per run."""
         for feed in (self.train_feed, *self.eval_feeds.values()):
-            for sentence in dict.fromkeys(feed.skipped):
+            for sentence in feed.skipped:
                 if sentence not in self.named_broken:
                     self.named_broken.add(sentence)
                     self.progress.message(f"warning: skipped: {sentence}")

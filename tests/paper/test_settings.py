@@ -68,8 +68,8 @@ def test_overrides_have_the_last_word():
 def test_members_are_runs_of_one_seed_each():
     members = Setting("digits", "tiny").members(RESNET110, 2)
     names = [f"digits-tiny/cifar_resnet110/seed-{seed}" for seed in (0, 1)]
-    assert [member.name for member in members] == names
-    first, second = (member.config for member in members)
+    assert list(members) == names
+    first, second = members.values()
     assert (first.seed, second.seed, second.seeds) == (0, 1, 1)
     assert dataclasses.replace(second, seed=0) == first
 

@@ -11,9 +11,8 @@ from resnet_jax import parallel
 from resnet_jax.config import resolve
 from resnet_jax.data.transforms import normalize, to_unit
 from resnet_jax.errors import UserError
-from resnet_jax.training.accumulation import add_over_parts, micro_batches
 from resnet_jax.training.benchmark import abstract_batch, synthetic_learner
-from resnet_jax.training.step import make_train_step
+from resnet_jax.training.step import add_over_parts, make_train_step, micro_batches
 from tests.training.helpers import parts
 from tests.training.test_step import assert_alike, run, use_modern_options
 
