@@ -20,8 +20,8 @@ test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 \
 	  -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true -m "not slow"
 
-test-all: $(VENV)/.test lint
-	$(BIN)/python -m pytest
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
