@@ -6,6 +6,7 @@ bring the same idea to any other architecture::
     x = Residual(nn.Dense(256))(x)
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,13 +52,8 @@ class Residual(nn.Module):
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """Calls the layer as ``layer(x, *args, **kwargs)`` and adds the shortcut.
 
-        Args:
-          x: (n, ..., c), or (c,) without a batch.
-          *args: further arguments of the layer.
-          **kwargs: further arguments of the layer.
-
-        Returns:
-          An array of the shape of the layer's output.
+        x is (n, ..., c), or (c,) without a batch; the result has the shape of the
+        layer's output.
 
         Raises:
           ValueError: no projection fits the shapes of x and F(x).
@@ -65,9 +61,7 @@ class Residual(nn.Module):
         y = self.layer(x, *args, **kwargs)
         if self.norm is not None:
             y = self.norm(name="norm")(y)
-        dtype = self.dtype
-        if dtype is None:
-            dtype = jnp.promote_types(x.dtype, y.dtype)
+        dtype = self.dtype or jnp.promote_types(x.dtype, y.dtype)
         shortcut = x.astype(dtype)
         if x.shape != y.shape:
             strides = self._strides(x.shape, y.shape)
@@ -131,13 +125,7 @@ class Highway(nn.Module):
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """Calls ``layer(x, *args, **kwargs)`` and ``gate(x)``.
 
-        Args:
-          x: an array of any shape.
-          *args: further arguments of the layer.
-          **kwargs: further arguments of the layer.
-
-        Returns:
-          An array of the same shape.
+        x has any shape, and the result has the same.
 
         Raises:
           ValueError: the layer or the gate changes the shape.
@@ -153,3 +141,23 @@ class Highway(nn.Module):
                 )
         gate = nn.sigmoid(gate)
         return transformed * gate + x * (1 - gate)
+
+
+class HighwayLayer(nn.Module):
+    """A highway layer of two like layers: ``transform``, with ReLU, and ``gate``.
+
+    Attributes:
+      layer: factory of both, ``layer(features, name=...)``.
+      gate_bias: initial value of the gate's bias.
+    """
+
+    layer: ModuleFactory
+    gate_bias: float = -2.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(n, ..., c) to the same."""
+        layer = functools.partial(self.layer, x.shape[-1])
+        transform = nn.Sequential([layer(name="transform"), nn.relu])
+        gate_bias = nn.initializers.constant(self.gate_bias)
+        return Highway(transform, layer(bias_init=gate_bias, name="gate"))(x)
