@@ -147,6 +147,35 @@ class PreActivationBlock(ResidualBlock):
         return end(y) if shortcut is None else end(y) + shortcut
 
 
+def _basic_convolutions(self):
+    """The 3x3 convolutions of a basic block."""
+    before, after = self.dilation
+    conv = functools.partial(self.convolution, features=self.features, size=3)
+    return [
+        conv("conv1", strides=self.strides, dilation=before),
+        *(conv(f"conv{i}", dilation=after) for i in range(2, self.num_convs + 1)),
+    ]
+
+
+def _bottleneck_convolutions(self):
+    """The 1x1, 3x3 and 1x1 convolution of a bottleneck."""
+    if self.stride_version not in STRIDE_VERSIONS:
+        raise ValueError(
+            f"stride_version is one of {', '.join(STRIDE_VERSIONS)}, "
+            f"not {self.stride_version!r}"
+        )
+    first, second, dilation = 1, self.strides, self.dilation[0]
+    if self.stride_version == "v1":
+        first, second, dilation = self.strides, 1, self.dilation[1]
+    width = self.features * self.base_width // 64 * self.groups
+    middle = {"strides": second, "dilation": dilation, "groups": self.groups}
+    return [
+        self.convolution("conv1", width, 1, strides=first),
+        self.convolution("conv2", width, 3, **middle),
+        self.convolution("conv3", self.features * self.expansion, 1),
+    ]
+
+
 class BasicBlock(PostActivationBlock):
     """3x3 convolutions: two in the paper (Fig. 5 left).
 
@@ -155,30 +184,7 @@ class BasicBlock(PostActivationBlock):
     """
 
     num_convs: int = 2
-
-    def convolutions(self):
-        """See ``ResidualBlock``."""
-        return _basic(self)
-
-
-class PreActBasicBlock(PreActivationBlock):
-    """The convolutions of ``BasicBlock`` with pre-activation (He et al. 2016)."""
-
-    num_convs: int = 2
-
-    def convolutions(self):
-        """See ``ResidualBlock``."""
-        return _basic(self)
-
-
-def _basic(block):
-    """The 3x3 convolutions of a basic block."""
-    before, after = block.dilation
-    conv = functools.partial(block.convolution, features=block.features, size=3)
-    return [
-        conv("conv1", strides=block.strides, dilation=before),
-        *(conv(f"conv{i}", dilation=after) for i in range(2, block.num_convs + 1)),
-    ]
+    convolutions = _basic_convolutions
 
 
 class BottleneckBlock(PostActivationBlock):
@@ -196,10 +202,14 @@ class BottleneckBlock(PostActivationBlock):
     groups: int = 1
     base_width: int = 64
     expansion = 4
+    convolutions = _bottleneck_convolutions
 
-    def convolutions(self):
-        """See ``ResidualBlock``."""
-        return _bottleneck(self)
+
+class PreActBasicBlock(PreActivationBlock):
+    """The convolutions of ``BasicBlock`` with pre-activation (He et al. 2016)."""
+
+    num_convs: int = 2
+    convolutions = _basic_convolutions
 
 
 class PreActBottleneckBlock(PreActivationBlock):
@@ -209,26 +219,4 @@ class PreActBottleneckBlock(PreActivationBlock):
     groups: int = 1
     base_width: int = 64
     expansion = 4
-
-    def convolutions(self):
-        """See ``ResidualBlock``."""
-        return _bottleneck(self)
-
-
-def _bottleneck(block):
-    """The 1x1, 3x3 and 1x1 convolution of a bottleneck."""
-    if block.stride_version not in STRIDE_VERSIONS:
-        raise ValueError(
-            f"stride_version is one of {', '.join(STRIDE_VERSIONS)}, "
-            f"not {block.stride_version!r}"
-        )
-    first, second, dilation = 1, block.strides, block.dilation[0]
-    if block.stride_version == "v1":
-        first, second, dilation = block.strides, 1, block.dilation[1]
-    width = block.features * block.base_width // 64 * block.groups
-    middle = {"strides": second, "dilation": dilation, "groups": block.groups}
-    return [
-        block.convolution("conv1", width, 1, strides=first),
-        block.convolution("conv2", width, 3, **middle),
-        block.convolution("conv3", block.features * block.expansion, 1),
-    ]
+    convolutions = _bottleneck_convolutions

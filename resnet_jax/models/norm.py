@@ -52,25 +52,18 @@ class BatchNorm(nn.Module):
     def __call__(
         self, x: jax.Array, shortcut: jax.Array | None = None, relu: bool = False
     ) -> jax.Array:
-        """Normalises ``x``, then adds ``shortcut``, then applies ReLU if asked to.
+        """Normalises ``x``, then adds ``shortcut`` if given, then applies ReLU.
 
-        Args:
-          x: (n, ..., c).
-          shortcut: same shape as x; None adds nothing.
-          relu: whether to apply ReLU.
+        ``x`` and ``shortcut`` are (n, ..., c).
 
         Raises:
           ValueError: ``groups`` does not divide the batch.
         """
-        channels = (x.shape[-1],)
-        running_mean = self.variable(
-            "batch_stats", "mean", jnp.zeros, channels, jnp.float32
-        )
-        running_var = self.variable(
-            "batch_stats", "var", jnp.ones, channels, jnp.float32
-        )
-        scale = self.param("scale", self.scale_init, channels, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+        like = (x.shape[-1:], jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, *like)
+        running_var = self.variable("batch_stats", "var", jnp.ones, *like)
+        scale = self.param("scale", self.scale_init, *like)
+        bias = self.param("bias", nn.initializers.zeros, *like)
 
         if self.use_running_average:
             mean, var = running_mean.value, running_var.value
@@ -121,11 +114,7 @@ def norm_act(
 ) -> jax.Array:
     """activation(norm(x) + added), as one function where the normalisation fuses them.
 
-    Args:
-      norm: a normalisation, or any function of x.
-      x: (n, ..., c).
-      activation: None returns the sum.
-      added: same shape as norm(x); None adds nothing.
+    ``norm`` may be any function of x. None leaves out the activation or the sum.
     """
     if isinstance(norm, BatchNorm) and norm.fused and activation is nn.relu:
         return norm(x, added, relu=True)

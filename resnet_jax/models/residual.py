@@ -22,16 +22,13 @@ class Residual(nn.Module):
     """y = activation(norm(F(x)) + W_s x), after equations 1 and 2 of He et al. 2015.
 
     If F keeps the shape of its input, W_s is the identity and has no parameters.
-    Otherwise W_s is a strided 1x1 convolution, in any number of dimensions: it
-    subsamples every axis between the first (the batch) and the last (the channels), and
-    multiplies the last axis by a learned matrix. The stride of each axis is inferred
-    from the sizes of x and F(x). Whether there is a projection therefore depends on the
-    array with which the module is initialised.
+    Otherwise W_s is a strided 1x1 convolution in any number of dimensions: it
+    subsamples every axis between the batch and the channels by the stride that the
+    sizes of x and F(x) imply, and multiplies the channels by a learned matrix.
 
-    The variables are ``layer``, ``norm`` and ``shortcut``. As everywhere in Linen, a
-    layer created in a module's compact method belongs to that module, so its variables
-    are stored beside the Residual's. With ``parent=None`` among the layer's arguments
-    they are stored below the Residual.
+    The variables are ``norm``, ``shortcut`` and the layer's. As everywhere in Linen, a
+    layer created in a module's compact method stores its variables in that module. With
+    ``parent=None`` among its arguments it stores them in the Residual, as ``layer``.
 
     Attributes:
       layer: F: a Linen module, or any function of an array.
@@ -65,13 +62,14 @@ class Residual(nn.Module):
         shortcut = x.astype(dtype)
         if x.shape != y.shape:
             strides = self._strides(x.shape, y.shape)
-            shortcut = nn.Dense(
-                y.shape[-1],
-                use_bias=False,
-                dtype=dtype,
-                kernel_init=he_normal,
-                name="shortcut",
-            )(shortcut[tuple(slice(None, None, stride) for stride in strides)])
+            options: dict[str, Any] = {
+                "use_bias": False,
+                "dtype": dtype,
+                "kernel_init": he_normal,
+            }
+            project = nn.Dense(y.shape[-1], name="shortcut", **options)
+            places = tuple(slice(None, None, stride) for stride in strides)
+            shortcut = project(shortcut[places])
         y = y.astype(dtype) + shortcut
         return y if self.activation is None else self.activation(y)
 
@@ -90,8 +88,8 @@ class Residual(nn.Module):
                 "first axis (the batch)"
             )
         strides = []
-        sizes = zip(before[:-1], after[:-1], strict=True)
-        for axis, (size, new_size) in enumerate(sizes):
+        for axis, size in enumerate(before[:-1]):
+            new_size = after[axis]
             # The smallest stride that does not keep too many places.
             stride = max(1, -(-size // max(new_size, 1)))
             if -(-size // stride) != new_size:

@@ -126,16 +126,9 @@ class VGG(FeatureNet):
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
     """Means over ``size`` x ``size`` bins that cover the map, as torch defines them.
 
-    Along an axis of h pixels bin i holds those from floor(i h / size) to
-    ceil((i + 1) h / size), the latter excluded. Neighbouring bins overlap by a pixel
-    where the division is not even; a map smaller than ``size`` repeats its pixels.
-
-    Args:
-      x: (n, h, w, c).
-      size: bins along each side.
-
-    Returns:
-      (n, size, size, c) in the dtype of ``x``, averaged in at least float32.
+    (n, h, w, c) to (n, size, size, c) in the dtype of ``x``, averaged in float32 or
+    wider. Along an axis of h pixels, bin i holds those from floor(i h / size) to
+    ceil((i + 1) h / size), the latter excluded.
     """
     if x.shape[1:3] == (size, size):
         return x

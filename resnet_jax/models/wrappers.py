@@ -73,12 +73,8 @@ def linear_rates(last: float, count: int) -> tuple[float, ...]:
 def dropout_between(conv: ModuleFactory, dropout: ModuleFactory) -> ModuleFactory:
     """A convolution factory for blocks with dropout between their convolutions.
 
-    As in wide nets (Zagoruyko & Komodakis 2016), dropout acts on the input of each
-    convolution of a block but the first. Shortcuts have none.
-
-    Args:
-      conv: the factory to wrap; blocks name its modules ``conv1``, ``conv2``, ...
-      dropout: makes the dropout modules, without arguments.
+    As in wide nets (Zagoruyko & Komodakis 2016), ``dropout()`` acts on the input of
+    ``conv2``, ``conv3``, ... Shortcuts have none.
     """
 
     def make(*args: Any, name: str, **options: Any) -> Any:

@@ -152,5 +152,5 @@ def test_another_net_s_variables_are_refused():
         stack_blocks(variables),
     )
     for other in others:
-        with pytest.raises(UserError, match="not those of this ResNet"):
+        with pytest.raises(UserError, match="do not fit this ResNet"):
             fold_batch_norm(NETS["A"], other)
