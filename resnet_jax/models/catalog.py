@@ -1,9 +1,9 @@
 """The named nets: one line each, with its source and its published size.
 
-A plain ImageNet name is the net for which torchvision or timm publishes weights:
+A bare ImageNet name is the net for which torchvision or timm publishes weights:
 shortcut B and v1.5 striding. The paper's variants have names too (``resnet34_a``,
-``resnet50_v1``), or take one option: ``create_model("resnet34", shortcut="A")``. CIFAR
-nets use shortcut A, as in section 4.2, and exist at any depth: see ``FAMILIES``.
+``resnet50_v1``). CIFAR nets use shortcut A, as in section 4.2, and exist at any depth:
+see ``FAMILIES``.
 """
 
 import dataclasses

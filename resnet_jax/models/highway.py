@@ -20,7 +20,7 @@ from resnet_jax.models.residual import HighwayLayer
 
 
 class HighwayStage(nn.Module):
-    """A convolution with ReLU, ``conv``, then ``highway1``, ``highway2``, ...
+    """A convolution with ReLU, ``conv``, and ``size`` layers ``highway1``, ...
 
     Attributes:
       size: the number of highway layers.
@@ -70,8 +70,8 @@ class HighwayNet(FeatureNet):
       dropout_rate: rate on the images, after each pooling and before the classifier;
         the authors train with 0.2.
       kernel_init: initialiser of all kernels. The authors' "xavier" takes the fan-in
-        alone, which is the same wherever a layer keeps the number of channels; their
-        first convolution and classifier start from normal distributions.
+        alone, the same where a layer keeps the number of channels; their first
+        convolution and classifier start from normal distributions.
       dtype: dtype of convolutions and maps; bfloat16 on accelerators.
     """
 

@@ -42,16 +42,10 @@ class PlainMLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Class logits.
+        """(n, h, w, channels) to (n, num_classes) float32 logits.
 
-        Args:
-          images: (n, h, w, channels), floating point; h, w and channels as at
-            initialisation.
-          train: has no effect.
-
-        Returns:
-          (n, num_classes) float32 logits, or (n, width) float32 features if
-          ``num_classes`` is None.
+        If ``num_classes`` is None, returns (n, width) float32 features. ``train`` is
+        ignored.
         """
         del train
         dense = functools.partial(

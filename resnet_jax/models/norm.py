@@ -14,10 +14,10 @@ from resnet_jax.models.fused import Form, fused_batch_norm, normalize, plain_bat
 class BatchNorm(nn.Module):
     """Batch normalisation over every axis but the last (Ioffe & Szegedy 2015).
 
-    Under ``jax.jit`` with a sharded batch the statistics are those of the global batch,
-    on any number of devices. With ``groups`` above 1 the batch is split in order into
-    equal parts, each normalised by its own statistics: the paper's 8 GPUs with 32
-    ImageNet images each are ``groups=8`` at batch 256, on any topology.
+    Under ``jax.jit``, the statistics cover the global batch on any number of devices.
+    With ``groups`` above 1, the batch is split in order into equal parts, each
+    normalised by its own statistics: the paper's 8 GPUs with 32 ImageNet images each
+    are ``groups=8`` at batch 256.
 
     Statistics are at least float32 for every ``dtype``. The running variance averages
     the unbiased estimate, m / (m - 1) times the variance of a group's m values, as in
@@ -28,7 +28,7 @@ class BatchNorm(nn.Module):
         unchanged: in evaluation, or frozen in training.
       momentum: decay of the running statistics; 0.9 here is 0.1 in torch.
       epsilon: added to the variance.
-      groups: the number of parts of the batch with separate statistics.
+      groups: the number of parts.
       unbiased: False averages the biased variance, as Linen's BatchNorm does.
       dtype: dtype of the output.
       scale_init: initialiser of the scale.

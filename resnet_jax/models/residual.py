@@ -1,7 +1,6 @@
 """Residual and highway connections around any Flax module.
 
-The nets of this package have their own blocks (``models.blocks``). These two modules
-bring the same idea to any other architecture::
+They bring the idea of ``models.blocks`` to any architecture::
 
     x = Residual(nn.Dense(256))(x)
 """

@@ -1,8 +1,7 @@
 """The residual net: a stem, stages of blocks, global average pooling and a classifier.
 
 One module builds the ImageNet nets (Table 1), the CIFAR nets (section 4.2), the plain
-nets of the paper, and their relatives: a variant is a choice of stem, stage, block,
-shortcut and normalisation.
+nets and their relatives, by the choice of stem, stage, block, shortcut and norm.
 """
 
 import dataclasses

@@ -4,9 +4,8 @@ Options A, B and C are from He et al. 2015 (section 3.3, Table 3). The scaled, g
 dropped ones are those that He et al. 2016 compare with the identity ("Identity Mappings
 in Deep Residual Networks", section 3 and Table 1).
 
-A shortcut is a small frozen value. A block calls it inside its compact scope, so that
-its layers are named ``shortcut_conv``, ``shortcut_norm`` and ``shortcut_gate`` beside
-the layers of the block.
+A shortcut is a small frozen value. Its layers, ``shortcut_conv``, ``shortcut_norm`` and
+``shortcut_gate``, belong to the block that calls it.
 """
 
 import dataclasses
@@ -101,8 +100,7 @@ class NoShortcut:
 class Scaled:
     """Constant scaling (He et al. 2016, section 3.1): both paths times a constant.
 
-    Where the shape changes it scales option A: the paper changes only the form of the
-    shortcut relative to He et al. 2015.
+    Where the shape changes it scales option A.
 
     Attributes:
       shortcut: factor of the shortcut, lambda in equation 6.
@@ -148,9 +146,8 @@ class Gated:
 class Dropped:
     """Dropout on the output of the shortcut (He et al. 2016, section 3.1).
 
-    Where the shape changes it drops option A, as in ``Scaled``. Kept elements are
-    divided by 1 - ``rate``, so the shortcut keeps its expectation. The paper says that
-    its dropout halves the shortcut, as if it did not divide.
+    Where the shape changes it drops option A. Kept elements are divided by 1 -
+    ``rate``, so the shortcut keeps its expectation; the paper seems not to divide.
 
     Attributes:
       rate: fraction of the elements that become zero.

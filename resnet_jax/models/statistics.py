@@ -15,7 +15,7 @@ from resnet_jax.models.norm import BatchNorm
 def precise_batch_stats(
     model: nn.Module, variables: dict[str, Any], batches: Iterable[jax.Array]
 ) -> Any:
-    """Recomputes the batch normalisation statistics over all values of some batches.
+    """Returns new ``batch_stats``, computed over all values of some batches.
 
     A moving average covers few batches and outdated weights. The authors' released
     models use averages over a large sample instead. ``add_batch`` has the equations.
@@ -24,9 +24,6 @@ def precise_batch_stats(
       model: a net with batch normalisation.
       variables: its params and batch_stats.
       batches: images (n, h, w, c), normalised as the net expects them; of one shape.
-
-    Returns:
-      New ``batch_stats``, float32.
 
     Raises:
       UserError: the net has no batch normalisation, or there is no batch.

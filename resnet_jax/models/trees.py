@@ -1,9 +1,9 @@
 """Trees of variables: blocks stacked for a loop or one by one, and frozen parts.
 
-A net has two layouts. Unrolled: ``stage1/block1``, ``stage1/block2``, ... Scanned
-(``ResNet(scan=True)``): ``stage1/block1`` and ``stage1/blocks``, whose arrays hold all
-further blocks along their first axis. ``stack_blocks`` and ``unstack_blocks`` convert
-any collection or gradient, bit for bit.
+An unrolled net has ``stage1/block1``, ``stage1/block2``, ... A scanned net has
+``stage1/block1`` and ``stage1/blocks``, whose arrays hold the other blocks along their
+first axis. ``stack_blocks`` and ``unstack_blocks`` convert any collection or gradient,
+bit for bit.
 """
 
 import re

@@ -30,14 +30,7 @@ small_normal = nn.initializers.normal(0.01)
 
 
 class VGGStage(nn.Module):
-    """3x3 convolutions with bias on maps of one size, each with ReLU.
-
-    Attributes:
-      size: the number of convolutions.
-      features: channels of all of them.
-      norm: factory of the normalisations before the ReLUs.
-      dtype: of the computation.
-    """
+    """``size`` 3x3 convolutions with bias, each with normalisation and ReLU."""
 
     size: int
     features: int
@@ -68,7 +61,7 @@ class VGG(FeatureNet):
     ``features`` returns the output of each stage before its pooling, C1 .. C5.
 
     Attributes:
-      stage_convs: convolutions of each stage.
+      stage_convs: the number of convolutions of each stage.
       widths: channels of each stage.
       num_classes: classes of the classifier; None leaves out all dense layers and
         averages the last map after its pooling.

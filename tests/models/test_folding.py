@@ -46,7 +46,11 @@ NETS = {
     "A": cifar(
         BasicBlock, shortcuts.ZeroPad(), norm=functools.partial(BatchNorm, epsilon=0.1)
     ),
-    "B": cifar(BottleneckBlock, shortcuts.Projection(), stem=ImageNetStem),
+    "B, zero_init_last": cifar(
+        functools.partial(BottleneckBlock, zero_init_last=True),
+        shortcuts.Projection(),
+        stem=ImageNetStem,
+    ),
     "C, scanned": cifar(
         BasicBlock, shortcuts.Projection(everywhere=True), scan=True, stem=DeepStem
     ),
