@@ -78,9 +78,9 @@ class ResidualBlock(nn.Module):
         drop_rate: float | jax.Array,
         norm: Callable[[jax.Array], jax.Array] = lambda y: y,
     ) -> tuple[Callable[[jax.Array], jax.Array], jax.Array | None]:
-        """The end of F, a function of the last convolution's output; shortcut(x).
+        """Returns what follows the last convolution of F, as a function; shortcut(x).
 
-        F ends with its last normalisation, and with the rare parts that act on F(x):
+        The last normalisation follows, and the rare parts that act on F(x):
         squeeze-and-excitation, stochastic depth and the shortcut's gate.
         """
         width = self.features * self.expansion
@@ -104,7 +104,7 @@ def _then(first, second):
 
 
 class PostActivationBlock(ResidualBlock):
-    """relu(F(x) + shortcut(x)), where each convolution precedes its normalisation.
+    """Normalises after each convolution of F, as in He et al. 2015.
 
     Attributes:
       zero_init_last: start with a scale of zero in the last normalisation, so that
@@ -115,7 +115,7 @@ class PostActivationBlock(ResidualBlock):
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_rate: float | jax.Array = 0.0) -> jax.Array:
-        """See ``ResidualBlock``."""
+        """relu(F(x) + shortcut(x)); see ``ResidualBlock``."""
         first, *others = self.convolutions()
         y = first(x)
         for i, conv in enumerate(others, start=1):
@@ -128,13 +128,13 @@ class PostActivationBlock(ResidualBlock):
 
 
 class PreActivationBlock(ResidualBlock):
-    """F(x) + shortcut(x), where each convolution follows normalisation and ReLU."""
+    """Normalises before each convolution of F, and adds last (He et al. 2016)."""
 
     preactivation = True
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_rate: float | jax.Array = 0.0) -> jax.Array:
-        """See ``ResidualBlock``."""
+        """F(x) + shortcut(x); see ``ResidualBlock``."""
         # The first block of a net receives an activated map. Another stage's first
         # shortcut starts after the activation (He et al. 2016, appendix).
         y = x if self.position == "net" else self.norm_relu("norm1", x)

@@ -46,10 +46,9 @@ class Residual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        """Calls the layer as ``layer(x, *args, **kwargs)`` and adds the shortcut.
+        """Adds the shortcut to ``layer(x, *args, **kwargs)``.
 
-        x is (n, ..., c), or (c,) without a batch; the result has the shape of the
-        layer's output.
+        x is (n, ..., c), or (c,) without a batch.
 
         Raises:
           ValueError: no projection fits the shapes of x and F(x).

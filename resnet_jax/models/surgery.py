@@ -45,13 +45,10 @@ def deepen(
 
     Args:
       variables: of ``model``, trained or not.
-      model: a net with shortcuts A, B or pooled, or a plain net of basic blocks in
-        the order of the paper; of ordinary stages.
+      model: a net of ordinary stages with shortcuts A, B or pooled, or a plain net of
+        basic blocks in the order of the paper.
       stage_sizes: blocks of each stage of the deeper net, no fewer than the model's.
       rng: key of the new weights.
-
-    Returns:
-      The deeper model, and its variables.
 
     Raises:
       UserError: the net's blocks cannot be identities, or the result is shallower.
@@ -123,7 +120,7 @@ def _check(model: ResNet, stage_sizes: Sequence[int]) -> None:
     ):
         raise UserError(
             f"deepen cannot go from stages of {tuple(model.stage_sizes)} blocks to "
-            f"{tuple(stage_sizes)}: no stage can go or lose blocks"
+            f"{tuple(stage_sizes)}: give as many stages, none shorter"
         )
 
 
