@@ -11,6 +11,7 @@ from resnet_jax.models.blocks import (
 from resnet_jax.models.catalog import catalog_entry, list_models
 from resnet_jax.models.conv import Conv
 from resnet_jax.models.create import create_model
+from resnet_jax.models.features import FeatureMap
 from resnet_jax.models.folding import fold_batch_norm
 from resnet_jax.models.highway import HighwayNet
 from resnet_jax.models.mlp import HighwayMLP, PlainMLP
@@ -19,7 +20,6 @@ from resnet_jax.models.residual import Highway, Residual
 from resnet_jax.models.resnet import (
     CifarStem,
     DeepStem,
-    FeatureMap,
     ImageNetStem,
     ResNet,
 )

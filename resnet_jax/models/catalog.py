@@ -1,9 +1,9 @@
 """The named nets: one line each, with its source and its published size.
 
-A plain ImageNet name is the net for which torchvision or timm publishes weights:
+A bare ImageNet name is the net for which torchvision or timm publishes weights:
 shortcut B and v1.5 striding. The paper's variants have names too (``resnet34_a``,
-``resnet50_v1``), or take one option: ``create_model("resnet34", shortcut="A")``. CIFAR
-nets use shortcut A, as in section 4.2, and exist at any depth: see ``FAMILIES``.
+``resnet50_v1``). CIFAR nets use shortcut A, as in section 4.2, and exist at any depth:
+see ``FAMILIES``.
 """
 
 import dataclasses
@@ -85,79 +85,30 @@ BARE = shortcuts.Projection(normalized=False)
 def _imagenet(
     parameters: int,
     multiply_adds: int,
-    stage_sizes: Sequence[int],
+    stage_sizes: tuple[int, ...],
     block: Any = BottleneckBlock,
-    shortcut: str | shortcuts.Shortcut = "B",
+    shortcut: Any = "B",
     source: str = HE2015,
     **fields: Any,
 ) -> Entry:
-    if isinstance(shortcut, str):
-        shortcut = shortcuts.BY_NAME[shortcut]
-    net = ResNet(tuple(stage_sizes), block, shortcut, **fields)
+    shortcut = shortcuts.BY_NAME.get(shortcut, shortcut)
+    net = ResNet(stage_sizes, block, shortcut, **fields)
     return Entry(net, 224, source, parameters, multiply_adds)
-
-
-def _resnet_d(
-    parameters: int,
-    multiply_adds: int,
-    stage_sizes: Sequence[int],
-    block: Any = BottleneckBlock,
-    shortcut: str = "pooled",
-    stem: Any = DeepStem,
-    **fields: Any,
-) -> Entry:
-    fields |= {"stem": stem, "source": RESNET_D}
-    return _imagenet(parameters, multiply_adds, stage_sizes, block, shortcut, **fields)
-
-
-def _preact_imagenet(
-    parameters: int, multiply_adds: int, stage_sizes: Sequence[int]
-) -> Entry:
-    block = PreActBottleneckBlock
-    return _imagenet(parameters, multiply_adds, stage_sizes, block, BARE, HE2016)
-
-
-def _seresnet(
-    parameters: int,
-    multiply_adds: int,
-    stage_sizes: Sequence[int],
-    block: Any = SE_BOTTLENECK,
-) -> Entry:
-    return _imagenet(parameters, multiply_adds, stage_sizes, block, source=SQUEEZE)
-
-
-def _resnext(groups: int, base_width: int, block: Any = BottleneckBlock) -> Any:
-    return functools.partial(block, groups=groups, base_width=base_width)
 
 
 def _cifar(
     parameters: int | None,
     multiply_adds: int | None,
     n: int,
-    shortcut: str | shortcuts.Shortcut = "A",
+    shortcut: Any = "A",
     block: Any = BasicBlock,
     source: str = HE2015_CIFAR,
     **fields: Any,
 ) -> Entry:
-    if isinstance(shortcut, str):
-        shortcut = shortcuts.BY_NAME[shortcut]
+    shortcut = shortcuts.BY_NAME.get(shortcut, shortcut)
     options: dict[str, Any] = {"width": 16, "stem": CifarStem, "num_classes": 10}
     net = ResNet((n, n, n), block, shortcut, **(options | fields))
     return Entry(net, 32, source, parameters, multiply_adds)
-
-
-def _bottleneck(parameters: int | None, multiply_adds: int | None, n: int) -> Entry:
-    return _cifar(parameters, multiply_adds, n, "B", BOTTLENECK_V1, HE2016)
-
-
-def _preact(parameters: int | None, multiply_adds: int | None, n: int) -> Entry:
-    return _cifar(parameters, multiply_adds, n, "A", PreActBasicBlock, HE2016)
-
-
-def _preact_bottleneck(
-    parameters: int | None, multiply_adds: int | None, n: int
-) -> Entry:
-    return _cifar(parameters, multiply_adds, n, BARE, PREACT_V1, HE2016)
 
 
 def _wide(parameters: int | None, multiply_adds: int | None, n: int, k: int) -> Entry:
@@ -165,9 +116,8 @@ def _wide(parameters: int | None, multiply_adds: int | None, n: int, k: int) -> 
     return _cifar(parameters, multiply_adds, n, BARE, block, WIDE, **fields)
 
 
-def _overlapping(n: int) -> Entry:
-    stage = functools.partial(OverlappingStage, every=1, span=2)
-    return _cifar(None, None, n, source=OVERLAPPING, stage=stage)
+def _resnext(groups: int, base_width: int, block: Any = BottleneckBlock) -> Any:
+    return functools.partial(block, groups=groups, base_width=base_width)
 
 
 def _mnist(parameters: int, multiply_adds: int, net: PlainMLP) -> Entry:
@@ -177,16 +127,33 @@ def _mnist(parameters: int, multiply_adds: int, net: PlainMLP) -> Entry:
 def _highway(
     parameters: int, multiply_adds: int, widths: Sequence[int], highways: Sequence[int]
 ) -> Entry:
-    net = HighwayNet(widths=tuple(widths), highway_layers=tuple(highways))
+    net = HighwayNet(widths=widths, highway_layers=highways)
     return Entry(net, 32, HIGHWAY, parameters, multiply_adds)
 
 
 def _vgg(
     parameters: int, multiply_adds: int, convs: Sequence[int], batch_norm: bool = False
 ) -> Entry:
-    net = VGG(stage_convs=tuple(convs), batch_norm=batch_norm)
+    net = VGG(stage_convs=convs, batch_norm=batch_norm)
     return Entry(net, 224, SIMONYAN, parameters, multiply_adds)
 
+
+_resnet_d = functools.partial(
+    _imagenet, shortcut="pooled", source=RESNET_D, stem=DeepStem
+)
+_seresnet = functools.partial(_imagenet, source=SQUEEZE)
+_bottleneck = functools.partial(
+    _cifar, shortcut="B", block=BOTTLENECK_V1, source=HE2016
+)
+_preact = functools.partial(_cifar, block=PreActBasicBlock, source=HE2016)
+_preact_bottleneck = functools.partial(
+    _cifar, shortcut=BARE, block=PREACT_V1, source=HE2016
+)
+_overlapping = functools.partial(
+    _cifar,
+    source=OVERLAPPING,
+    stage=functools.partial(OverlappingStage, every=1, span=2),
+)
 
 _10, _14, _26 = (1, 1, 1, 1), (1, 1, 1, 1), (2, 2, 2, 2)
 _18, _34, _50 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 6, 3)
@@ -208,7 +175,8 @@ CATALOG: dict[str, Entry] = {
     "resnet152_v1": _imagenet(60_192_808, 11_282_415_616, _152, BOTTLENECK_V1),
     "plain18": _imagenet(11_515_688, 1_794_805_760, _18, BasicBlock, "none"),
     "plain34": _imagenet(21_623_848, 3_644_493_824, _34, BasicBlock, "none"),
-    "preact_resnet200": _preact_imagenet(64_666_152, 15_007_481_856, _200),
+    "preact_resnet200": _imagenet(
+        64_666_152, 15_007_481_856, _200, PreActBottleneckBlock, BARE, HE2016),
     "wide_resnet50_2": _imagenet(
         68_883_240, 11_398_021_120, _50, _resnext(1, 128), source=WIDE),
     "wide_resnet101_2": _imagenet(
@@ -243,9 +211,9 @@ CATALOG: dict[str, Entry] = {
     "resnext50d_32x4d": _resnet_d(25_048_136, 4_470_120_448, _50, _resnext(32, 4)),
     "seresnet18": _seresnet(11_779_624, 1_814_161_408, _18, SE_BASIC),
     "seresnet34": _seresnet(21_960_416, 3_663_920_128, _34, SE_BASIC),
-    "seresnet50": _seresnet(28_088_024, 4_091_699_200, _50),
-    "seresnet101": _seresnet(49_326_872, 7_806_148_608, _101),
-    "seresnet152": _seresnet(66_821_848, 11_520_204_800, _152),
+    "seresnet50": _seresnet(28_088_024, 4_091_699_200, _50, SE_BOTTLENECK),
+    "seresnet101": _seresnet(49_326_872, 7_806_148_608, _101, SE_BOTTLENECK),
+    "seresnet152": _seresnet(66_821_848, 11_520_204_800, _152, SE_BOTTLENECK),
     "seresnet152d": _resnet_d(66_841_080, 11_759_845_376, _152, SE_BOTTLENECK),
     "seresnext50_32x4d": _seresnet(
         27_559_896, 4_232_994_816, _50, _resnext(32, 4, SE_BOTTLENECK)),
@@ -320,10 +288,21 @@ A residual or pre-activation depth of the form 9n+2 but not 6n+2 also means bott
 with bottlenecks; use the longer names for other depths.
 """
 
-_FAMILY = re.compile(
-    r"cifar_(?P<kind>(?:preact_)?(?:bottleneck_)?resnet|overlapping_resnet|plain|wide_resnet)"
-    r"(?P<depth>0|[1-9][0-9]*)(?:_(?P<suffix>b|c|[1-9][0-9]*))?"
-)
+_FAMILY = re.compile(r"cifar_([a-z_]+)(0|[1-9][0-9]*)(?:_(b|c|[1-9][0-9]*))?")
+
+_MAKERS: dict[tuple[str, int], Any] = {
+    ("resnet", 6): _cifar,
+    ("resnet", 9): _bottleneck,
+    ("resnet_b", 6): functools.partial(_cifar, shortcut="B"),
+    ("resnet_c", 6): functools.partial(_cifar, shortcut="C"),
+    ("plain", 6): functools.partial(_cifar, shortcut="none"),
+    ("overlapping_resnet", 6): _overlapping,
+    ("preact_resnet", 6): _preact,
+    ("preact_resnet", 9): _preact_bottleneck,
+    ("bottleneck_resnet", 9): _bottleneck,
+    ("preact_bottleneck_resnet", 9): _preact_bottleneck,
+}
+"""By kind, and the layers of three blocks: 6 of basic ones, 9 of bottlenecks."""
 
 
 def list_models() -> list[str]:
@@ -339,8 +318,7 @@ def catalog_entry(name: str) -> Entry:
     """
     if name in CATALOG:
         return CATALOG[name]
-    match = _FAMILY.fullmatch(name)
-    entry = match and _family_entry(name, **match.groupdict())
+    entry = _family_entry(name)
     if entry:
         return entry
     close = difflib.get_close_matches(name, list_models(), n=1, cutoff=0.5)
@@ -348,28 +326,21 @@ def catalog_entry(name: str) -> Entry:
     raise UserError(f"unknown model {name!r}; {hint}")
 
 
-def _family_entry(name: str, kind: str, depth: str, suffix: str | None) -> Entry | None:
-    """A CIFAR net by its family, or None if the family lacks the suffix."""
-    layers = int(depth)
-    if kind == "wide_resnet":
-        if suffix is None or not suffix.isdecimal():
-            return None
-        return _wide(None, None, _blocks(name, layers, 6, 4), int(suffix))
-    if suffix is not None and (kind != "resnet" or suffix.isdecimal()):
+def _family_entry(name: str) -> Entry | None:
+    """A CIFAR net by its family, or None if no family has the name."""
+    match = _FAMILY.fullmatch(name)
+    if match is None:
         return None
-    if kind == "resnet" and suffix is not None:
-        return _cifar(None, None, _blocks(name, layers, 6, 2), suffix.upper())
-    if kind == "plain":
-        return _cifar(None, None, _blocks(name, layers, 6, 2), "none")
-    if kind == "overlapping_resnet":
-        return _overlapping(_blocks(name, layers, 6, 2))
-    makers = {"resnet": (_cifar, _bottleneck), "preact": (_preact, _preact_bottleneck)}
-    basic, bottleneck = makers["preact" if kind.startswith("preact") else "resnet"]
-    if "bottleneck" in kind:
-        return bottleneck(None, None, _blocks(name, layers, 9, 2))
-    if layers % 6 != 2 and layers % 9 == 2 and layers > 2:
-        return bottleneck(None, None, _blocks(name, layers, 9, 2))
-    return basic(None, None, _blocks(name, layers, 6, 2))
+    kind, depth, suffix = match[1], int(match[2]), match[3]
+    if kind == "wide_resnet" and suffix and suffix.isdecimal():
+        return _wide(None, None, _blocks(name, depth, 6, 4), int(suffix))
+    kind = f"{kind}_{suffix}" if suffix else kind
+    forms = [layers for known, layers in _MAKERS if known == kind]
+    if not forms:
+        return None
+    valid = (layers for layers in forms if depth > 2 and depth % layers == 2)
+    layers = next(valid, forms[0])
+    return _MAKERS[kind, layers](None, None, _blocks(name, depth, layers, 2))
 
 
 def _blocks(name: str, depth: int, layers: int, others: int) -> int:

@@ -1,6 +1,7 @@
 """Convolutions with symmetric padding, computed as suits the device."""
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -57,20 +58,11 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), features)."""
-        kernel = self.param(
-            "kernel",
-            self.kernel_init,
-            (*self.kernel_size, x.shape[-1] // self.groups, self.features),
-            jnp.float32,
-        )
-        y = convolve(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            self.strides,
-            self.dilation,
-            self.groups,
-            self.algorithm,
-        )
+        shape = (*self.kernel_size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        options = (self.strides, self.dilation, self.groups, self.algorithm)
+        y = convolve(x, kernel, *options)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
             y = y + bias.astype(self.dtype)
@@ -95,16 +87,8 @@ def convolve(
     one product, with the nine pixels of each output side by side: for loops on the
     CPU, see ``loop_algorithm``.
 
-    Args:
-      x: (n, h, w, c).
-      kernel: (height, width, c / groups, features), height and width odd.
-      strides: of both axes.
-      dilation: spacing of the taps.
-      groups: parts of the channels that are convolved separately.
-      algorithm: one of ``ALGORITHMS``.
-
-    Returns:
-      (n, ceil(h / strides), ceil(w / strides), features).
+    x is (n, h, w, c), and the kernel (height, width, c / groups, features), with odd
+    height and width. The options and the result are those of ``Conv``.
 
     Raises:
       ValueError: an unknown algorithm.
@@ -117,18 +101,16 @@ def convolve(
     if algorithm == "auto":
         algorithm = "products" if jax.default_backend() == "cpu" else "xla"
     size = kernel.shape[:2]
-    if algorithm == "xla" or groups > 1 or size not in ((1, 1), (3, 3)):
-        return _xla_convolve(x, kernel, strides, dilation, groups)
-    if size == (1, 1):
-        return jnp.dot(x[:, ::strides, ::strides, :], kernel[0, 0])
-    if algorithm == "pointwise":
-        return _xla_convolve(x, kernel, strides, dilation)
-    if algorithm == "patches":
-        return _patches_convolve(x, kernel, strides, dilation)
-    # Measured: XLA's own gradient is faster for few channels.
-    if x.shape[-1] >= 32 or strides > 1:
-        return _convolve_3x3(x, kernel, strides, dilation)
-    return _xla_convolve(x, kernel, strides, dilation)
+    if algorithm != "xla" and groups == 1:
+        if size == (1, 1):
+            return jnp.dot(x[:, ::strides, ::strides, :], kernel[0, 0])
+        if size == (3, 3) and algorithm == "patches":
+            return _patches_convolve(x, kernel, strides, dilation)
+        # Measured: XLA's own gradient is faster for few channels.
+        many = x.shape[-1] >= 32 or strides > 1
+        if size == (3, 3) and algorithm == "products" and many:
+            return _convolve_3x3(x, kernel, strides, dilation)
+    return _xla_convolve(x, kernel, strides, dilation, groups)
 
 
 def loop_algorithm(algorithm: str) -> str:
@@ -193,10 +175,7 @@ def _taps(x, size, strides, dilation):
     reach = [side // 2 * dilation for side in size]
     padded = jnp.pad(x, ((0, 0), (reach[0],) * 2, (reach[1],) * 2, (0, 0)))
     rows, columns = ((side - 1) // strides * strides + 1 for side in x.shape[1:3])
-    for i in range(size[0]):
-        for j in range(size[1]):
-            top, left = i * dilation, j * dilation
-            yield (
-                (i, j),
-                padded[:, top : top + rows : strides, left : left + columns : strides],
-            )
+    for i, j in itertools.product(range(size[0]), range(size[1])):
+        top, left = i * dilation, j * dilation
+        pixels = padded[:, top : top + rows : strides, left : left + columns : strides]
+        yield (i, j), pixels

@@ -13,10 +13,11 @@ from resnet_jax.models import shortcuts
 from resnet_jax.models.catalog import catalog_entry
 from resnet_jax.models.conv import INITIALIZATIONS
 from resnet_jax.models.factories import class_of, field_names
-from resnet_jax.models.norm import BatchNorm, NoNorm
+from resnet_jax.models.norm import NoNorm
 from resnet_jax.models.options import ModelOptions, check, declared
 from resnet_jax.models.resnet import ResNet, plan_strides
 from resnet_jax.models.stages import OverlappingStage
+from resnet_jax.models.vgg import VGG
 from resnet_jax.models.wrappers import SqueezeExcite
 
 _OPTIONS = {
@@ -37,6 +38,8 @@ _BLOCK_FIELDS = {
     "squeeze_excite": "squeeze_excite",
     "zero_init_last": "zero_init_last",
 }
+_NAMES = {field: option for option, field in (_NORM_FIELDS | _BLOCK_FIELDS).items()}
+_NAMES["kernel_init"] = "initialization"
 
 
 def create_model(
@@ -112,10 +115,10 @@ def scans_by_default(blocks: int) -> bool:
 
 def _as_fields(name: str, net: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The net's fields that the options set."""
-    fields = {
-        key: value
-        for key, value in options.items()
-        if key not in _NORM_FIELDS and key not in _BLOCK_FIELDS
+    fields = dict(options)
+    norm = {new: fields.pop(key) for key, new in _NORM_FIELDS.items() if key in fields}
+    block = {
+        new: fields.pop(key) for key, new in _BLOCK_FIELDS.items() if key in fields
     }
     if "shortcut" in fields:
         fields["shortcut"] = shortcuts.BY_NAME[fields["shortcut"]]
@@ -125,37 +128,31 @@ def _as_fields(name: str, net: Any, options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(shortcut, shortcuts.Gated) and "gate_bias" in fields:
         bias = fields.pop("gate_bias")
         fields["shortcut"] = dataclasses.replace(shortcut, bias=bias)
-    norm = {key: value for key, value in options.items() if key in _NORM_FIELDS}
-    block = {key: value for key, value in options.items() if key in _BLOCK_FIELDS}
-    if "norm" not in field_names(net):
-        _refuse_unknown(name, norm, ())
-    elif isinstance(net, ResNet) and fields.pop("normalization", None) == "none":
-        fields["norm"] = NoNorm
-    elif class_of(net.norm) is BatchNorm and getattr(net, "batch_norm", True):
-        values = {_NORM_FIELDS[key]: value for key, value in norm.items()}
-        fields["norm"] = functools.partial(net.norm, **values) if values else net.norm
-    else:
-        # A VGG without normalisation runs with the recipes of its relatives.
-        ignored = ("batch_norm_groups", "batch_norm_momentum", "batch_norm_epsilon")
-        _refuse_unknown(name, norm, ignored)
     if isinstance(net, ResNet):
         fields["block"] = _with_options(name, net.block, block)
+        if fields.pop("normalization", None) == "none":
+            return fields | {"norm": NoNorm}
     else:
         _refuse_unknown(name, block, ())
+    if "norm" in field_names(net) and getattr(net, "batch_norm", True):
+        fields["norm"] = functools.partial(net.norm, **norm) if norm else net.norm
+    else:
+        # A VGG without normalisation runs with the recipes of its relatives.
+        ignored = ("groups", "momentum", "epsilon") if isinstance(net, VGG) else ()
+        _refuse_unknown(name, norm, ignored)
     return fields
 
 
 def _with_options(name: str, block: Any, options: dict[str, Any]) -> Any:
     """The block with its options set."""
-    values = {_BLOCK_FIELDS[key]: value for key, value in options.items()}
-    if "squeeze_excite" in values:
-        values["squeeze_excite"] = SqueezeExcite if values["squeeze_excite"] else None
+    if "squeeze_excite" in options:
+        options["squeeze_excite"] = SqueezeExcite if options["squeeze_excite"] else None
     known = field_names(block)
     if "stride_version" not in known:
         # Only one convolution of a basic block can stride: both versions agree.
-        values.pop("stride_version", None)
-    _refuse_unknown(name, values, known)
-    return functools.partial(block, **values) if values else block
+        options.pop("stride_version", None)
+    _refuse_unknown(name, options, known)
+    return functools.partial(block, **options) if options else block
 
 
 def _refuse_unnormalized(options: dict[str, Any]) -> None:
@@ -172,18 +169,15 @@ def _refuse_unnormalized(options: dict[str, Any]) -> None:
 
 def _refuse_overlapping(name: str, options: dict[str, Any]) -> None:
     """Refuses options of blocks, which single layers lack."""
-    of_blocks = ("scan", "remat", "stochastic_depth_rate", "dropout_rate")
-    for option in (*of_blocks, "block_convs", "zero_init_last"):
-        if options.get(option):
-            raise UserError(f"model {name} has no option {option}")
+    rates = ("stochastic_depth_rate", "dropout_rate")
+    of_blocks = ("scan", "remat", *rates, "block_convs", "zero_init_last")
+    _refuse_unknown(name, [key for key in of_blocks if options.get(key)], ())
 
 
-def _refuse_unknown(name: str, options: Iterable[str], valid: Container[str]) -> None:
-    for option in options:
-        if option not in valid:
-            names = {"num_convs": "block_convs", "kernel_init": "initialization"}
-            option = names.get(option, option)
-            raise UserError(f"model {name} has no option {option}")
+def _refuse_unknown(name: str, fields: Iterable[str], valid: Container[str]) -> None:
+    for field in fields:
+        if field not in valid:
+            raise UserError(f"model {name} has no option {_NAMES.get(field, field)}")
 
 
 def _check_output_stride(net: ResNet, output_stride: int | None) -> None:
@@ -196,20 +190,14 @@ def _check_output_stride(net: ResNet, output_stride: int | None) -> None:
 def _document(function: Any) -> None:
     """Adds the declared options to a function's signature and docstring."""
     signature = inspect.signature(function)
-    fixed = [
-        parameter
-        for parameter in signature.parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
+    *fixed, _ = signature.parameters.values()
     keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
-    declarations = [
-        keyword(name, default=None, annotation=field.annotation)
-        for name, field in _OPTIONS.items()
-    ]
-    function.__signature__ = signature.replace(parameters=[*fixed, *declarations])
-    lines = [f"        {name}: {field.meaning}." for name, field in _OPTIONS.items()]
-    head, colon, tail = (function.__doc__ or "").partition("ModelOptions``:\n")
-    function.__doc__ = head + colon + "\n".join(lines) + "\n" + tail
+    for name, field in _OPTIONS.items():
+        fixed.append(keyword(name, default=None, annotation=field.annotation))
+    function.__signature__ = signature.replace(parameters=fixed)
+    lines = [f"        {name}: {field.meaning}.\n" for name, field in _OPTIONS.items()]
+    marker = "ModelOptions``:\n"
+    function.__doc__ = (function.__doc__ or "").replace(marker, marker + "".join(lines))
 
 
 _document(create_model)

@@ -1,8 +1,7 @@
 """Inference without batch normalisation: it is folded into the convolutions.
 
-With running statistics a normalisation is a scale and an offset per channel, which the
-convolution before it can absorb. Only a bias, a sum and a ReLU remain, which library
-kernels compute before they write the map.
+With running statistics, a normalisation is a scale and an offset per channel, which the
+convolution before it absorbs.
 """
 
 import functools
@@ -29,8 +28,7 @@ def fold_batch_norm(
     and its bias ``(its bias - mean) * s + the normalisation's bias``. In float32 the
     two nets agree up to rounding. In bfloat16 the folded net rounds the product instead
     of the kernel, and its maps before the bias instead of after the normalisation.
-
-    The folded net is for inference only: it has no normalisation to train with.
+    Do not train the folded net.
 
     Args:
       model: a net in which each normalisation follows a convolution: a ResNet in the
@@ -48,8 +46,8 @@ def fold_batch_norm(
     given = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
     if jax.tree.map(jnp.shape, given) != _shapes(model, given["params"]):
         raise UserError(
-            f"the variables are not those of this {type(model).__name__}: give the "
-            "model that they were made with"
+            f"the variables do not fit this {type(model).__name__}: give the model "
+            "that they belong to"
         )
     epsilon = option_of(model.norm, "epsilon")
     folded = _folded(given["params"], given["batch_stats"], epsilon)
@@ -57,7 +55,7 @@ def fold_batch_norm(
 
 
 def _shapes(model: ResNet | VGG, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The shape of each of the model's variables, for images of as many channels."""
+    """The shapes of the model's variables, by the images' channels in ``params``."""
     try:
         images = jnp.zeros((1, 32, 32, input_channels(params)))
     except KeyError:
@@ -73,13 +71,16 @@ def _without_norms(model: ResNet | VGG) -> ResNet | VGG:
     if isinstance(model, ResNet) and class_of(model.norm) is BatchNorm:
         if model.preactivation:
             raise UserError(
-                "batch normalisation cannot be folded in a pre-activation net: what it "
-                "normalises is a sum, and not a convolution's output"
+                "batch normalisation cannot be folded in a pre-activation net, where "
+                "it follows a sum, not a convolution"
             )
-        return model.clone(norm=NoNorm)
+        block = model.block
+        if getattr(block, "keywords", {}).get("zero_init_last"):
+            block = functools.partial(block, zero_init_last=False)
+        return model.clone(norm=NoNorm, block=block)
     raise UserError(
-        f"there is no batch normalisation to fold in this {type(model).__name__}: it "
-        "takes a ResNet, or a VGG with batch normalisation"
+        f"there is no batch normalisation to fold in this {type(model).__name__}: give "
+        "a ResNet or a VGG with batch normalisation"
     )
 
 

@@ -1,14 +1,13 @@
 """y = relu(batch_norm(x) + shortcut): plainly, and with a gradient that reads less.
 
 Both forms normalise each group of the batch by its own statistics. The plain form uses
-automatic differentiation. It defines the result, and tests compare the fused form with
-it.
+automatic differentiation and defines the result.
 
 The fused form keeps the convolution's output x and a few numbers per channel, and
-normalises x again in the backward pass. The mask of the ReLU needs no further map:
-without a shortcut it is recomputed from x; with one it is the sign of y, which is kept
-anyway as the input of the next convolution. The backward pass reads the maps twice, the
-minimum: both sums over a group must be known before any element of the gradient.
+normalises x again in the backward pass. The ReLU's mask needs no further map: without a
+shortcut it is recomputed from x; with one it is the sign of y, which the next
+convolution keeps anyway. The backward pass reads the maps twice, the minimum: both sums
+over a group must be known before any element of the gradient.
 """
 
 import functools
@@ -49,15 +48,8 @@ def batch_moments(
     variance: at a mean of 100 and a standard deviation of 0.01 the ratio is 10^8, more
     than the seven digits of float32, and nothing of the variance remains.
 
-    Args:
-      x: (groups, n, ..., c).
-      variance: one of ``VARIANCES``.
-
-    Returns:
-      Two arrays (groups, 1, ..., c).
-
-    Raises:
-      ValueError: an unknown form of the variance.
+    x is (groups, n, ..., c); both results are (groups, 1, ..., c). Raises ValueError
+    for an unknown form of the variance.
     """
     if variance not in VARIANCES:
         raise ValueError(
@@ -97,15 +89,9 @@ def plain_batch_norm(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Batch normalisation by each group's statistics, addition and ReLU.
 
-    Args:
-      x: (groups, n, ..., c).
-      shortcut: added, same shape as x; None adds nothing.
-      scale: (c,).
-      bias: (c,).
-      form: see ``Form``.
-
-    Returns:
-      y, of the shape of x; the mean and the biased variance, (groups, 1, ..., c).
+    x and the shortcut are (groups, n, ..., c), scale and bias (c,); a shortcut of None
+    adds nothing. Returns y, of the shape of x, and mean and biased variance, (groups,
+    1, ..., c).
     """
     mean, var = batch_moments(x, form.variance)
     y = normalize(x, mean, var, scale, bias, form.epsilon).astype(form.dtype)

@@ -11,31 +11,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resnet_jax.models.conv import INITIALIZATIONS
-from resnet_jax.models.residual import Highway
-
-
-class DenseHighwayLayer(nn.Module):
-    """A highway layer of two dense ones, ``transform`` (with ReLU) and ``gate``.
-
-    Attributes:
-      gate_bias: initial value of the gate's bias.
-      kernel_init: initialiser of both kernels.
-      dtype: of the computation.
-    """
-
-    gate_bias: float
-    kernel_init: Any
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(n, c) to the same."""
-        dense = functools.partial(
-            nn.Dense, x.shape[-1], kernel_init=self.kernel_init, dtype=self.dtype
-        )
-        transform = nn.Sequential([dense(name="transform"), nn.relu])
-        gate_bias = nn.initializers.constant(self.gate_bias)
-        return Highway(transform, dense(bias_init=gate_bias, name="gate"))(x)
+from resnet_jax.models.factories import ModuleFactory
+from resnet_jax.models.fused import widen
+from resnet_jax.models.residual import HighwayLayer
 
 
 class PlainMLP(nn.Module):
@@ -64,37 +42,28 @@ class PlainMLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Class logits.
+        """(n, h, w, channels) to (n, num_classes) float32 logits.
 
-        Args:
-          images: (n, h, w, channels), floating point; h, w and channels as at
-            initialisation.
-          train: has no effect.
-
-        Returns:
-          (n, num_classes) float32 logits, or (n, width) float32 features if
-          ``num_classes`` is None.
+        If ``num_classes`` is None, returns (n, width) float32 features. ``train`` is
+        ignored.
         """
         del train
+        dense = functools.partial(
+            nn.Dense, kernel_init=self.kernel_init, dtype=self.dtype
+        )
         x = images.reshape(images.shape[0], -1).astype(self.dtype)
-        x = nn.relu(self.dense(self.width, name="layer1")(x))
+        x = nn.relu(dense(self.width, name="layer1")(x))
         for index in range(1, self.depth):
-            x = self.layer(f"layer{index + 1}", x)
-        output = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            x = self.layer(dense, f"layer{index + 1}")(x)
+        output = widen(x)
         if self.num_classes is not None:
             head = nn.Dense(self.num_classes, kernel_init=self.kernel_init, name="head")
             output = head(output)
         return output
 
-    def dense(self, features: int, name: str) -> nn.Dense:
-        """A dense layer without its activation."""
-        return nn.Dense(
-            features, kernel_init=self.kernel_init, dtype=self.dtype, name=name
-        )
-
-    def layer(self, name: str, x: jax.Array) -> jax.Array:
-        """Every layer after the first: (n, width) to (n, width)."""
-        return nn.relu(self.dense(self.width, name)(x))
+    def layer(self, dense: ModuleFactory, name: str) -> nn.Module:
+        """Any layer after the first: (n, width) to (n, width)."""
+        return nn.Sequential([dense(self.width, name=name), nn.relu])
 
 
 class HighwayMLP(PlainMLP):
@@ -110,8 +79,6 @@ class HighwayMLP(PlainMLP):
     width: int = 50
     gate_bias: float = -2.0
 
-    def layer(self, name: str, x: jax.Array) -> jax.Array:
+    def layer(self, dense: ModuleFactory, name: str) -> nn.Module:
         """See ``PlainMLP``."""
-        return DenseHighwayLayer(
-            self.gate_bias, self.kernel_init, self.dtype, name=name
-        )(x)
+        return HighwayLayer(dense, self.gate_bias, name=name)

@@ -14,10 +14,10 @@ from resnet_jax.models.fused import Form, fused_batch_norm, normalize, plain_bat
 class BatchNorm(nn.Module):
     """Batch normalisation over every axis but the last (Ioffe & Szegedy 2015).
 
-    Under ``jax.jit`` with a sharded batch the statistics are those of the global batch,
-    on any number of devices. With ``groups`` above 1 the batch is split in order into
-    equal parts, each normalised by its own statistics: the paper's 8 GPUs with 32
-    ImageNet images each are ``groups=8`` at batch 256, on any topology.
+    Under ``jax.jit``, the statistics cover the global batch on any number of devices.
+    With ``groups`` above 1, the batch is split in order into equal parts, each
+    normalised by its own statistics: the paper's 8 GPUs with 32 ImageNet images each
+    are ``groups=8`` at batch 256.
 
     Statistics are at least float32 for every ``dtype``. The running variance averages
     the unbiased estimate, m / (m - 1) times the variance of a group's m values, as in
@@ -28,7 +28,7 @@ class BatchNorm(nn.Module):
         unchanged: in evaluation, or frozen in training.
       momentum: decay of the running statistics; 0.9 here is 0.1 in torch.
       epsilon: added to the variance.
-      groups: the number of parts of the batch with separate statistics.
+      groups: the number of parts.
       unbiased: False averages the biased variance, as Linen's BatchNorm does.
       dtype: dtype of the output.
       scale_init: initialiser of the scale.
@@ -52,25 +52,18 @@ class BatchNorm(nn.Module):
     def __call__(
         self, x: jax.Array, shortcut: jax.Array | None = None, relu: bool = False
     ) -> jax.Array:
-        """Normalises ``x``, then adds ``shortcut``, then applies ReLU if asked to.
+        """Normalises ``x``, then adds ``shortcut`` if given, then applies ReLU.
 
-        Args:
-          x: (n, ..., c).
-          shortcut: same shape as x; None adds nothing.
-          relu: whether to apply ReLU.
+        ``x`` and ``shortcut`` are (n, ..., c).
 
         Raises:
           ValueError: ``groups`` does not divide the batch.
         """
-        channels = (x.shape[-1],)
-        running_mean = self.variable(
-            "batch_stats", "mean", jnp.zeros, channels, jnp.float32
-        )
-        running_var = self.variable(
-            "batch_stats", "var", jnp.ones, channels, jnp.float32
-        )
-        scale = self.param("scale", self.scale_init, channels, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+        like = (x.shape[-1:], jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, *like)
+        running_var = self.variable("batch_stats", "var", jnp.ones, *like)
+        scale = self.param("scale", self.scale_init, *like)
+        bias = self.param("bias", nn.initializers.zeros, *like)
 
         if self.use_running_average:
             mean, var = running_mean.value, running_var.value
@@ -121,11 +114,7 @@ def norm_act(
 ) -> jax.Array:
     """activation(norm(x) + added), as one function where the normalisation fuses them.
 
-    Args:
-      norm: a normalisation, or any function of x.
-      x: (n, ..., c).
-      activation: None returns the sum.
-      added: same shape as norm(x); None adds nothing.
+    ``norm`` may be any function of x. None leaves out the activation or the sum.
     """
     if isinstance(norm, BatchNorm) and norm.fused and activation is nn.relu:
         return norm(x, added, relu=True)

@@ -22,34 +22,9 @@ from resnet_jax.models.fused import VARIANCES
 NORMALIZATIONS = ("batch", "none")
 
 
-def option(
-    default: Any,
-    meaning: str,
-    *,
-    choices: Sequence[str] | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-    operational: bool = False,
-) -> Any:
-    """A dataclass field with its documentation and valid values.
-
-    Args:
-      default: the default value.
-      meaning: one line of documentation; it says what None means.
-      choices: the valid strings.
-      at_least: the smallest valid number.
-      below: valid numbers are smaller than this.
-      operational: changes where or how fast a run happens but not its result, so it
-        may change when a run continues.
-    """
-    metadata = {
-        "meaning": meaning,
-        "choices": choices,
-        "at_least": at_least,
-        "below": below,
-        "operational": operational,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
+def option(default: Any, meaning: str, **limits: Any) -> Any:
+    """A dataclass field with its default and the attributes of ``Field``."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, **limits})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,16 +125,28 @@ class ModelOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One declared option, by its dotted name."""
+    """One declared option.
+
+    Attributes:
+      name: its dotted name.
+      annotation: its type.
+      default: its default value.
+      meaning: one line of documentation; it says what None means.
+      choices: the valid strings.
+      at_least: the smallest valid number.
+      below: valid numbers are smaller than this.
+      operational: changes where or how fast a run happens but not its result, so it
+        may change when a run continues.
+    """
 
     name: str
     annotation: Any
     default: Any
     meaning: str
-    choices: Sequence[str] | None
-    at_least: float | None
-    below: float | None
-    operational: bool
+    choices: Sequence[str] | None = None
+    at_least: float | None = None
+    below: float | None = None
+    operational: bool = False
 
 
 def declared(cls: type, prefix: str = "") -> Iterator[Field]:
@@ -233,9 +220,5 @@ def describe_type(annotation: Any) -> str:
         inner = typing.get_args(annotation)[0]
         kind = {int: "integers", float: "numbers", str: "strings"}[inner]
         return f"a tuple of {kind}"
-    return {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "a string",
-    }[annotation]
+    words = {int: "an integer", float: "a number", bool: "true or false"}
+    return words.get(annotation, "a string")

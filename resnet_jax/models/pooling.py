@@ -11,16 +11,10 @@ _TAPS = [(row, column) for row in range(3) for column in range(3)]
 def max_pool_3x3(x: jax.Array) -> jax.Array:
     """3x3 max-pooling of stride 2, padded by one pixel on every side.
 
-    Values and gradients equal XLA's: the first of equal values in a window gets the
-    gradient. The forward pass keeps one byte per output, the place of the largest
-    value. XLA's gradient keeps the map, searches it again and scatters. Forward mode
-    (``jax.jvp``) is not supported.
-
-    Args:
-      x: (n, h, w, c).
-
-    Returns:
-      (n, ceil(h / 2), ceil(w / 2), c).
+    (n, h, w, c) to (n, ceil(h / 2), ceil(w / 2), c). Values and gradients equal XLA's:
+    the first of equal values in a window gets the gradient. The forward pass keeps one
+    byte per output, the place of the largest value; XLA's gradient keeps the map,
+    searches it again and scatters. Forward mode (``jax.jvp``) is not supported.
     """
     return _largest(x)[0]
 

@@ -1,11 +1,11 @@
 """Residual and highway connections around any Flax module.
 
-The nets of this package have their own blocks (``models.blocks``). These two modules
-bring the same idea to any other architecture::
+They bring the idea of ``models.blocks`` to any architecture::
 
     x = Residual(nn.Dense(256))(x)
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,16 +21,13 @@ class Residual(nn.Module):
     """y = activation(norm(F(x)) + W_s x), after equations 1 and 2 of He et al. 2015.
 
     If F keeps the shape of its input, W_s is the identity and has no parameters.
-    Otherwise W_s is a strided 1x1 convolution, in any number of dimensions: it
-    subsamples every axis between the first (the batch) and the last (the channels), and
-    multiplies the last axis by a learned matrix. The stride of each axis is inferred
-    from the sizes of x and F(x). Whether there is a projection therefore depends on the
-    array with which the module is initialised.
+    Otherwise W_s is a strided 1x1 convolution in any number of dimensions: it
+    subsamples every axis between the batch and the channels by the stride that the
+    sizes of x and F(x) imply, and multiplies the channels by a learned matrix.
 
-    The variables are ``layer``, ``norm`` and ``shortcut``. As everywhere in Linen, a
-    layer created in a module's compact method belongs to that module, so its variables
-    are stored beside the Residual's. With ``parent=None`` among the layer's arguments
-    they are stored below the Residual.
+    The variables are ``norm``, ``shortcut`` and the layer's. As everywhere in Linen, a
+    layer created in a module's compact method stores its variables in that module. With
+    ``parent=None`` among its arguments it stores them in the Residual, as ``layer``.
 
     Attributes:
       layer: F: a Linen module, or any function of an array.
@@ -49,15 +46,9 @@ class Residual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        """Calls the layer as ``layer(x, *args, **kwargs)`` and adds the shortcut.
+        """Adds the shortcut to ``layer(x, *args, **kwargs)``.
 
-        Args:
-          x: (n, ..., c), or (c,) without a batch.
-          *args: further arguments of the layer.
-          **kwargs: further arguments of the layer.
-
-        Returns:
-          An array of the shape of the layer's output.
+        x is (n, ..., c), or (c,) without a batch.
 
         Raises:
           ValueError: no projection fits the shapes of x and F(x).
@@ -65,19 +56,18 @@ class Residual(nn.Module):
         y = self.layer(x, *args, **kwargs)
         if self.norm is not None:
             y = self.norm(name="norm")(y)
-        dtype = self.dtype
-        if dtype is None:
-            dtype = jnp.promote_types(x.dtype, y.dtype)
+        dtype = self.dtype or jnp.promote_types(x.dtype, y.dtype)
         shortcut = x.astype(dtype)
         if x.shape != y.shape:
             strides = self._strides(x.shape, y.shape)
-            shortcut = nn.Dense(
-                y.shape[-1],
-                use_bias=False,
-                dtype=dtype,
-                kernel_init=he_normal,
-                name="shortcut",
-            )(shortcut[tuple(slice(None, None, stride) for stride in strides)])
+            options: dict[str, Any] = {
+                "use_bias": False,
+                "dtype": dtype,
+                "kernel_init": he_normal,
+            }
+            project = nn.Dense(y.shape[-1], name="shortcut", **options)
+            places = tuple(slice(None, None, stride) for stride in strides)
+            shortcut = project(shortcut[places])
         y = y.astype(dtype) + shortcut
         return y if self.activation is None else self.activation(y)
 
@@ -96,8 +86,8 @@ class Residual(nn.Module):
                 "first axis (the batch)"
             )
         strides = []
-        sizes = zip(before[:-1], after[:-1], strict=True)
-        for axis, (size, new_size) in enumerate(sizes):
+        for axis, size in enumerate(before[:-1]):
+            new_size = after[axis]
             # The smallest stride that does not keep too many places.
             stride = max(1, -(-size // max(new_size, 1)))
             if -(-size // stride) != new_size:
@@ -131,13 +121,7 @@ class Highway(nn.Module):
     def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """Calls ``layer(x, *args, **kwargs)`` and ``gate(x)``.
 
-        Args:
-          x: an array of any shape.
-          *args: further arguments of the layer.
-          **kwargs: further arguments of the layer.
-
-        Returns:
-          An array of the same shape.
+        x has any shape, and the result has the same.
 
         Raises:
           ValueError: the layer or the gate changes the shape.
@@ -153,3 +137,23 @@ class Highway(nn.Module):
                 )
         gate = nn.sigmoid(gate)
         return transformed * gate + x * (1 - gate)
+
+
+class HighwayLayer(nn.Module):
+    """A highway layer of two like layers: ``transform``, with ReLU, and ``gate``.
+
+    Attributes:
+      layer: factory of both, ``layer(features, name=...)``.
+      gate_bias: initial value of the gate's bias.
+    """
+
+    layer: ModuleFactory
+    gate_bias: float = -2.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(n, ..., c) to the same."""
+        layer = functools.partial(self.layer, x.shape[-1])
+        transform = nn.Sequential([layer(name="transform"), nn.relu])
+        gate_bias = nn.initializers.constant(self.gate_bias)
+        return Highway(transform, layer(bias_init=gate_bias, name="gate"))(x)

@@ -1,8 +1,7 @@
 """The residual net: a stem, stages of blocks, global average pooling and a classifier.
 
 One module builds the ImageNet nets (Table 1), the CIFAR nets (section 4.2), the plain
-nets of the paper, and their relatives: a variant is a choice of stem, stage, block,
-shortcut and normalisation.
+nets and their relatives, by the choice of stem, stage, block, shortcut and norm.
 """
 
 import dataclasses
@@ -10,7 +9,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,6 +21,7 @@ from resnet_jax.models.factories import (
     field_names,
     option_of,
 )
+from resnet_jax.models.features import FeatureMap, FeatureNet, global_average
 from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
 from resnet_jax.models.pooling import max_pool_3x3
 from resnet_jax.models.shortcuts import Dropped, Projection, Shortcut
@@ -31,26 +30,6 @@ from resnet_jax.models.wrappers import StochasticDepth, dropout_between, linear_
 
 fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform in +-1/sqrt(fan-in): the classifier of the released Torch nets."""
-
-
-@flax.struct.dataclass
-class FeatureMap:
-    """One map of a net; a pytree whose name and stride are static.
-
-    Attributes:
-      array: (n, ceil(h / stride), ceil(w / stride), c).
-      name: "C1" to "C5", the notation of the detection literature.
-      stride: pixels of the image between neighbours on the map.
-    """
-
-    array: jax.Array
-    name: str = flax.struct.field(pytree_node=False)
-    stride: int = flax.struct.field(pytree_node=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The array's shape."""
-        return self.array.shape
 
 
 class ImageNetStem(nn.Module):
@@ -120,12 +99,13 @@ def _max_pool(x, norm):
     return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
 
 
-class ResNet(nn.Module):
+class ResNet(FeatureNet):
     """A residual or plain net of section 3.3 or 4.2, or a relative.
 
     Variables: ``params`` and ``batch_stats``, float32 for every ``dtype``, named
-    ``stem/conv``, ``stage2/block3/conv2``, ``head``. Dropout and stochastic depth draw
-    from the rng "dropout" in training.
+    ``stem/conv``, ``stage2/block3/conv2``, ``head``. ``features`` returns C1, the
+    stem's map before pooling, and the output of each stage: C1 .. C5 of an ImageNet
+    net, C1 .. C4 of a CIFAR net.
 
     Attributes:
       stage_sizes: the number of blocks in each stage.
@@ -185,29 +165,6 @@ class ResNet(nn.Module):
         """Parts of the batch that are normalised separately, see BatchNorm."""
         return groups_of(self.norm)
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Class logits.
-
-        Args:
-          images: (n, h, w, channels), floating point.
-          train: normalise by the batch's statistics and update the running ones
-            (pass ``mutable=["batch_stats"]`` to ``apply``).
-
-        Returns:
-          (n, num_classes) float32 logits, or (n, channels of the last map) float32
-          pooled features if ``num_classes`` is None.
-        """
-        return self._maps_and_output(images, train)[1]
-
-    def features(
-        self, images: jax.Array, train: bool = False
-    ) -> tuple[FeatureMap, ...]:
-        """The maps C1 .. C5 of an ImageNet net, C1 .. C4 of a CIFAR net.
-
-        C1 is the stem's map before pooling; each further map is a stage's output.
-        """
-        return self._maps_and_output(images, train)[0]
-
     @nn.compact
     def _maps_and_output(self, images, train):
         conv = self._conv(self.conv_algorithm)
@@ -236,9 +193,7 @@ class ResNet(nn.Module):
             if self.preactivation and index == len(self.stage_sizes) - 1:
                 x = norm_act(self._norm("norm", train)(name="norm"), x)
             maps.append(FeatureMap(x, f"C{index + 2}", output_stride))
-        # At least float32: a bfloat16 sum over the map loses small terms.
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        output = x.mean(axis=(1, 2), dtype=wide)
+        output = global_average(x)
         if self.num_classes is not None:
             head = nn.Dense(self.num_classes, kernel_init=fan_in_uniform, name="head")
             output = head(output)
@@ -257,34 +212,27 @@ class ResNet(nn.Module):
         average = not train or is_frozen(self.batch_norm_frozen, part)
         options = {"use_running_average": average, "dtype": self.dtype}
         known = field_names(self.norm)
-        return functools.partial(
-            self.norm, **{key: options[key] for key in options if key in known}
-        )
+        options = {key: value for key, value in options.items() if key in known}
+        return functools.partial(self.norm, **options)
 
     def _block(self, stage, train):
         """The factory of a stage's blocks."""
         algorithm = self.conv_algorithm
         conv = self._conv(loop_algorithm(algorithm) if self.scan else algorithm)
-        shortcut = self.shortcut
-        options: dict[str, Any] = {}
         if self.dropout_rate:
             dropout = functools.partial(
                 nn.Dropout, self.dropout_rate, deterministic=not train
             )
             conv = dropout_between(conv, dropout)
+        options: dict[str, Any] = {"conv": conv, "norm": self._norm(stage, train)}
         if self.stochastic_depth_rate:
             options["stochastic_depth"] = functools.partial(
                 StochasticDepth, deterministic=not train
             )
+        shortcut = self.shortcut
         if isinstance(shortcut, Dropped):
             shortcut = dataclasses.replace(shortcut, train=train)
-        return functools.partial(
-            self.block,
-            shortcut=shortcut,
-            conv=conv,
-            norm=self._norm(stage, train),
-            **options,
-        )
+        return functools.partial(self.block, shortcut=shortcut, **options)
 
 
 def plan_strides(
@@ -308,11 +256,11 @@ def plan_strides(
         )
     plan, stride, dilation = [], stem_stride, 1
     for index in range(stages):
-        before, strides = dilation, 1
-        if index > 0:
-            if stride < output_stride:
-                strides, stride = 2, stride * 2
-            else:
-                dilation *= 2
-        plan.append((strides, (before, dilation), stride))
+        halve = index > 0 and stride < output_stride
+        before = dilation
+        if halve:
+            stride *= 2
+        elif index > 0:
+            dilation *= 2
+        plan.append((2 if halve else 1, (before, dilation), stride))
     return plan

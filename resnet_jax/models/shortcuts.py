@@ -4,9 +4,8 @@ Options A, B and C are from He et al. 2015 (section 3.3, Table 3). The scaled, g
 dropped ones are those that He et al. 2016 compare with the identity ("Identity Mappings
 in Deep Residual Networks", section 3 and Table 1).
 
-A shortcut is a small frozen value. A block calls it inside its compact scope, so that
-its layers are named ``shortcut_conv``, ``shortcut_norm`` and ``shortcut_gate`` beside
-the layers of the block.
+A shortcut is a small frozen value. Its layers, ``shortcut_conv``, ``shortcut_norm`` and
+``shortcut_gate``, belong to the block that calls it.
 """
 
 import dataclasses
@@ -39,22 +38,18 @@ class Shortcut(Protocol):
           strides: stride from x to the block's output.
           conv: the block's factory of convolutions.
           norm: the block's factory of normalisations.
-          dilation: spacing of the taps at the block's input and output; they differ
-            where dilation replaces a stride.
+          dilation: see ``ResidualBlock``.
 
         Returns:
           The array that is added to F(x), (n, ceil(h / strides), ceil(w / strides),
-          features), and a factor of F(x). None adds nothing, or multiplies nothing.
+          features), and a factor of F(x). None adds or multiplies nothing.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ZeroPad:
-    """Option A: the identity; where the shape changes, subsampled and zero-padded.
-
-    It has no parameters and no multiply-adds; see ``zero_pad``.
-    """
+    """Option A: the identity; where the shape changes, subsampled and zero-padded."""
 
     def __call__(self, x, features, strides, conv, norm, dilation=(1, 1)):
         """See ``Shortcut``; raises ValueError if channels would become fewer."""
@@ -105,8 +100,7 @@ class NoShortcut:
 class Scaled:
     """Constant scaling (He et al. 2016, section 3.1): both paths times a constant.
 
-    Where the shape changes it scales option A: the paper changes only the form of the
-    shortcut relative to He et al. 2015.
+    Where the shape changes it scales option A.
 
     Attributes:
       shortcut: factor of the shortcut, lambda in equation 6.
@@ -126,11 +120,9 @@ class Gated:
     """Gating (He et al. 2016, section 3.1) by g(x) = sigmoid(W_g x + b_g).
 
     The shortcut is multiplied by 1 - g(x). An exclusive gate also multiplies F(x) by
-    g(x), as highway layers do. W_g is a 1x1 convolution of the block's input.
-
-    The paper does not describe gates where the shape changes. Here W_g has the block's
-    stride and output channels, and the gated shortcut is option A. No normalisation
-    follows W_g, as in the paper's equation.
+    g(x), as highway layers do. W_g is a 1x1 convolution of the block's input, without
+    normalisation. The paper does not describe gates where the shape changes: here W_g
+    has the block's stride and output channels, and the gated shortcut is option A.
 
     Attributes:
       exclusive: whether F(x) is gated too.
@@ -143,15 +135,9 @@ class Gated:
 
     def __call__(self, x, features, strides, conv, norm, dilation=(1, 1)):
         """See ``Shortcut``."""
-        logits = conv(
-            features,
-            (1, 1),
-            strides=strides,
-            use_bias=True,
-            bias_init=nn.initializers.constant(self.bias),
-            name="shortcut_gate",
-        )(x)
-        gate = nn.sigmoid(logits)
+        bias = {"use_bias": True, "bias_init": nn.initializers.constant(self.bias)}
+        logits = conv(features, (1, 1), strides=strides, name="shortcut_gate", **bias)
+        gate = nn.sigmoid(logits(x))
         carried = (1 - gate) * zero_pad(x, features, strides)
         return carried, gate if self.exclusive else None
 
@@ -160,9 +146,8 @@ class Gated:
 class Dropped:
     """Dropout on the output of the shortcut (He et al. 2016, section 3.1).
 
-    Where the shape changes it drops option A, as in ``Scaled``. Kept elements are
-    divided by 1 - ``rate``, so the shortcut keeps its expectation. The paper says that
-    its dropout halves the shortcut, as if it did not divide.
+    Where the shape changes it drops option A. Kept elements are divided by 1 -
+    ``rate``, so the shortcut keeps its expectation; the paper seems not to divide.
 
     Attributes:
       rate: fraction of the elements that become zero.
@@ -174,22 +159,15 @@ class Dropped:
 
     def __call__(self, x, features, strides, conv, norm, dilation=(1, 1)):
         """See ``Shortcut``; draws from the rng "dropout"."""
-        drop = nn.Dropout(
-            self.rate, deterministic=not self.train, name="shortcut_dropout"
-        )
+        still, name = not self.train, "shortcut_dropout"
+        drop = nn.Dropout(self.rate, deterministic=still, name=name)
         return drop(zero_pad(x, features, strides)), None
 
 
 def zero_pad(x: jax.Array, features: int, strides: int) -> jax.Array:
     """Every ``strides``-th pixel of ``x``, with zero channels appended.
 
-    Args:
-      x: (n, h, w, c).
-      features: channels of the result, at least c.
-      strides: stride of both axes.
-
-    Returns:
-      (n, ceil(h / strides), ceil(w / strides), features).
+    (n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), features).
 
     Raises:
       ValueError: ``features`` is below c.
@@ -220,12 +198,9 @@ def average_pool(
     def window_sum(maps):
         padded = jnp.pad(maps, ((0, 0), (0, reach), (0, reach), (0, 0)))
         offsets = range(0, reach + 1, dilation)
+        rows, columns = (height - 1) * strides + 1, (width - 1) * strides + 1
         return sum(
-            padded[
-                :,
-                top : top + (height - 1) * strides + 1 : strides,
-                left : left + (width - 1) * strides + 1 : strides,
-            ]
+            padded[:, top : top + rows : strides, left : left + columns : strides]
             for top in offsets
             for left in offsets
         )

@@ -81,7 +81,7 @@ class Stage(nn.Module):
         return again(block, x)
 
 
-class OverlappingStage(nn.Module):
+class OverlappingStage(Stage):
     """A chain of single layers whose shortcuts overlap.
 
     With h_0 the stage's input: h_k = relu(norm(conv(h_{k-1})) + shortcut(h_{k-span})),
@@ -92,46 +92,36 @@ class OverlappingStage(nn.Module):
 
     Attributes:
       size: half the number of layers: the blocks of the ordinary stage.
-      features, strides, block, dilation, first: see ``Stage``.
       every: layers between the starts of two shortcuts.
       span: layers that a shortcut spans.
       drop_rates, scan, remat: not supported.
     """
 
-    size: int
-    features: int
-    strides: int
-    block: ModuleFactory
-    dilation: tuple[int, int] = (1, 1)
-    first: bool = False
-    drop_rates: Sequence[float] | None = None
-    scan: bool = False
-    remat: bool = False
     every: int = 1
     span: int = 2
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), features)."""
+        """See ``Stage``."""
         if self.drop_rates or self.scan or self.remat:
             raise ValueError(
                 "overlapping shortcuts have no stochastic depth, scan or remat"
             )
         maps = [x]
+        place = "net" if self.first else "stage"
         for index in range(2 * self.size):
-            start = index + 1 - self.span
+            first, start = index == 0, index + 1 - self.span
             shortcut: Shortcut = NoShortcut()
             if start >= 0 and start % self.every == 0:
                 strides = self.strides if start == 0 else 1
-                shortcut = _carries(
-                    option_of(self.block, "shortcut"), maps[start], strides
-                )
+                own = option_of(self.block, "shortcut")
+                shortcut = _carries(own, maps[start], strides)
             layer = self.block(
                 self.features,
-                self.strides if index == 0 else 1,
+                self.strides if first else 1,
                 num_convs=1,
-                dilation=(self.dilation[0 if index == 0 else 1], self.dilation[1]),
-                position="inner" if index else "net" if self.first else "stage",
+                dilation=self.dilation if first else (self.dilation[1],) * 2,
+                position=place if first else "inner",
                 shortcut=shortcut,
                 name=f"layer{index + 1}",
             )

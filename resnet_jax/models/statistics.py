@@ -8,13 +8,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resnet_jax.errors import UserError
+from resnet_jax.models.fused import widen
 from resnet_jax.models.norm import BatchNorm
 
 
 def precise_batch_stats(
     model: nn.Module, variables: dict[str, Any], batches: Iterable[jax.Array]
 ) -> Any:
-    """Recomputes the batch normalisation statistics over all values of some batches.
+    """Returns new ``batch_stats``, computed over all values of some batches.
 
     A moving average covers few batches and outdated weights. The authors' released
     models use averages over a large sample instead. ``add_batch`` has the equations.
@@ -23,9 +24,6 @@ def precise_batch_stats(
       model: a net with batch normalisation.
       variables: its params and batch_stats.
       batches: images (n, h, w, c), normalised as the net expects them; of one shape.
-
-    Returns:
-      New ``batch_stats``, float32.
 
     Raises:
       UserError: the net has no batch normalisation, or there is no batch.
@@ -52,9 +50,8 @@ def add_batch(
 ) -> Any:
     """The statistics over ``seen`` batches, which are in ``variables``, and one more.
 
-    They are the mean and variance of all values that a normalisation has seen, as one
-    sample: within the batches and, by the law of total variance, between them (Wu &
-    Johnson 2021, section 3; merged as in Chan, Golub & LeVeque 1983):
+    They are the mean and variance of all values that a normalisation has seen, taken as
+    one sample (Wu & Johnson 2021, section 3; Chan, Golub & LeVeque 1983):
 
         n = n1 + n2,  d = mean2 - mean1
         mean = mean1 + d n2 / n
@@ -65,12 +62,7 @@ def add_batch(
     statistics cover all groups. Dropout and stochastic depth are off; frozen
     normalisations keep their statistics.
 
-    Args:
-      model: a net with batch normalisation.
-      variables: its params, and batch_stats over the previous batches; ignored if there
-        are none.
-      seen: the number of previous batches, of the same shape.
-      images: (n, h, w, c), normalised as the net expects them.
+    All batches have one shape. If ``seen`` is 0, the old statistics do not count.
     """
     if hasattr(model, "stochastic_depth_rate"):
         model = model.clone(stochastic_depth_rate=0.0)
@@ -104,7 +96,7 @@ def _merged(
     before: dict[str, jax.Array], seen: jax.Array | int, x: jax.Array, unbiased: bool
 ) -> dict[str, jax.Array]:
     """Mean and variance (c,) of ``seen`` batches' values and those of x (n, ..., c)."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = widen(x)
     axes = tuple(range(x.ndim - 1))
     # Counts are floats: 1.3 million maps of 112 x 112 have more than 2^31 values.
     new = float(x.size // x.shape[-1])

@@ -30,29 +30,25 @@ def deepen(
 ) -> tuple[ResNet, dict[str, Any]]:
     """Inserts identity blocks at the end of the stages of a trained net.
 
-    In a residual net F(x) of a new block is zero: the scale and bias of its last
-    normalisation are zero, or its last kernel (and bias) if a convolution ends F, as
-    with pre-activation or without normalisation. Its output equals its input bit for
-    bit, in evaluation and training. Its other weights are fresh, so it can learn.
+    In a residual net, F(x) of a new block is zero because the last layer of F is: its
+    last normalisation, or its last convolution with pre-activation or without
+    normalisation. Its output equals its input bit for bit, in evaluation and training.
+    Its other weights are fresh, so it can learn.
 
-    In a plain net every new layer is an identity: the kernels copy the centre pixel and
-    the normalisations have mean 0, variance 1 - epsilon, scale 1 and bias 0. ReLU
-    changes nothing because its input is never negative. This holds in evaluation. In
-    training a normalisation uses the batch's statistics, so the new layers change the
-    map from the first step, unless the net has no normalisation or a frozen one.
+    In a plain net, every new layer is an identity: the kernels copy the centre pixel,
+    the normalisations have mean 0, variance 1 - epsilon, scale 1 and bias 0, and ReLU
+    changes nothing because its input is never negative. In training, the batch's
+    statistics change the map, unless the net has no normalisation or a frozen one.
 
-    Two nets of different depth are two programs: XLA may fuse and round the layers
-    around the new blocks differently in the last bits.
+    XLA may round the layers around the new blocks differently in the last bits, because
+    two nets of different depth are two programs.
 
     Args:
       variables: of ``model``, trained or not.
-      model: a net with shortcuts A, B or pooled, or a plain net of basic blocks in
-        the order of the paper; of ordinary stages.
+      model: a net of ordinary stages with shortcuts A, B or pooled, or a plain net of
+        basic blocks in the order of the paper.
       stage_sizes: blocks of each stage of the deeper net, no fewer than the model's.
       rng: key of the new weights.
-
-    Returns:
-      The deeper model, and its variables.
 
     Raises:
       UserError: the net's blocks cannot be identities, or the result is shallower.
@@ -69,30 +65,23 @@ def deepen(
     new: dict[str, Any] = {}
     for collection, tree in fresh.items():
         new[collection] = dict(old[collection])
-        for index, (before, after) in enumerate(
-            zip(model.stage_sizes, stage_sizes, strict=True)
-        ):
-            stage = f"stage{index + 1}"
-            new[collection][stage] = dict(old[collection][stage])
-            for number in range(before + 1, after + 1):
-                block = tree[stage][f"block{number}"]
+        for index, before in enumerate(model.stage_sizes):
+            name = f"stage{index + 1}"
+            stage = new[collection][name] = dict(old[collection][name])
+            for number in range(before + 1, stage_sizes[index] + 1):
+                block = tree[name][f"block{number}"]
                 if isinstance(model.shortcut, NoShortcut):
                     block = _identity(block, epsilon)
                 elif collection == "params":
-                    block = _silenced(block, _ends_with(model))
-                new[collection][stage][f"block{number}"] = block
+                    block = _silenced(block, model)
+                stage[f"block{number}"] = block
     return deeper, stack_blocks(new) if deeper.scan else new
 
 
-def _ends_with(model: ResNet) -> str:
-    """The kind of layer that ends F."""
+def _silenced(block: Mapping[str, Any], model: ResNet) -> dict[str, Any]:
+    """The block with F(x) = 0: the layer that ends F is zero."""
     bare = model.preactivation or class_of(model.norm) is NoNorm
-    return "conv" if bare else "norm"
-
-
-def _silenced(block: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The block with F(x) = 0: its last layer of this kind is zero."""
-    last = max(name for name in block if name.startswith(kind))
+    last = max(name for name in block if name.startswith("conv" if bare else "norm"))
     return dict(block) | {last: jax.tree.map(jnp.zeros_like, block[last])}
 
 
@@ -131,7 +120,7 @@ def _check(model: ResNet, stage_sizes: Sequence[int]) -> None:
     ):
         raise UserError(
             f"deepen cannot go from stages of {tuple(model.stage_sizes)} blocks to "
-            f"{tuple(stage_sizes)}: as many stages, and none with fewer blocks"
+            f"{tuple(stage_sizes)}: give as many stages, none shorter"
         )
 
 

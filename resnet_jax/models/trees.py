@@ -1,9 +1,9 @@
 """Trees of variables: blocks stacked for a loop or one by one, and frozen parts.
 
-A net has two layouts. Unrolled: ``stage1/block1``, ``stage1/block2``, ... Scanned
-(``ResNet(scan=True)``): ``stage1/block1`` and ``stage1/blocks``, whose arrays hold all
-further blocks along their first axis. ``stack_blocks`` and ``unstack_blocks`` convert
-any collection or gradient, bit for bit.
+An unrolled net has ``stage1/block1``, ``stage1/block2``, ... A scanned net has
+``stage1/block1`` and ``stage1/blocks``, whose arrays hold the other blocks along their
+first axis. ``stack_blocks`` and ``unstack_blocks`` convert any collection or gradient,
+bit for bit.
 """
 
 import re
@@ -22,12 +22,11 @@ def unstack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Converts a scanned or unrolled tree to the unrolled layout."""
 
     def unstack_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
-        result = {name: child for name, child in stage.items() if name != STACKED}
-        if STACKED in stage:
-            count = jax.tree.leaves(stage[STACKED])[0].shape[0]
-            for index in range(count):
-                block = jax.tree.map(lambda leaf, i=index: leaf[i], stage[STACKED])
-                result[f"block{index + 2}"] = block
+        result = dict(stage)
+        stacked = result.pop(STACKED, {})
+        for index in range(len(jax.tree.leaves(stacked)[0]) if stacked else 0):
+            block = jax.tree.map(lambda leaf, i=index: leaf[i], stacked)
+            result[f"block{index + 2}"] = block
         return result
 
     return _map_stages(unstack_stage, variables)
@@ -37,18 +36,13 @@ def stack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Converts an unrolled or scanned tree to the scanned layout."""
 
     def stack_stage(stage: Mapping[str, Any]) -> dict[str, Any]:
-        numbers = sorted(
-            int(match[1])
-            for name in stage
-            if (match := re.fullmatch(r"block(\d+)", name)) and int(match[1]) > 1
-        )
-        if not numbers:
-            return dict(stage)
-        blocks = [stage[f"block{number}"] for number in numbers]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-        rest = {f"block{number}" for number in numbers}
-        kept = {name: child for name, child in stage.items() if name not in rest}
-        return kept | {STACKED: stacked}
+        kept = dict(stage)
+        names = [name for name in stage if re.fullmatch(r"block\d+", name)]
+        names.sort(key=lambda name: int(name.removeprefix("block")))
+        blocks = [kept.pop(name) for name in names if name != "block1"]
+        if not blocks:
+            return kept
+        return kept | {STACKED: jax.tree.map(lambda *x: jnp.stack(x), *blocks)}
 
     return _map_stages(stack_stage, variables)
 

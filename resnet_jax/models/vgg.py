@@ -13,8 +13,14 @@ from flax import linen as nn
 
 from resnet_jax.models.conv import Conv
 from resnet_jax.models.factories import ModuleFactory
+from resnet_jax.models.features import (
+    FeatureMap,
+    FeatureNet,
+    check_stages,
+    global_average,
+)
+from resnet_jax.models.fused import widen
 from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
-from resnet_jax.models.resnet import FeatureMap
 
 POOLED_SIZE = 7
 """Side of the map before the classifier: that of a 224x224 image."""
@@ -24,14 +30,7 @@ small_normal = nn.initializers.normal(0.01)
 
 
 class VGGStage(nn.Module):
-    """3x3 convolutions with bias on maps of one size, each with ReLU.
-
-    Attributes:
-      size: the number of convolutions.
-      features: channels of all of them.
-      norm: factory of the normalisations before the ReLUs.
-      dtype: of the computation.
-    """
+    """``size`` 3x3 convolutions with bias, each with normalisation and ReLU."""
 
     size: int
     features: int
@@ -42,18 +41,13 @@ class VGGStage(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(n, h, w, c) to (n, h, w, features)."""
         for index in range(1, self.size + 1):
-            x = Conv(
-                self.features,
-                (3, 3),
-                use_bias=True,
-                dtype=self.dtype,
-                name=f"conv{index}",
-            )(x)
-            x = norm_act(self.norm(name=f"norm{index}"), x)
+            options: dict[str, Any] = {"use_bias": True, "dtype": self.dtype}
+            conv = Conv(self.features, (3, 3), name=f"conv{index}", **options)
+            x = norm_act(self.norm(name=f"norm{index}"), conv(x))
         return x
 
 
-class VGG(nn.Module):
+class VGG(FeatureNet):
     """Stages of 3x3 convolutions, each followed by 2x2 max-pooling; three dense layers.
 
     The defaults are configuration D, VGG-16; ``stage_convs=(2, 2, 4, 4, 4)`` is
@@ -64,11 +58,13 @@ class VGG(nn.Module):
     Variables: ``params``, and ``batch_stats`` with batch normalisation, float32 for
     every ``dtype``: ``stage1/conv1``, ``stage1/norm1``, ``fc1``, ``fc2``, ``head``.
     The rows of ``fc1``'s kernel are the flattened (7, 7, channels) of the pooled map.
+    ``features`` returns the output of each stage before its pooling, C1 .. C5.
 
     Attributes:
-      stage_convs: convolutions of each stage.
+      stage_convs: the number of convolutions of each stage.
       widths: channels of each stage.
-      num_classes: classes of the classifier; None leaves out all dense layers.
+      num_classes: classes of the classifier; None leaves out all dense layers and
+        averages the last map after its pooling.
       hidden_features: features of ``fc1`` and ``fc2``.
       dropout_rate: rate after ``fc1`` and ``fc2``.
       batch_norm: whether a batch normalisation follows each convolution.
@@ -92,53 +88,17 @@ class VGG(nn.Module):
         """Parts of the batch that are normalised separately, see BatchNorm."""
         return groups_of(self.norm)
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Class logits.
-
-        Args:
-          images: (n, h, w, channels), floating point; each stage halves both sides,
-            rounding down, and at least one pixel must remain.
-          train: whether dropout is active (pass ``rngs={"dropout": key}`` to ``apply``)
-            and batch normalisation takes the batch's statistics and updates the
-            running ones (pass ``mutable=["batch_stats"]``).
-
-        Returns:
-          (n, num_classes) float32 logits; where ``num_classes`` is None, the last map
-          after its pooling, averaged over all its pixels, (n, channels) float32.
-
-        Raises:
-          ValueError: the images are too small, or ``stage_convs`` and ``widths``
-            differ in length.
-        """
-        return self._maps_and_output(images, train)[1]
-
-    def features(
-        self, images: jax.Array, train: bool = False
-    ) -> tuple[FeatureMap, ...]:
-        """The stages' outputs C1 .. C5 before their poolings, of strides 1 to 16."""
-        return self._maps_and_output(images, train)[0]
-
     @nn.compact
     def _maps_and_output(self, images, train):
-        if len(self.stage_convs) != len(self.widths):
-            raise ValueError(
-                f"{len(self.stage_convs)} numbers of convolutions but "
-                f"{len(self.widths)} widths: VGG has one of each for every stage"
-            )
-        smallest = 2 ** len(self.widths)
-        if min(images.shape[1:3]) < smallest:
-            raise ValueError(
-                f"images of {images.shape[1]}x{images.shape[2]} pixels are too small: "
-                f"{len(self.widths)} poolings need at least {smallest}x{smallest}"
-            )
+        sizes, poolings = self.stage_convs, len(self.widths)
+        check_stages(images, poolings, self.widths, stage_convs=sizes)
         maps: list[FeatureMap] = []
         x = images.astype(self.dtype)
-        stages = zip(self.stage_convs, self.widths, strict=True)
-        for index, (size, width) in enumerate(stages):
+        for index, (size, width) in enumerate(zip(sizes, self.widths, strict=True)):
             name = f"stage{index + 1}"
-            average = not train or is_frozen(self.batch_norm_frozen, name)
             norm: ModuleFactory = NoNorm
             if self.batch_norm:
+                average = not train or is_frozen(self.batch_norm_frozen, name)
                 norm = functools.partial(
                     self.norm, use_running_average=average, dtype=self.dtype
                 )
@@ -146,41 +106,26 @@ class VGG(nn.Module):
             maps.append(FeatureMap(x, f"C{index + 1}", 2**index))
             x = nn.max_pool(x, (2, 2), (2, 2))
         if self.num_classes is None:
-            wide = jnp.promote_types(x.dtype, jnp.float32)
-            return tuple(maps), x.mean(axis=(1, 2), dtype=wide)
+            return tuple(maps), global_average(x)
         x = adaptive_average_pool(x, POOLED_SIZE).reshape(x.shape[0], -1)
+        dense = functools.partial(nn.Dense, kernel_init=small_normal)
         for name in ("fc1", "fc2"):
-            dense = nn.Dense(
-                self.hidden_features,
-                dtype=self.dtype,
-                kernel_init=small_normal,
-                name=name,
-            )
-            x = nn.relu(dense(x))
-            x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+            x = dense(self.hidden_features, dtype=self.dtype, name=name)(x)
+            x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
         # Without a dtype the head computes in float32, or a wider dtype of its input.
-        return tuple(maps), nn.Dense(
-            self.num_classes, kernel_init=small_normal, name="head"
-        )(x)
+        return tuple(maps), dense(self.num_classes, name="head")(x)
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
     """Means over ``size`` x ``size`` bins that cover the map, as torch defines them.
 
-    Along an axis of h pixels bin i holds those from floor(i h / size) to
-    ceil((i + 1) h / size), the latter excluded. Neighbouring bins overlap by a pixel
-    where the division is not even; a map smaller than ``size`` repeats its pixels.
-
-    Args:
-      x: (n, h, w, c).
-      size: bins along each side.
-
-    Returns:
-      (n, size, size, c) in the dtype of ``x``, averaged in at least float32.
+    (n, h, w, c) to (n, size, size, c) in the dtype of ``x``, averaged in float32 or
+    wider. Along an axis of h pixels, bin i holds those from floor(i h / size) to
+    ceil((i + 1) h / size), the latter excluded.
     """
     if x.shape[1:3] == (size, size):
         return x
-    pooled = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    pooled = widen(x)
     # Bins are rectangles: averaging rows, then columns, averages the pixels.
     for axis in (1, 2):
         length = x.shape[axis]

@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from resnet_jax.models.conv import he_normal
 from resnet_jax.models.factories import ModuleFactory
+from resnet_jax.models.features import global_average
 
 
 class SqueezeExcite(nn.Module):
@@ -29,9 +30,7 @@ class SqueezeExcite(nn.Module):
         channels = x.shape[-1]
         rounded = int(channels * self.ratio + self.divisor / 2) // self.divisor
         hidden = max(rounded, 1) * self.divisor
-        # Average in float32: a bfloat16 sum loses small terms.
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        gate = x.mean(axis=(1, 2), keepdims=True, dtype=wide).astype(x.dtype)
+        gate = global_average(x)[:, None, None].astype(x.dtype)
         dense = nn.Dense(hidden, dtype=x.dtype, kernel_init=he_normal, name="reduce")
         gate = nn.relu(dense(gate))
         gate = nn.Dense(channels, dtype=x.dtype, name="expand")(gate)
@@ -74,12 +73,8 @@ def linear_rates(last: float, count: int) -> tuple[float, ...]:
 def dropout_between(conv: ModuleFactory, dropout: ModuleFactory) -> ModuleFactory:
     """A convolution factory for blocks with dropout between their convolutions.
 
-    As in wide nets (Zagoruyko & Komodakis 2016), dropout acts on the input of each
-    convolution of a block but the first. Shortcuts have none.
-
-    Args:
-      conv: the factory to wrap; blocks name its modules ``conv1``, ``conv2``, ...
-      dropout: makes the dropout modules, without arguments.
+    As in wide nets (Zagoruyko & Komodakis 2016), ``dropout()`` acts on the input of
+    ``conv2``, ``conv3``, ... Shortcuts have none.
     """
 
     def make(*args: Any, name: str, **options: Any) -> Any:

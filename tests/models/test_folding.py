@@ -46,7 +46,11 @@ NETS = {
     "A": cifar(
         BasicBlock, shortcuts.ZeroPad(), norm=functools.partial(BatchNorm, epsilon=0.1)
     ),
-    "B": cifar(BottleneckBlock, shortcuts.Projection(), stem=ImageNetStem),
+    "B, zero_init_last": cifar(
+        functools.partial(BottleneckBlock, zero_init_last=True),
+        shortcuts.Projection(),
+        stem=ImageNetStem,
+    ),
     "C, scanned": cifar(
         BasicBlock, shortcuts.Projection(everywhere=True), scan=True, stem=DeepStem
     ),
@@ -152,5 +156,5 @@ def test_another_net_s_variables_are_refused():
         stack_blocks(variables),
     )
     for other in others:
-        with pytest.raises(UserError, match="not those of this ResNet"):
+        with pytest.raises(UserError, match="do not fit this ResNet"):
             fold_batch_norm(NETS["A"], other)

@@ -9,7 +9,9 @@ import pytest
 from flax import linen as nn
 
 from resnet_jax.analysis.complexity import abstract_variables, count_parameters
-from resnet_jax.models.highway import HighwayLayer, HighwayNet
+from resnet_jax.models import Conv
+from resnet_jax.models.highway import HighwayNet
+from resnet_jax.models.residual import HighwayLayer
 
 DEEPER = {"widths": (32, 48, 64), "highway_layers": (9, 9, 9)}
 SMALL = {"widths": (4, 5), "highway_layers": (2, 1), "bottleneck_features": 7}
@@ -136,8 +138,9 @@ def test_the_initial_values_are_options():
 
 
 def test_a_highway_layer_is_its_equation(images):
-    variables = random_variables(HighwayLayer(), images.shape[1:])
-    layer = HighwayLayer(dtype=jnp.float64)
+    conv = functools.partial(Conv, kernel_size=(3, 3), use_bias=True)
+    variables = random_variables(HighwayLayer(conv), images.shape[1:])
+    layer = HighwayLayer(functools.partial(conv, dtype=jnp.float64))
     with jax.enable_x64(True):
         y = layer.apply(variables, images)
     assert y.dtype == np.float64
@@ -231,7 +234,7 @@ def test_bfloat16_keeps_float32_parameters_and_logits(images):
 
 def test_unequal_numbers_of_stages():
     model = HighwayNet(widths=(4, 4, 4), highway_layers=(1, 1))
-    with pytest.raises(ValueError, match="3 widths but 2 numbers of highway layers"):
+    with pytest.raises(ValueError, match="3 widths but 2 highway_layers"):
         model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 

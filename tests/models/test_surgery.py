@@ -382,7 +382,7 @@ def test_the_key_determines_the_new_weights():
             "plain nets of basic blocks",
         ),
         (tiny((2, 2)), (3, 1), r"from stages of \(2, 2\) blocks to \(3, 1\)"),
-        (tiny((2, 2)), (2, 2, 1), r"as many stages, and none with fewer blocks"),
+        (tiny((2, 2)), (2, 2, 1), r"as many stages, none shorter"),
         (tiny((2, 2)), (2,), r"as many stages"),
         (tiny((1, 1), stage=OverlappingStage), (2, 2), "a ResNet of ordinary stages"),
         (

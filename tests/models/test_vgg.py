@@ -422,7 +422,7 @@ def test_images_must_outlast_the_poolings():
 
 
 def test_unequal_numbers_of_stages():
-    with pytest.raises(ValueError, match="2 numbers of convolutions but 5 widths"):
+    with pytest.raises(ValueError, match="5 widths but 2 stage_convs"):
         abstract_variables(VGG(stage_convs=(1, 1)), (32, 32, 3))
 
 

@@ -1,0 +1,88 @@
+"""What the convolutional nets share: logits, and the maps of their stages."""
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+from flax import linen as nn
+
+from resnet_jax.models.fused import widen
+
+
+@flax.struct.dataclass
+class FeatureMap:
+    """One map of a net; a pytree whose name and stride are static.
+
+    Attributes:
+      array: (n, ceil(h / stride), ceil(w / stride), c).
+      name: "C1" to "C5", the notation of the detection literature.
+      stride: pixels of the image between neighbours on the map.
+    """
+
+    array: jax.Array
+    name: str = flax.struct.field(pytree_node=False)
+    stride: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The array's shape."""
+        return self.array.shape
+
+
+class FeatureNet(nn.Module):
+    """A net of stages; a subclass defines ``_maps_and_output(images, train)``."""
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Class logits.
+
+        Args:
+          images: (n, h, w, channels), floating point.
+          train: use dropout and stochastic depth (pass ``rngs={"dropout": key}`` to
+            ``apply`` if the net has them), normalise by the batch's statistics and
+            update the running ones (pass ``mutable=["batch_stats"]``).
+
+        Returns:
+          (n, num_classes) float32 logits, or (n, channels) float32 pooled features if
+          ``num_classes`` is None.
+        """
+        return self._maps_and_output(images, train)[1]
+
+    def features(
+        self, images: jax.Array, train: bool = False
+    ) -> tuple[FeatureMap, ...]:
+        """The net's maps C1, C2, ...; its docstring lists them."""
+        return self._maps_and_output(images, train)[0]
+
+    def _maps_and_output(self, images, train):
+        raise NotImplementedError
+
+
+def global_average(x: jax.Array) -> jax.Array:
+    """Means over the map: (n, h, w, c) to (n, c), float32 at least.
+
+    A bfloat16 sum would lose small terms.
+    """
+    return widen(x).mean((1, 2))
+
+
+def check_stages(
+    images: jax.Array, poolings: int, widths: Sequence[int], **sizes: Sequence[int]
+) -> None:
+    """Checks that each stage has a size, and that the images outlast the poolings.
+
+    Raises:
+      ValueError: they do not.
+    """
+    for name, values in sizes.items():
+        if len(widths) != len(values):
+            raise ValueError(
+                f"{len(widths)} widths but {len(values)} {name}: give one of each for "
+                "every stage"
+            )
+    height, width = images.shape[1:3]
+    smallest = 2**poolings
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"images of {height}x{width} pixels are too small: {poolings} poolings "
+            f"need at least {smallest}x{smallest}"
+        )
