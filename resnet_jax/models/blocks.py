@@ -6,9 +6,8 @@ the pre-activation blocks of He et al. 2016: F applies normalisation, ReLU, conv
 and nothing follows the addition.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 from flax import linen as nn
@@ -59,135 +58,67 @@ class ResidualBlock(nn.Module):
     preactivation = False
     expansion = 1
 
-    def convolutions(self) -> Sequence[Callable[[jax.Array], jax.Array]]:
-        """The convolutions of F, in order."""
-        raise NotImplementedError
-
-    def convolution(self, name: str, features: int, size: int, **options: int) -> Any:
-        """A size x size convolution; options equal to 1 are left out."""
+    def convolve(self, name: str, x: jax.Array, features: int, size: int, **options):
+        """Convolves with a size x size kernel; options equal to 1 are left out."""
         options = {key: value for key, value in options.items() if value != 1}
-        return self.conv(features, (size, size), name=name, **options)
+        return self.conv(features, (size, size), name=name, **options)(x)
 
     def norm_relu(self, name: str, x: jax.Array) -> jax.Array:
         """relu(norm(x))."""
         return norm_act(self.norm(name=name), x, self.activation)
 
-    def paths(
+    def add(
         self,
         x: jax.Array,
+        y: jax.Array,
         drop_rate: float | jax.Array,
-        norm: Callable[[jax.Array], jax.Array] = lambda y: y,
-    ) -> tuple[Callable[[jax.Array], jax.Array], jax.Array | None]:
-        """Returns what follows the last convolution of F, as a function; shortcut(x).
+        last: Callable[..., jax.Array] = lambda y: y,
+        activation: Activation | None = None,
+    ) -> jax.Array:
+        """activation(F(x) + shortcut(x)), where F(x) = last(y).
 
-        The last normalisation follows, and the rare parts that act on F(x):
-        squeeze-and-excitation, stochastic depth and the shortcut's gate.
+        Squeeze-and-excitation, stochastic depth and gates act on F(x).
         """
-        width = self.features * self.expansion
-        shortcut, gate = self.shortcut(
-            x, width, self.strides, self.conv, self.norm, self.dilation
+        carried, gate = self.shortcut(
+            x, y.shape[-1], self.strides, self.conv, self.norm, self.dilation
         )
-        end = norm
         if self.squeeze_excite is not None:
-            end = _then(end, self.squeeze_excite(name="squeeze_excite"))
+            last = _then(last, self.squeeze_excite(name="squeeze_excite"))
         if self.stochastic_depth is not None:
             drop = self.stochastic_depth(name="stochastic_depth")
-            end = _then(end, lambda y: drop(y, drop_rate))
+            last = _then(last, lambda y: drop(y, drop_rate))
         if gate is not None:
-            end = _then(end, lambda y: gate * y)
-        return end, shortcut
+            last = _then(last, lambda y: gate * y)
+        return norm_act(last, y, activation, carried)
 
 
-def _then(first, second):
-    """The function second(first(y))."""
-    return lambda y: second(first(y))
-
-
-class PostActivationBlock(ResidualBlock):
-    """Normalises after each convolution of F, as in He et al. 2015.
+class BasicBlock(ResidualBlock):
+    """3x3 convolutions: two in the paper (Fig. 5 left).
 
     Attributes:
+      num_convs: the number of convolutions; Zagoruyko & Komodakis 2016 compare 1 to 4.
       zero_init_last: start with a scale of zero in the last normalisation, so that
         F(x) = 0 (Goyal et al. 2017).
     """
 
+    num_convs: int = 2
     zero_init_last: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_rate: float | jax.Array = 0.0) -> jax.Array:
         """relu(F(x) + shortcut(x)); see ``ResidualBlock``."""
-        first, *others = self.convolutions()
-        y = first(x)
-        for i, conv in enumerate(others, start=1):
-            y = conv(self.norm_relu(f"norm{i}", y))
-        scale = {"scale_init": nn.initializers.zeros} if self.zero_init_last else {}
-        norm = self.norm(name=f"norm{len(others) + 1}", **scale)
-        end, shortcut = self.paths(x, drop_rate, norm)
-        # relu(end(y) + shortcut), which some normalisations compute in one step.
-        return norm_act(end, y, self.activation, shortcut)
-
-
-class PreActivationBlock(ResidualBlock):
-    """Normalises before each convolution of F, and adds last (He et al. 2016)."""
-
-    preactivation = True
-
-    @nn.compact
-    def __call__(self, x: jax.Array, drop_rate: float | jax.Array = 0.0) -> jax.Array:
-        """F(x) + shortcut(x); see ``ResidualBlock``."""
-        # The first block of a net receives an activated map. Another stage's first
-        # shortcut starts after the activation (He et al. 2016, appendix).
-        y = x if self.position == "net" else self.norm_relu("norm1", x)
-        x = y if self.position == "stage" else x
-        first, *others = self.convolutions()
-        y = first(y)
-        for i, conv in enumerate(others, start=2):
-            y = conv(self.norm_relu(f"norm{i}", y))
-        end, shortcut = self.paths(x, drop_rate)
-        return end(y) if shortcut is None else end(y) + shortcut
-
-
-def _basic_convolutions(self):
-    """The 3x3 convolutions of a basic block."""
-    before, after = self.dilation
-    conv = functools.partial(self.convolution, features=self.features, size=3)
-    return [
-        conv("conv1", strides=self.strides, dilation=before),
-        *(conv(f"conv{i}", dilation=after) for i in range(2, self.num_convs + 1)),
-    ]
-
-
-def _bottleneck_convolutions(self):
-    """The 1x1, 3x3 and 1x1 convolution of a bottleneck."""
-    if self.stride_version not in STRIDE_VERSIONS:
-        raise ValueError(
-            f"stride_version is one of {', '.join(STRIDE_VERSIONS)}, "
-            f"not {self.stride_version!r}"
+        before, after = self.dilation
+        y = self.convolve(
+            "conv1", x, self.features, 3, strides=self.strides, dilation=before
         )
-    first, second, dilation = 1, self.strides, self.dilation[0]
-    if self.stride_version == "v1":
-        first, second, dilation = self.strides, 1, self.dilation[1]
-    width = self.features * self.base_width // 64 * self.groups
-    middle = {"strides": second, "dilation": dilation, "groups": self.groups}
-    return [
-        self.convolution("conv1", width, 1, strides=first),
-        self.convolution("conv2", width, 3, **middle),
-        self.convolution("conv3", self.features * self.expansion, 1),
-    ]
+        for i in range(1, self.num_convs):
+            y = self.norm_relu(f"norm{i}", y)
+            y = self.convolve(f"conv{i + 1}", y, self.features, 3, dilation=after)
+        norm = self.norm(name=f"norm{self.num_convs}", **_scale(self.zero_init_last))
+        return self.add(x, y, drop_rate, norm, self.activation)
 
 
-class BasicBlock(PostActivationBlock):
-    """3x3 convolutions: two in the paper (Fig. 5 left).
-
-    Attributes:
-      num_convs: the number of convolutions; Zagoruyko & Komodakis 2016 compare 1 to 4.
-    """
-
-    num_convs: int = 2
-    convolutions = _basic_convolutions
-
-
-class BottleneckBlock(PostActivationBlock):
+class BottleneckBlock(ResidualBlock):
     """1x1, 3x3 and 1x1 convolutions; the last is four times as wide (Fig. 5 right).
 
     Attributes:
@@ -196,27 +127,128 @@ class BottleneckBlock(PostActivationBlock):
       groups: groups of the 3x3 (ResNeXt, Xie et al. 2017).
       base_width: channels of each group of the 3x3 in a stage of 64 features; 128 with
         one group doubles the bottleneck's width (wide_resnet50_2).
+      zero_init_last: see ``BasicBlock``.
+    """
+
+    stride_version: str = "v1.5"
+    groups: int = 1
+    base_width: int = 64
+    zero_init_last: bool = False
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array, drop_rate: float | jax.Array = 0.0) -> jax.Array:
+        """relu(F(x) + shortcut(x)); see ``ResidualBlock``."""
+        width = _bottleneck_width(self)
+        first, second, dilation = _bottleneck_strides(self)
+        y = self.convolve("conv1", x, width, 1, strides=first)
+        y = self.norm_relu("norm1", y)
+        y = self.convolve(
+            "conv2",
+            y,
+            width,
+            3,
+            strides=second,
+            dilation=dilation,
+            groups=self.groups,
+        )
+        y = self.norm_relu("norm2", y)
+        y = self.convolve("conv3", y, self.features * self.expansion, 1)
+        norm = self.norm(name="norm3", **_scale(self.zero_init_last))
+        return self.add(x, y, drop_rate, norm, self.activation)
+
+
+class PreActBasicBlock(ResidualBlock):
+    """3x3 convolutions, each after its normalisation and ReLU (He et al. 2016).
+
+    Attributes:
+      num_convs: see ``BasicBlock``.
+    """
+
+    num_convs: int = 2
+    preactivation = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, drop_rate: float | jax.Array = 0.0) -> jax.Array:
+        """F(x) + shortcut(x); see ``ResidualBlock``."""
+        before, after = self.dilation
+        y, x = _preactivate(self, x)
+        y = self.convolve(
+            "conv1", y, self.features, 3, strides=self.strides, dilation=before
+        )
+        for i in range(2, self.num_convs + 1):
+            y = self.norm_relu(f"norm{i}", y)
+            y = self.convolve(f"conv{i}", y, self.features, 3, dilation=after)
+        return self.add(x, y, drop_rate)
+
+
+class PreActBottleneckBlock(ResidualBlock):
+    """1x1, 3x3 and 1x1 convolutions, each after its normalisation and ReLU.
+
+    Attributes:
+      stride_version, groups, base_width: see ``BottleneckBlock``.
     """
 
     stride_version: str = "v1.5"
     groups: int = 1
     base_width: int = 64
     expansion = 4
-    convolutions = _bottleneck_convolutions
+    preactivation = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, drop_rate: float | jax.Array = 0.0) -> jax.Array:
+        """F(x) + shortcut(x); see ``ResidualBlock``."""
+        width = _bottleneck_width(self)
+        first, second, dilation = _bottleneck_strides(self)
+        y, x = _preactivate(self, x)
+        y = self.convolve("conv1", y, width, 1, strides=first)
+        y = self.norm_relu("norm2", y)
+        y = self.convolve(
+            "conv2",
+            y,
+            width,
+            3,
+            strides=second,
+            dilation=dilation,
+            groups=self.groups,
+        )
+        y = self.norm_relu("norm3", y)
+        y = self.convolve("conv3", y, self.features * self.expansion, 1)
+        return self.add(x, y, drop_rate)
 
 
-class PreActBasicBlock(PreActivationBlock):
-    """The convolutions of ``BasicBlock`` with pre-activation (He et al. 2016)."""
+def _preactivate(block, x):
+    """relu(norm1(x)), and the array that the shortcut starts from.
 
-    num_convs: int = 2
-    convolutions = _basic_convolutions
+    The first block of a net receives an activated map; the shortcut of another stage's
+    first block starts after the activation (He et al. 2016, appendix).
+    """
+    if block.position == "net":
+        return x, x
+    y = block.norm_relu("norm1", x)
+    return y, y if block.position == "stage" else x
 
 
-class PreActBottleneckBlock(PreActivationBlock):
-    """The convolutions of ``BottleneckBlock`` with pre-activation (He et al. 2016)."""
+def _then(first, second):
+    """The function second(first(y))."""
+    return lambda y: second(first(y))
 
-    stride_version: str = "v1.5"
-    groups: int = 1
-    base_width: int = 64
-    expansion = 4
-    convolutions = _bottleneck_convolutions
+
+def _bottleneck_width(block):
+    return block.features * block.base_width // 64 * block.groups
+
+
+def _bottleneck_strides(block):
+    """Strides of the first 1x1 and of the 3x3, and the dilation of the 3x3."""
+    if block.stride_version not in STRIDE_VERSIONS:
+        raise ValueError(
+            f"stride_version is one of {', '.join(STRIDE_VERSIONS)}, "
+            f"not {block.stride_version!r}"
+        )
+    if block.stride_version == "v1":
+        return block.strides, 1, block.dilation[1]
+    return 1, block.strides, block.dilation[0]
+
+
+def _scale(starts_at_zero):
+    return {"scale_init": nn.initializers.zeros} if starts_at_zero else {}
