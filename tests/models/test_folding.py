@@ -46,7 +46,7 @@ NETS = {
     "A": cifar(
         BasicBlock, shortcuts.ZeroPad(), norm=functools.partial(BatchNorm, epsilon=0.1)
     ),
-    "B, zero_init_last": cifar(
+    "B": cifar(
         functools.partial(BottleneckBlock, zero_init_last=True),
         shortcuts.Projection(),
         stem=ImageNetStem,
