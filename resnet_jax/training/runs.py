@@ -7,7 +7,7 @@ continues where it stopped.
 import dataclasses
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ class Spread:
         return f"{self} % ({self.count} seed{'s' if self.count > 1 else ''})"
 
 
-def mean_errors(results: Iterable[dict[str, Any]]) -> dict[str, float | None]:
+def mean_errors(results: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Mean and deviation of every error that results have, for result.json."""
     means: dict[str, float | None] = {}
     for name in ("holdout_error", "test_error", "train_error"):
