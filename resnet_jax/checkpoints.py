@@ -11,9 +11,11 @@ because Orbax restores a flipped bit without an error.
 """
 
 import contextlib
+import inspect
 import json
 import operator
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,6 +175,7 @@ class Checkpoints:
           UserError: the checkpoint is damaged.
         """
         failure = None
+        _silence_abandoned_reads()
         try:
             how = ocp.checkpoint_utils.construct_restore_args(abstract_state)
             arguments = ocp.args.PyTreeRestore(
@@ -255,6 +258,25 @@ class Checkpoints:
                 f"a checkpoint cannot be written in {self._directory}: {reason}; "
                 f"{hint}, and the same command continues from the checkpoint before"
             ) from error
+
+
+def _silence_abandoned_reads() -> None:
+    """Keeps Python from printing the errors of reads that nobody waits for.
+
+    When one read fails, Orbax abandons the others. They may fail too, and each would
+    print a traceback whenever its coroutine is freed.
+    """
+    print_error = sys.unraisablehook
+    if getattr(print_error, "__module__", None) == __name__:
+        return
+
+    def hook(error: Any) -> None:
+        read = error.object
+        abandoned = inspect.iscoroutine(read) and "orbax" in read.cr_code.co_filename
+        if not abandoned and "Event loop is closed" not in str(error.exc_value):
+            print_error(error)
+
+    sys.unraisablehook = hook
 
 
 def _one_copy(leaf: jax.Array) -> jax.Array:

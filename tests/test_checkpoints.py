@@ -1,4 +1,6 @@
+import gc
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -124,8 +126,10 @@ def change_rows(folder):
     "damage", [truncate, flip_bits, empty, delete_arrays, change_rows]
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
-    tmp_path, setup, damage
+    tmp_path, setup, damage, monkeypatch
 ):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
     state = save_steps(tmp_path, setup, [1, 2])
     damage(tmp_path / "2")
     warnings = []
@@ -137,6 +141,8 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
         assert content["rows"] == [{"step": 1}]
         assert f"checkpoint {tmp_path / '2'} is damaged" in warnings[0]
         assert "\n" not in warnings[0]
+        gc.collect()
+        assert not printed
         # The step can be saved again, and the damaged one is still there to look at.
         checkpoints.save(at_step(state, 2), {"rows": []}, None)
         checkpoints.wait()
