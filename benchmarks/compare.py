@@ -218,7 +218,8 @@ class Turns(io.StringIO):
     """The loop's console: the row that ends a window gives the bare step its turn.
 
     Attributes:
-      loop, bare: seconds per window; one more of ``bare``, around those of ``loop``.
+      loop: seconds of each window.
+      bare: the same for the bare step, before, between and after the loop's windows.
     """
 
     def __init__(self, bare: Callable[[int], float], window: int, windows: int):

@@ -178,7 +178,7 @@ def _pooled(batches: Iterable[tuple[PerLayer, Any]]) -> list[Response]:
 
 
 def _pool(moments: np.ndarray) -> np.ndarray:
-    """Moments of n groups, (layers, 3, n), as those of one group, (layers, 3, 1)."""
+    """Merges the moments of n groups: (layers, 3, n) to (layers, 3, 1)."""
     means, squares, counts = moments.transpose(1, 0, 2)
     # A net that overflows has NaN deviations, which say enough.
     with np.errstate(invalid="ignore", over="ignore"):

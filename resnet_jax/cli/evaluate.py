@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> None:
         type=int,
         metavar="N",
         help="first recompute the batch statistics over N batches of the training set "
-        "(default: keep those of the checkpoint)",
+        "(default: use the checkpoint's)",
     )
     add_process_flags(parser)
     parser.set_defaults(run=_run)

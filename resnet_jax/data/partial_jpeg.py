@@ -1,8 +1,8 @@
 """Decode a window of a JPEG file, at little or no cost for the pixels outside it.
 
 libjpeg-turbo 3 can do this, but no Python package exposes it. So this module calls the
-shared library in the wheel ``turbojpeg``, or the system's. The pixels equal those of
-the whole decoded image, bit for bit. Without the library the whole image is decoded,
+shared library in the wheel ``turbojpeg``, or the system's. The pixels have the same
+bits as in the whole decoded image. Without the library the whole image is decoded,
 and a crop takes 20 to 25 % longer.
 """
 

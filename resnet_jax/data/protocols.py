@@ -1,6 +1,6 @@
 """The views of an image that evaluation uses: the centre, ten crops, or all of it.
 
-Functions run on the host, uint8 in and out. The bytes equal those of torchvision's
+Functions run on the host, uint8 in and out. They return the same bytes as torchvision's
 ``Resize``, ``CenterCrop`` and ``TenCrop`` on Pillow images, so published top-1 errors
 can be reproduced to the last example.
 """

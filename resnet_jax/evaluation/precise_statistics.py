@@ -34,7 +34,7 @@ def precise_variables(
 ) -> dict[str, Any]:
     """Variables with batch statistics over the run's first batches.
 
-    Images, augmentation and batch size are those of the run's first steps. So the
+    It uses the images, augmentation and batch size of the run's first steps, so the
     result depends on the variables alone, not on when or how often it is computed.
     ``rng`` is ``TrainState.rng``, and ``feed`` the training set's.
 

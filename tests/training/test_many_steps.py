@@ -14,12 +14,11 @@ import pytest
 import resnet_jax
 from resnet_jax.errors import UserError
 from resnet_jax.training.step import call_length, make_train_steps
-from resnet_jax.workdir import Workdir
 from tests.conftest import make_console, make_tiny_config
 from tests.test_checkpoints import same
 from tests.training.helpers import final_state, parts
 from tests.training.test_stopping import exact, run_stopped
-from tests.training.test_train import EXACT, Stopped, rows_of
+from tests.training.test_train import EXACT, rows_of, run_killed
 
 MEASURED = {"images_per_second", "input_wait"}
 
@@ -187,19 +186,9 @@ def test_stopped_between_calls_it_ends_bit_for_bit_the_same(
     same(final_state(config, stopped)[0], final_state(config, undisturbed)[0])
 
 
-def test_killed_it_ends_bit_for_bit_the_same(scanned, tmp_path, monkeypatch, console):
+def test_killed_it_ends_bit_for_bit_the_same(scanned, tmp_path, console):
     (config, undisturbed, _), killed = scanned, tmp_path / "killed"
-    append_row = Workdir.append_row
-
-    def stop_at_10(self, row):
-        if row["step"] == 10:
-            raise Stopped
-        append_row(self, row)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Workdir, "append_row", stop_at_10)
-        with pytest.raises(Stopped):
-            resnet_jax.train(config, killed, console)
+    run_killed(config, killed, 10, console)
     resnet_jax.train(config, killed, console)
     assert "continuing from the checkpoint at step 5" in console.file.getvalue()
     assert exact(rows_of(killed)) == exact(rows_of(undisturbed))

@@ -165,22 +165,27 @@ class Stopped(Exception):
     """Stands for a kill inside the process."""
 
 
-def test_a_run_goes_on_bit_for_bit_from_a_damaged_checkpoint_too(
-    tiny_config, finished, tmp_path, console, monkeypatch
-):
-    whole = finished[1]
-    workdir = tmp_path / "stopped"
+def run_killed(config, workdir, step, console):
+    """Runs a config until it would write the row of a step."""
     append_row = Workdir.append_row
 
-    def stop_at_10(self, row):
-        if row["step"] == 10:
+    def kill(self, row):
+        if row["step"] == step:
             raise Stopped
         append_row(self, row)
 
-    monkeypatch.setattr(Workdir, "append_row", stop_at_10)
-    with pytest.raises(Stopped):
-        resnet_jax.train(tiny_config, workdir, console)
-    monkeypatch.setattr(Workdir, "append_row", append_row)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workdir, "append_row", kill)
+        with pytest.raises(Stopped):
+            resnet_jax.train(config, workdir, console)
+
+
+def test_a_run_goes_on_bit_for_bit_from_a_damaged_checkpoint_too(
+    tiny_config, finished, tmp_path, console
+):
+    whole = finished[1]
+    workdir = tmp_path / "stopped"
+    run_killed(tiny_config, workdir, 10, console)
     truncate(workdir / "checkpoints" / "8")
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "lo')  # a kill in the middle of a line
@@ -270,23 +275,13 @@ def crop_on_the_host(config, root):
 
 
 def test_a_streamed_run_goes_on_bit_for_bit_with_other_workers(
-    tiny_config, tmp_path, console, monkeypatch
+    tiny_config, tmp_path, console
 ):
     root = write_image_folder(tmp_path / "images", {"train": 8, "test": 3}, (12, 9))
     crop_on_the_host(tiny_config, root)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     resnet_jax.train(tiny_config, whole, console)
-    append_row = Workdir.append_row
-
-    def stop_at_5(self, row):
-        if row["step"] == 5:
-            raise Stopped
-        append_row(self, row)
-
-    monkeypatch.setattr(Workdir, "append_row", stop_at_5)
-    with pytest.raises(Stopped):
-        resnet_jax.train(tiny_config, stopped, console)
-    monkeypatch.setattr(Workdir, "append_row", append_row)
+    run_killed(tiny_config, stopped, 5, console)
     tiny_config.data.num_threads = 1
     tiny_config.data.num_processes = 2
     tiny_config.data.prefetch_batches = 1
