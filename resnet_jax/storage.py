@@ -5,18 +5,20 @@ step. This module holds the differences; pathlib and epath do the rest alike.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -291,11 +293,33 @@ class Mirror:
                 self._sizes[file] = size
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file on the disk for reading.
+
+    Raises:
+      OSError: it cannot be opened, or is something else, such as a device or a named
+        pipe: reading those may block or never end.
+    """
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise OSError(errno.EINVAL, "it is not a regular file", os.fspath(path))
+    return open(opened, "rb")
+
+
 def read_text(path: Path) -> str | None:
-    """The text of a file or object; None if there is none."""
+    """The text of a file or object; None if there is none.
+
+    Raises:
+      OSError: it cannot be read.
+      UnicodeDecodeError: it is not text.
+    """
     try:
         with reached(path):
-            return path.read_text()
+            if is_remote(path):
+                return path.read_text("utf-8")
+            with open_regular(path) as file:
+                return file.read().decode()
     except (FileNotFoundError, NotADirectoryError):
         return None
 

@@ -198,3 +198,16 @@ def test_a_run_in_a_store_is_the_run_on_the_disk(bucket, tfds_dir, tmp_path):
 
     assert exact(there["rows"]) == exact(here["rows"])
     assert there["result"]["test_errors"] == here["result"]["test_errors"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_only_regular_files_are_read(tmp_path, kind):
+    path = tmp_path / "file"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(OSError, match="not a regular file"):
+        storage.read_text(path)
