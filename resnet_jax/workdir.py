@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,40 @@ from jax.experimental.compilation_cache import compilation_cache
 from resnet_jax import distributed, storage
 from resnet_jax.config import Config, Derived, fields, flatten, resolve
 from resnet_jax.errors import UserError
+from resnet_jax.identity import Identity
+
+_RESTORE = "restore it from a copy, or give another --workdir"
+
+_HUGE = 1e300
+_NUMBER, _COUNT = "a number", "a number above 0"
+_TYPES: dict[str, Any] = {
+    _NUMBER: (int, float),
+    _COUNT: (int, float),
+    "a text": str,
+    "a list": list,
+    "an object": dict,
+}
+_CONFIG = {"config": "an object"}
+_IDENTITY = {"kind": "a text", "class_names": "a list", "counts": "an object"}
+_ANY_RESULT = {
+    **dict.fromkeys(("model", "data", "command", "finished"), "a text"),
+    **dict.fromkeys(("test_error", "train_error", "seconds", "epoch"), _NUMBER),
+    **dict.fromkeys(("step", "parameters", "multiply_adds"), _NUMBER),
+    "test_count": _COUNT,
+    "environment": "an object",
+}
+_RESULT = _ANY_RESULT | dict.fromkeys(
+    ("test_errors", "seed", "training_examples", "global_batch_size"), _NUMBER
+)
+_RESULT_OF_SEEDS = _ANY_RESULT | {
+    "summary": "a text",
+    "runs": "an object",
+    "failures": "an object",
+}
+_ROW = dict.fromkeys(
+    ("step", "epoch", "learning_rate", "train_loss", "train_error", "seconds"), _NUMBER
+)
+"""What the files of a run must hold for their readers."""
 
 
 class Workdir:
@@ -111,16 +145,26 @@ class Workdir:
 
     def read_config(self) -> Config | None:
         """The config of the run that is here, or None."""
-        saved = self._read_json("config.json")
-        return None if saved is None else resolve(saved["config"])
+        saved = self._read_json("config.json", _CONFIG)
+        if saved is None:
+            return None
+        try:
+            return resolve(saved["config"])
+        except UserError as error:
+            raise UserError(f"{self.path / 'config.json'}: {error}") from error
 
     def write_config(
-        self, config: Config, derived: Derived | None, command: str
+        self,
+        config: Config,
+        command: str,
+        derived: Derived | None = None,
+        data: Identity | None = None,
     ) -> None:
-        """Writes config.json; ``derived`` is None for the folder of several seeds."""
+        """Writes config.json; the folder of several seeds has only a config."""
         content = {
             "config": dataclasses.asdict(config),
-            "derived": None if derived is None else dataclasses.asdict(derived),
+            "derived": derived and dataclasses.asdict(derived),
+            "data": data and dataclasses.asdict(data),
             "command": command,
         }
         self.write_json("config.json", content)
@@ -152,6 +196,23 @@ class Workdir:
                     f"{wanted[name]}; give another --workdir, or that value to continue"
                 )
 
+    def read_data(self) -> Identity | None:
+        """The data of the run that is here; None if config.json does not say."""
+        saved = (self._read_json("config.json", _CONFIG) or {}).get("data")
+        if saved is None:
+            return None
+        _check(f"data in {self.path / 'config.json'}", saved, _IDENTITY)
+        return Identity.from_json(saved)
+
+    def refuse_other_data(self, found: Identity, trained_on: Identity | None) -> None:
+        """Raises UserError if ``found`` differs from the data of an earlier start."""
+        difference = trained_on and trained_on.difference(found)
+        if difference is not None:
+            raise UserError(
+                f"workdir {self.path} holds a run on other data: {difference}; give "
+                "the run's data, or another --workdir"
+            )
+
     def write_rows(self, rows: list[dict[str, Any]]) -> None:
         """Replaces metrics.jsonl with these rows."""
         self.write(self._metrics, "".join(json.dumps(row) + "\n" for row in rows))
@@ -164,8 +225,16 @@ class Workdir:
 
     def read_rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, without a last line that a kill cut short."""
-        lines = (storage.read_text(self._metrics) or "").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        text = self._read(self._metrics) or ""
+        rows = []
+        for number, line in enumerate(text.split("\n")[:-1], 1):
+            if line.strip():
+                where = f"{self._metrics}, line {number}"
+                rows.append(_parse(where, line, _ROW))
+                _check(where, rows[-1], dict.fromkeys(rows[-1], _NUMBER))
+        if not rows:
+            raise UserError(f"{self._metrics} holds no row; {_RESTORE}")
+        return rows
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes result.json, which marks the run as finished."""
@@ -173,7 +242,17 @@ class Workdir:
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""
-        return self._read_json("result.json")
+        result = self._read_json("result.json", _ANY_RESULT)
+        if result is None:
+            return None
+        where, runs = str(self.path / "result.json"), result.get("runs")
+        if runs is None:
+            _check(where, result, _RESULT)
+        else:
+            _check(where, result, _RESULT_OF_SEEDS)
+            for name, run in runs.items():
+                _check(f"{name} in {where}", run, _RESULT)
+        return result
 
     def write_failure(self, sentence: str) -> None:
         """Writes failure.json, which says how the run diverged."""
@@ -181,7 +260,7 @@ class Workdir:
 
     def read_failure(self) -> str | None:
         """How the run diverged, or None."""
-        content = self._read_json("failure.json")
+        content = self._read_json("failure.json", {"failure": "a text"})
         return None if content is None else content["failure"]
 
     def write(self, path: Path, text: str) -> None:
@@ -198,15 +277,49 @@ class Workdir:
         """Replaces a JSON file of the workdir."""
         self.write(self.path / name, json.dumps(content, indent=2) + "\n")
 
-    def _read_json(self, name: str) -> dict[str, Any] | None:
+    def _read_json(
+        self, name: str, expected: Mapping[str, str]
+    ) -> dict[str, Any] | None:
         path = self.path / name
+        text = self._read(path)
+        return None if text is None else _parse(str(path), text, expected)
+
+    def _read(self, path: Path) -> str | None:
         try:
-            text = storage.read_text(path)
-            return None if text is None else json.loads(text)
-        except (OSError, ValueError) as error:
+            return storage.read_text(path)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"{path} cannot be read: {reason}; {_RESTORE}") from error
+
+
+def _parse(where: str, text: str, expected: Mapping[str, str]) -> dict[str, Any]:
+    """A JSON object that holds what its readers expect.
+
+    Raises:
+      UserError: it is damaged; ``where`` names it.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged: {error}; {_RESTORE}") from error
+    _check(where, content, expected)
+    return content
+
+
+def _check(where: str, content: Any, expected: Mapping[str, str]) -> None:
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is damaged: it is not a JSON object; {_RESTORE}")
+    for name, kind in expected.items():
+        value: Any = content.get(name)
+        fits = isinstance(value, _TYPES[kind]) and not isinstance(value, bool)
+        if fits and kind in (_NUMBER, _COUNT):
+            low = 0 if kind == _COUNT else -_HUGE
+            fits = low < value < _HUGE
+        if not fits:
+            found = f"{value!r:.40}" if name in content else "missing"
             raise UserError(
-                f"{path} cannot be read ({error}); restore it or give another --workdir"
-            ) from error
+                f"{where} is damaged: {name} is {found}, expected {kind}; {_RESTORE}"
+            )
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ def test_public_names_are_there():
 
 ROOMS = (
     ("errors", "environment", "distributed", "storage", "parallel", "console"),
+    ("identity",),
     ("models",),
     ("config",),
     ("workdir", "checkpoints"),

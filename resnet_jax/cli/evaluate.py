@@ -3,12 +3,19 @@
 import argparse
 from typing import Any
 
+from resnet_jax.cli.overrides import parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
 
 _DESCRIPTION = """Evaluate a checkpoint of a run on a whole split.
 
 Every example counts once, whatever the batch size. A run reports its last checkpoint;
 its best one was chosen on a held-out part of the training set.
+
+  resnet-jax evaluate --workdir runs/r56
+  resnet-jax evaluate --workdir runs/r56 --config.data.path=/data/moved
+
+Only fields of the data can be changed: where they are now, or other data of the same
+classes. Labels are matched by class name.
 """
 
 
@@ -19,6 +26,7 @@ def add_parser(commands: Any) -> None:
         help="evaluate a checkpoint of a run",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--workdir", required=True, metavar="DIR", help="the run's folder")
@@ -45,7 +53,7 @@ def add_parser(commands: Any) -> None:
         "(default: use the checkpoint's)",
     )
     add_process_flags(parser)
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, takes_overrides=True)
 
 
 def _checkpoint(text: str) -> int | str:
@@ -66,4 +74,5 @@ def _run(options: argparse.Namespace) -> None:
             checkpoint=options.checkpoint,
             batch_size=options.batch_size,
             precise_batches=options.precise_batches,
+            overrides=parse_overrides(options.rest),
         )

@@ -8,7 +8,7 @@ library reads only ``Config``.
 
 from resnet_jax.config.build import build_model, model_options
 from resnet_jax.config.derive import Derived, derive
-from resnet_jax.config.resolve import load_config, resolve
+from resnet_jax.config.resolve import load_config, override, resolve
 from resnet_jax.config.schema import Config, default_config, fields, flatten
 from resnet_jax.models.options import Field, describe_type
 
@@ -24,5 +24,6 @@ __all__ = [
     "flatten",
     "load_config",
     "model_options",
+    "override",
     "resolve",
 ]

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import os
 import runpy
 import traceback
 import typing
@@ -18,6 +19,7 @@ from resnet_jax.config.checks import refuse_contradictions
 from resnet_jax.config.schema import Config, fields, flatten
 from resnet_jax.errors import UserError
 from resnet_jax.models.options import Field, check
+from resnet_jax.storage import locate
 
 
 def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
@@ -30,15 +32,23 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
     Raises:
       UserError: the file or a value is wrong.
     """
-    config = _run_config_file(spec)
-    for name, text in (overrides or {}).items():
-        field = _known_field(name)
-        target = config
-        *sections, key = name.split(".")
-        for section in sections:
-            target = target[section]
-        target[key] = _parse(field, text)
-    return resolve(config)
+    return override(_run_config_file(spec), overrides or {})
+
+
+def override(config: Any, overrides: Mapping[str, str]) -> Config:
+    """A config with some fields replaced.
+
+    Args:
+      config: whatever ``resolve`` takes; stays as it is.
+      overrides: dotted field names to values as text, as on the command line.
+
+    Raises:
+      UserError: a field or a value is wrong.
+    """
+    values = flatten(config)
+    for name, text in overrides.items():
+        values[name] = _parse(_known_field(name), text)
+    return resolve(values)
 
 
 def resolve(config: Any) -> Config:
@@ -67,6 +77,10 @@ def resolve(config: Any) -> Config:
     for name, field in fields().items():
         named = dataclasses.replace(field, name=f"config field {name}")
         values[name] = check(named, given.get(name, field.default))
+    for name in ("data.path", "data.data_dir"):
+        # Absolute, so that other commands find the data from any folder.
+        if values[name] is not None:
+            values[name] = os.fspath(locate(values[name]))
     resolved = _build(Config, values)
     refuse_contradictions(resolved)
     return resolved

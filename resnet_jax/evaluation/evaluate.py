@@ -1,6 +1,7 @@
 """Evaluation of a run's checkpoint."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import rich.console
@@ -24,6 +25,7 @@ def evaluate(
     checkpoint: int | str = "last",
     batch_size: int | None = None,
     precise_batches: int | None = None,
+    overrides: Mapping[str, str] | None = None,
     console: rich.console.Console | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run on a whole split, every example once.
@@ -35,6 +37,9 @@ def evaluate(
       batch_size: examples per batch, by default the config's; changes no result.
       precise_batches: first recompute the batch statistics over this many of the run's
         first batches; None keeps the checkpoint's.
+      overrides: values as text for fields of ``saved_run.DATA_FIELDS``, such as
+        ``{"data.path": "/data/moved"}``: where the data are now, or other data of the
+        same classes. Labels are matched by class name.
       console: where to print; standard output by default.
 
     Returns:
@@ -42,14 +47,15 @@ def evaluate(
       the checkpoint.
 
     Raises:
-      UserError: there is no such run, checkpoint or split.
+      UserError: there is no such run, checkpoint or split, or the data are not the
+        run's.
     """
     given = {"batch size": batch_size, "number of precise batches": precise_batches}
     for name, value in given.items():
         if value is not None and value < 1:
             raise UserError(f"the {name} must be at least 1, not {value}")
     console = console or make_console()
-    run = load_run(workdir, checkpoint)
+    run = load_run(workdir, checkpoint, overrides)
     feed, variables = run.feed(run.split(split)), run.variables
     if precise_batches is not None:
         variables = precise_variables(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,13 +13,25 @@ from jax.sharding import Mesh
 
 from resnet_jax import parallel
 from resnet_jax.checkpoints import Checkpoints
-from resnet_jax.config import Config, build_model
+from resnet_jax.config import Config, build_model, override
 from resnet_jax.data.dataset import Dataset, Split, open_dataset
 from resnet_jax.data.feeds import Feed, make_feed
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.errors import UserError
+from resnet_jax.identity import Identity
 from resnet_jax.weights.shapes import classes
 from resnet_jax.workdir import Workdir
+
+_WHICH_DATA = (
+    *("data.name", "data.path", "data.data_dir"),
+    *("data.train_split", "data.test_split", "data.holdout_split"),
+)
+DATA_FIELDS = (
+    *_WHICH_DATA,
+    *("data.eval_image_size", "data.eval_shorter_side", "data.eval_interpolation"),
+    *("data.resident", "data.num_threads", "data.num_processes", "data.on_error"),
+)
+"""The config fields that may differ from the run's when its net is evaluated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +45,8 @@ class SavedRun:
         ``normalize(to_unit(images), statistics)``.
       rng: the run's random key.
       step: of the checkpoint.
+      trained_on: the run's data; None if the run is of an old version.
+      other_data: whether the config names data other than the run's.
     """
 
     config: Config
@@ -41,11 +56,31 @@ class SavedRun:
     statistics: PixelStatistics
     rng: jax.Array
     step: int
+    trained_on: Identity | None
+    other_data: bool
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        """The data of the run, opened when first used."""
-        return open_dataset(self.config)
+        """The data, opened when first used, with the labels that the run had.
+
+        Raises:
+          UserError: they are not the run's data, or other data have other classes.
+        """
+        if self.trained_on is None:
+            return open_dataset(self.config)
+        opened = open_dataset(self.config, class_names=self.trained_on.class_names)
+        if self.other_data:
+            differs = self.trained_on.class_difference(opened.identity)
+            advice = "give data of the run's classes"
+        else:
+            differs = self.trained_on.difference(opened.identity)
+            advice = (
+                "give the run's data, or other data of its classes with "
+                "--config.data.path"
+            )
+        if differs is not None:
+            raise UserError(f"the run was trained on other data: {differs}; {advice}")
+        return opened
 
     def split(self, name: str) -> Split:
         """The split "test", "holdout" or "train"; UserError if the run lacks it."""
@@ -64,16 +99,20 @@ class SavedRun:
 
 
 def load_run(
-    workdir: str | os.PathLike[str], checkpoint: int | str = "last"
+    workdir: str | os.PathLike[str],
+    checkpoint: int | str = "last",
+    overrides: Mapping[str, str] | None = None,
 ) -> SavedRun:
     """Loads the net of a run from a checkpoint. The data need not be there.
 
     Args:
       workdir: of ``train``.
       checkpoint: "last", "best" (lowest held-out error) or a step.
+      overrides: values as text for config fields of ``DATA_FIELDS``.
 
     Raises:
-      UserError: there is no such run or checkpoint, or it is damaged.
+      UserError: there is no such run or checkpoint, or it is damaged; or a field that
+        is not in ``DATA_FIELDS``.
     """
     folder = Workdir(workdir)
     config = folder.read_config()
@@ -82,6 +121,13 @@ def load_run(
             f"workdir {folder.path} holds no run (no config.json); train one with "
             "resnet-jax train"
         )
+    for name in overrides or ():
+        if name not in DATA_FIELDS:
+            raise UserError(
+                f"{name} cannot be changed for a trained net; only "
+                f"{', '.join(DATA_FIELDS)} can"
+            )
+    config = override(config, overrides or {})
     if config.seeds > 1:
         raise UserError(
             f"workdir {folder.path} holds runs of {config.seeds} seeds; give one of "
@@ -94,7 +140,7 @@ def load_run(
         step = _find_step(checkpoints, checkpoint, folder)
         model, wanted = _abstract_variables(config, checkpoints.shapes(step), mesh)
         try:
-            state, _ = checkpoints.restore(step, wanted)
+            state, content = checkpoints.restore(step, wanted)
         except UserError as error:
             others = [str(other) for other in checkpoints.steps() if other != step]
             raise UserError(
@@ -104,7 +150,18 @@ def load_run(
         name: state[name] for name in ("params", "batch_stats")
     }
     statistics = PixelStatistics(**state["statistics"])
-    return SavedRun(config, mesh, model, variables, statistics, state["rng"], step)
+    trained_on = content.get("data") and Identity.from_json(content["data"])
+    return SavedRun(
+        config,
+        mesh,
+        model,
+        variables,
+        statistics,
+        state["rng"],
+        step,
+        trained_on,
+        other_data=any(name in _WHICH_DATA for name in overrides or ()),
+    )
 
 
 def _find_step(checkpoints: Checkpoints, wanted: int | str, folder: Workdir) -> int:

@@ -49,7 +49,7 @@ def train_seeds(
     folder.refuse_other_run(config)
     folder.create()
     with folder.lock(lambda text: say(console, text)):
-        folder.write_config(config, None, command_line())
+        folder.write_config(config, command_line())
         outcomes = train_members(members_of(config), folder.path, train_one, console)
     result = _combined(outcomes)
     folder.write_result(result)

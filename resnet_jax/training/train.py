@@ -35,6 +35,7 @@ from resnet_jax.evaluation.precise_statistics import (
     check_precise_statistics,
     precise_variables,
 )
+from resnet_jax.identity import Identity
 from resnet_jax.training.profile import Profile
 from resnet_jax.training.progress import Progress, Throughput, print_start
 from resnet_jax.training.report import make_result, print_result, write_report
@@ -101,6 +102,8 @@ def train_one(
     if distributed.broadcast(result is not None):
         result = result or folder.read_result() or {}
         say(console, f"{folder.path} holds a finished run; nothing to do")
+        if not folder.report.exists():  # killed after it wrote result.json
+            write_report(folder, result, folder.read_rows())
         print_result(console, result, folder.report)
         return result
     folder.create()
@@ -112,10 +115,12 @@ def train_one(
     ):
         # 2. Open the data; build net, optimizer and schedule; write config.json.
         dataset = datasets.open(config) if datasets else open_dataset(config)
+        if distributed.is_primary():
+            folder.refuse_other_data(dataset.identity, folder.read_data())
         learner = learner_for(config, dataset)
         check_precise_statistics(config, learner.abstract_state().batch_stats)
         folder.check_shared()
-        folder.write_config(config, learner.derived, command_line())
+        folder.write_config(config, command_line(), learner.derived, dataset.identity)
         print_start(console, learner, dataset)
         with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
             # 3. Restore the newest whole checkpoint, or make the first state.
@@ -132,8 +137,8 @@ def train_one(
             checkpoints.wait()
         # 5. Report. Every figure follows from the rows in the last checkpoint.
         result = make_result(learner, dataset, rows)
-        write_report(folder, result, rows)
         folder.write_result(result)
+        write_report(folder, result, rows)
     print_result(console, result, folder.report)
     return result
 
@@ -204,6 +209,9 @@ def _first_state(
     )
     if restored is not None:
         state, content = restored
+        if "data" in content:
+            trained_on = Identity.from_json(content["data"])
+            folder.refuse_other_data(dataset.identity, trained_on)
         names = {field.name for field in dataclasses.fields(_Start)} & content.keys()
         start = _Start(**{name: content[name] for name in names})
         folder.write_rows(start.rows)
@@ -234,6 +242,7 @@ class _Run:
     def __post_init__(self, dataset: Dataset) -> None:
         config, folder = self.learner.config, self.folder
         self.config, self.derived = config, self.learner.derived
+        self.identity = dataset.identity
         self.batch_size = self.derived.global_batch_size
         self.rows = list(self.start.rows)
         mesh = self.learner.mesh
@@ -421,8 +430,10 @@ class _Run:
             row_is_due=row_is_due,
             skipped=self._skipped(),
         )
-        config = dataclasses.asdict(self.config)
-        content = dataclasses.asdict(start) | {"config": config}
+        content = dataclasses.asdict(start) | {
+            "config": dataclasses.asdict(self.config),
+            "data": dataclasses.asdict(self.identity),
+        }
         row = self.rows[-1] if self.rows and self.rows[-1]["step"] == step else {}
         self.checkpoints.save(state, content, row.get("holdout_error"), replace)
 

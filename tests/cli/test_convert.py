@@ -80,7 +80,7 @@ def workdir(tmp_path_factory):
     setup = parts(config, 2)
     folder = Workdir(root / "run")
     folder.create()
-    folder.write_config(setup.config, setup.learner.derived, "resnet-jax train")
+    folder.write_config(setup.config, "resnet-jax train")
     rng = np.random.default_rng(0)
 
     def draw(leaf):

@@ -11,18 +11,23 @@ from sklearn.datasets import load_digits
 from resnet_jax.config import default_config, resolve
 from resnet_jax.data import images
 from resnet_jax.data.digits import is_test_image
-from resnet_jax.data.sources import open_sources
+from resnet_jax.data.sources import open_collection, open_sources
 from resnet_jax.errors import UserError
 from tests.conftest import write_image_folder
 
 RNG = np.random.default_rng(0)
 
 
+def opened(config):
+    data = resolve(config).data
+    return open_sources(data, open_collection(data))
+
+
 def sources(**data):
     config = default_config()
     config.training.steps = 1
     config.data.update(data)
-    train, test, _ = open_sources(resolve(config).data)
+    train, test, _ = opened(config)
     return train, test
 
 
@@ -69,12 +74,12 @@ def test_a_part_held_out_shares_no_example_with_the_others(tfds_dir):
     config.training.steps = 1
     config.data.data_dir = tfds_dir
     config.data.train_split, config.data.holdout_split = "train[:90%]", "train[90%:]"
-    train, test, holdout = open_sources(resolve(config).data)
+    train, test, holdout = opened(config)
     assert (len(train), len(holdout), len(test)) == (1293, 144, 360)
     for split, others in (("train[80%:]", "train"), ("test[:1]", "test_split=test")):
         config.data.holdout_split = split
         with pytest.raises(UserError, match=rf"{others}.* share"):
-            open_sources(resolve(config).data)
+            opened(config)
     config.data.holdout_examples = 5
     with pytest.raises(UserError, match=r"data\.holdout_examples=5 exclude each other"):
         resolve(config)

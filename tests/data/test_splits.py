@@ -129,7 +129,7 @@ def collection():
         return ArraySource(images, np.zeros(count, int), ["disc"], "numbered")
 
     sources = {"train": numbered(20, 0), "test": numbered(5, 100)}
-    return array_collection("numbered", sources)
+    return array_collection("numbered", "arrays", sources)
 
 
 def test_parts_give_the_examples_in_order():

@@ -12,7 +12,13 @@ from etils import epath
 
 from resnet_jax.config.schema import DataConfig
 from resnet_jax.data.sources.arrays import open_cifar, open_idx
-from resnet_jax.data.sources.base import Description, Example, Source, Subset
+from resnet_jax.data.sources.base import (
+    Description,
+    Example,
+    Relabelled,
+    Source,
+    Subset,
+)
 from resnet_jax.data.sources.folders import open_folders
 from resnet_jax.data.sources.imagenet import readable_names
 from resnet_jax.data.sources.records import open_records, read_manifest
@@ -24,6 +30,7 @@ __all__ = [
     "Collection",
     "Description",
     "Example",
+    "Relabelled",
     "Source",
     "Subset",
     "open_collection",
@@ -88,16 +95,13 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
 
 
 def open_sources(
-    data: DataConfig, collection: Collection | None = None
+    data: DataConfig, collection: Collection
 ) -> tuple[Source, Source, Source | None]:
     """The training source, the test source and, if configured, the held-out source.
 
-    ``collection`` replaces the data set that ``data`` names.
-
     Raises:
-      UserError: data are missing, or two of the splits share examples.
+      UserError: a split is missing, or two of the splits share examples.
     """
-    collection = collection or open_collection(data)
     uses = {"data.train_split": data.train_split, "data.test_split": data.test_split}
     if data.holdout_split is not None:
         uses["data.holdout_split"] = data.holdout_split

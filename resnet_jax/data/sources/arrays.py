@@ -41,7 +41,9 @@ class ArraySource:
         return np.take(self._images, indices, axis=0), self._labels[indices]
 
 
-def array_collection(folder: Path, sources: Mapping[str, ArraySource]) -> Collection:
+def array_collection(
+    folder: Path, kind: str, sources: Mapping[str, ArraySource]
+) -> Collection:
     """Splits in memory, read from the files of ``folder``."""
     first = next(iter(sources.values()))
     description = Description(
@@ -50,6 +52,7 @@ def array_collection(folder: Path, sources: Mapping[str, ArraySource]) -> Collec
         channels=first.channels,
         num_examples={split: len(source) for split, source in sources.items()},
         image_shape=first.image_shape,
+        kind=kind,
     )
     return Collection(description, sources.__getitem__)
 
@@ -82,7 +85,7 @@ def open_cifar(root: Path) -> Collection | None:
                 parts = [_read_cifar(folder / file, label_bytes) for file in files]
                 images, labels = map(np.concatenate, zip(*parts, strict=True))
                 sources[split] = ArraySource(images, labels, names, f"{folder}/{split}")
-            return array_collection(folder, sources)
+            return array_collection(folder, "CIFAR binary files", sources)
     return None
 
 
@@ -126,7 +129,7 @@ def open_idx(root: Path) -> Collection | None:
     names = [str(label) for label in range(highest + 1)]
     train = ArraySource(arrays[0][..., None], arrays[1], names, f"{root}/train")
     test = ArraySource(arrays[2][..., None], arrays[3], names, f"{root}/t10k")
-    return array_collection(root, {"train": train, "test": test})
+    return array_collection(root, "idx files", {"train": train, "test": test})
 
 
 def _read_idx(file: Path) -> np.ndarray:

@@ -55,6 +55,8 @@ class Description:
       num_examples: number of examples by base split; may count a split on demand.
       image_shape: (h, w, c); None if sizes differ or are unknown.
       version: of the data set, if it has one.
+      kind: how it is stored, such as "class folders".
+      checksum: of a prepared data set's shards.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Description:
     num_examples: Mapping[str, int]
     image_shape: tuple[int, int, int] | None = None
     version: str | None = None
+    kind: str = "arrays"
+    checksum: str | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -105,6 +109,28 @@ class Subset:
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """See the function ``take``."""
         return take(self._source, self._indices[indices])
+
+
+class Relabelled:
+    """A source with its classes in another order."""
+
+    def __init__(self, source: Source, class_names: Sequence[str]):
+        """``class_names`` are the source's, in the order of the new labels."""
+        self._source, self.channels = source, source.channels
+        self.class_names = class_names
+        self._labels = class_labels(source.class_names, class_names, source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[index]
+        return dataclasses.replace(example, label=int(self._labels[example.label]))
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """See the function ``take``."""
+        taken = take(self._source, indices)
+        return None if taken is None else (taken[0], self._labels[taken[1]])
 
 
 def take(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

@@ -110,7 +110,8 @@ def open_folders(root: Path, classes_of: str = "train") -> Collection:
         return FolderSource(str(folder), names, labels, class_names)
 
     counts = Counts(splits, lambda split: len(open_split(split)))
-    return Collection(Description(str(root), class_names, 3, counts), open_split)
+    description = Description(str(root), class_names, 3, counts, kind="class folders")
+    return Collection(description, open_split)
 
 
 def _list_classes(

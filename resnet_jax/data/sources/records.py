@@ -11,6 +11,7 @@ and no compression, because images are compressed. ``docs/data.md`` shows a read
 
 import bisect
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -133,6 +134,15 @@ class RecordsSource:
             ) from error
 
 
+def _checksum(splits: Mapping[str, Any]) -> str:
+    """A checksum of all shards that a manifest lists."""
+    digest = hashlib.sha256()
+    for name in sorted(splits):
+        for shard in splits[name]["shards"]:
+            digest.update(f"{name} {shard['file']} {shard['sha256']}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
 def open_records(folder: epath.Path, manifest: Mapping[str, Any]) -> Collection:
     """A prepared data set, in a folder or below a gs:// URL; opens no shard."""
     splits, shape = manifest["splits"], manifest.get("image_shape")
@@ -143,6 +153,8 @@ def open_records(folder: epath.Path, manifest: Mapping[str, Any]) -> Collection:
         num_examples={name: split["examples"] for name, split in splits.items()},
         image_shape=None if shape is None else tuple(shape),
         version=manifest.get("source", {}).get("version"),
+        kind="prepared shards",
+        checksum=_checksum(splits),
     )
 
     def open_split(split: str) -> RecordsSource:

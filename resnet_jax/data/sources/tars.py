@@ -107,6 +107,7 @@ def open_tars(tars: Mapping[str, Path]) -> Collection:
         class_names=class_names,
         channels=3,
         num_examples=Counts(tuple(tars), lambda split: len(open_split(split))),
+        kind="tars",
     )
     return Collection(description, open_split)
 

@@ -51,6 +51,7 @@ class TfdsFeatures:
             num_examples={name: s.num_examples for name, s in info.splits.items()},
             image_shape=None if None in shape else tuple(shape),
             version=str(info.version),
+            kind="tfds",
         )
 
     def parse(self, record: bytes) -> dict[str, Any]:
