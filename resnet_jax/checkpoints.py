@@ -1,23 +1,24 @@
 """Checkpoints, written by Orbax in the background and checked when they are read.
 
 A checkpoint has two items. ``state`` is the ``TrainState``. ``meta`` is JSON: the rest
-of the run (config, position in the data, metrics so far) and a checksum of every array,
-because Orbax restores a flipped bit without an error.
+of the run (config, position in the data, metrics so far), and the shape, dtype and a
+checksum of every array, because Orbax restores a flipped bit without an error.
 
 1. ``save`` computes checksums on the devices and refuses a state that is not finite.
 2. Orbax copies the state to the host and writes it while training continues.
-3. ``restore_newest`` reads the newest checkpoint, computes the checksums again, and
-   falls back to the one before it if they differ.
+3. ``restore_newest`` reads the newest checkpoint. One whose arrays have other shapes
+   belongs to another run and is refused. One that differs from its checksums is
+   damaged, and the one before it is read.
 """
 
 import contextlib
 import inspect
 import json
-import operator
+import logging
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,43 +45,39 @@ class DivergedError(UserError):
     """The loss or the state is not finite."""
 
 
+class DamagedError(UserError):
+    """The files of a checkpoint are not what was written."""
+
+
 class Checkpoints:
     """The checkpoints of a run; a context manager that waits for the last save."""
 
-    def __init__(self, directory: Path, config: CheckpointConfig):
+    def __init__(self, directory: Path, config: CheckpointConfig, clean: bool = False):
         """Opens the folder and creates it if it is missing.
 
         Args:
           directory: absolute path, or an epath URL.
           config: which checkpoints to keep.
+          clean: delete what killed saves left; for the process that saves.
         """
-        holdout_error = operator.itemgetter("holdout_error")
         kept: list[Any] = [policies.LatestN(config.keep_last)]
         if config.keep_every_steps:
             kept.append(policies.EveryNSteps(config.keep_every_steps))
         if config.best:
-            kept.append(
-                policies.BestN(
-                    get_metric_fn=holdout_error,
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            kept.append(_KeepBest(self))
         self._directory = directory
         self._keeps_best = config.best
+        self._holdout_errors: dict[int, float] = {}
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
                 save_decision_policy=policies.FixedIntervalPolicy(1),
-                # Orbax writes metrics only with best_fn, and with best_fn it warns of
-                # every checkpoint without metrics.
-                best_fn=holdout_error if config.best else None,
-                best_mode="min",
+                cleanup_tmp_directories=clean,
                 async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS),
             ),
         )
+        self._read_holdout_errors()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -114,10 +111,13 @@ class Checkpoints:
         for name, is_finite in finite.items():
             if not is_finite and name.startswith(checked):
                 raise self.diverged(f"{name} is not finite after step {step}")
+        content = content | {"arrays": _descriptions(state)}
+        self._holdout_errors.pop(step, None)
+        if holdout_error is not None:
+            content["holdout_error"] = self._holdout_errors[step] = holdout_error
         text = json.dumps(content)
         crc32 = zlib.crc32(text.encode())
         meta = {"content": text, "content_crc32": crc32, "checksums": checksums}
-        metrics = None if holdout_error is None else {"holdout_error": holdout_error}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(jax.tree.map(_one_copy, state)),
             meta=ocp.args.JsonSave(meta),
@@ -125,7 +125,7 @@ class Checkpoints:
         with self._writing():
             if replace:
                 self._manager.delete(step)
-            self._manager.save(step, args=items, metrics=metrics)
+            self._manager.save(step, args=items)
 
     def diverged(self, what: str) -> DivergedError:
         """The error to raise, which names the last good checkpoint."""
@@ -149,19 +149,47 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the lowest held-out error, if the config keeps it."""
-        return self._manager.best_step() if self._keeps_best else None
+        return self.best_of(self.steps()) if self._keeps_best else None
+
+    def best_of(self, steps: Iterable[int]) -> int | None:
+        """The step with the lowest held-out error; the last of equal ones."""
+        known = [step for step in steps if step in self._holdout_errors]
+        return min(known, key=lambda s: (self._holdout_errors[s], -s), default=None)
+
+    def reload(self) -> None:
+        """Looks again which checkpoints there are."""
+        self._manager.reload()
+        self._read_holdout_errors()
+
+    def _read_holdout_errors(self) -> None:
+        self._holdout_errors = {}
+        for step in self.steps() if self._keeps_best else ():
+            with contextlib.suppress(DamagedError):
+                content, _ = self._read_meta(step)
+                rows = content.get("rows") or [{}]  # of version 0.1.0
+                last = rows[-1] if rows[-1].get("step") == step else {}
+                error = content.get("holdout_error", last.get("holdout_error"))
+                if error is not None:
+                    self._holdout_errors[step] = error
 
     def shapes(self, step: int) -> Any:
         """Shapes and dtypes of the saved state, as nested dictionaries.
 
         Raises:
-          UserError: the checkpoint is damaged.
+          DamagedError: the checkpoint is damaged.
         """
+        content, _ = self._read_meta(step)
+        failure = None
         try:
             with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-                return handler.metadata(self._directory / str(step) / "state").tree
+                tree = handler.metadata(self._directory / str(step) / "state").tree
+            found = _descriptions(tree)
+            if found != content.get("arrays", found):
+                failure = "its list of arrays differs from its checksum"
         except Exception as error:  # A damaged file can raise anything.
-            raise self._damaged(step, _reason(error)) from error
+            failure = _reason(error)
+        self._refuse_damaged(step, failure)
+        return tree
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, Content]:
         """The state and content of one checkpoint.
@@ -172,8 +200,14 @@ class Checkpoints:
             dictionary with some of its fields; only those are read.
 
         Raises:
-          UserError: the checkpoint is damaged.
+          DamagedError: the checkpoint is damaged.
+          UserError: its arrays have other names, shapes or dtypes.
         """
+        content, meta = self._read_meta(step)
+        content.pop("holdout_error", None)
+        saved = content.pop("arrays", None)
+        if saved is not None:
+            self._refuse_other_arrays(step, saved, abstract_state)
         failure = None
         _silence_abandoned_reads()
         try:
@@ -181,10 +215,12 @@ class Checkpoints:
             arguments = ocp.args.PyTreeRestore(
                 item=abstract_state, restore_args=how, partial_restore=True
             )
-            items = ocp.args.Composite(state=arguments, meta=ocp.args.JsonRestore())
-            restored = self._manager.restore(step, args=items)
-            state, meta = restored["state"], restored["meta"]
-            content = json.loads(meta["content"])
+            items = ocp.args.Composite(state=arguments)
+            state = self._manager.restore(step, args=items)["state"]
+            # What Orbax does not find stays abstract.
+            for path, leaf in jax.tree.leaves_with_path(state):
+                if not isinstance(leaf, jax.Array):
+                    failure = f"{_name(jax.tree_util.keystr(path))} is missing"
         except Exception as error:  # A damaged file can raise anything.
             failure = _reason(error)
         self._refuse_damaged(step, failure)
@@ -200,13 +236,14 @@ class Checkpoints:
         will be saved again.
 
         Raises:
-          UserError: every checkpoint is damaged.
+          UserError: every checkpoint is damaged, or the newest whole one belongs to
+            another run.
         """
         steps, damaged = self.steps(), []
         for step in reversed(steps):
             try:
                 restored = self.restore(step, abstract_state)
-            except UserError as error:
+            except DamagedError as error:
                 warn(f"{error}; trying the one before it")
                 damaged.append(step)
                 continue
@@ -220,14 +257,43 @@ class Checkpoints:
             )
         return None
 
-    def _refuse_damaged(self, step: int, failure: str | None) -> None:
-        """Raises UserError on all processes if one of them has a ``failure``."""
-        if distributed.sum_over_processes(failure is not None):
-            raise self._damaged(step, failure or "another process cannot read it")
+    def _read_meta(self, step: int) -> tuple[Content, Content]:
+        """The content of a checkpoint, compared with its checksum, and all of meta."""
+        failure = None
+        try:
+            items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            meta = self._manager.restore(step, args=items)["meta"]
+            content = json.loads(meta["content"])
+            if zlib.crc32(meta["content"].encode()) != meta["content_crc32"]:
+                failure = "its content differs from its checksum"
+        except Exception as error:  # A damaged file can raise anything.
+            failure = _reason(error)
+        self._refuse_damaged(step, failure)
+        return content, meta
 
-    def _damaged(self, step: int, failure: str) -> UserError:
-        path = self._directory / str(step)
-        return UserError(f"checkpoint {path} is damaged: {failure}")
+    def _refuse_damaged(self, step: int, failure: str | None) -> None:
+        """Raises DamagedError on all processes if one of them has a ``failure``."""
+        if distributed.sum_over_processes(failure is not None):
+            reason = failure or "another process cannot read it"
+            path = self._directory / str(step)
+            raise DamagedError(f"checkpoint {path} is damaged: {reason}")
+
+    def _refuse_other_arrays(
+        self, step: int, saved: dict[str, str], abstract_state: Any
+    ) -> None:
+        wanted = _descriptions(abstract_state)
+        extra = saved.keys() - wanted.keys()
+        if isinstance(abstract_state, dict):  # some fields of a state
+            extra = set()
+        for name in sorted(wanted.keys() | extra):
+            here, there = wanted.get(name, "absent"), saved.get(name, "absent")
+            if here != there:
+                raise UserError(
+                    f"checkpoint {self._directory / str(step)} belongs to another "
+                    f"run: {name[1:]} is {there} in it and {here} in this run; start "
+                    "with the config, the data and the jax settings (such as "
+                    "JAX_ENABLE_X64) of that run, or give another workdir"
+                )
 
     def _move_aside(self, step: int, warn: Warn) -> None:
         source = self._directory / str(step)
@@ -260,12 +326,30 @@ class Checkpoints:
             ) from error
 
 
+class _KeepBest:
+    """Orbax's policy for the checkpoint with the lowest held-out error.
+
+    Orbax's own one stores errors in a file without a checksum.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """Whether to keep each of the checkpoints."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = self._checkpoints.best_of(steps)
+        return [step == best for step in steps]
+
+
 def _silence_abandoned_reads() -> None:
     """Keeps Python from printing the errors of reads that nobody waits for.
 
     When one read fails, Orbax abandons the others. They may fail too, and each would
-    print a traceback whenever its coroutine is freed.
+    print a traceback when its coroutine or task is freed.
     """
+    logging.getLogger("asyncio").addFilter(_is_awaited)
     print_error = sys.unraisablehook
     if getattr(print_error, "__module__", None) == __name__:
         return
@@ -277,6 +361,13 @@ def _silence_abandoned_reads() -> None:
             print_error(error)
 
     sys.unraisablehook = hook
+
+
+def _is_awaited(record: logging.LogRecord) -> bool:
+    """Whether a message of asyncio is not about an abandoned read."""
+    message = record.getMessage()
+    abandoned = "exception was never retrieved" in message
+    return not (abandoned and ("orbax" in message or "tensorstore" in message))
 
 
 def _one_copy(leaf: jax.Array) -> jax.Array:
@@ -297,19 +388,35 @@ def _reason(error: Exception) -> str:
 
 
 def _difference(state: Any, meta: Content) -> str | None:
-    """How a restored state or content differs from its checksums, if it does."""
-    if zlib.crc32(meta["content"].encode()) != meta.get("content_crc32"):
-        return "its content differs from its checksum"
-    if "checksums" in meta:
-        saved, found = meta["checksums"], _checksums(state)[0]
-    else:  # Written by version 0.1.0.
-        stored = meta.get("state_crc32") or {}
-        saved = {_name(path): checksum for path, checksum in stored.items()}
+    """How a restored state differs from its checksums, if it does."""
+    if "state_crc32" in meta:  # Written by version 0.1.0.
+        stored = meta["state_crc32"]
         found = {name: _crc32(leaf) for name, leaf in _leaves(state).items()}
+    else:
+        stored, found = meta.get("checksums"), _checksums(state)[0]
+    if not isinstance(stored, dict):
+        return "it has no checksums"
+    saved = {_name(path): checksum for path, checksum in stored.items()}
     for name, checksum in found.items():
         if saved.get(name) != checksum:
             return f"{name} differs from its checksum"
     return None
+
+
+def _descriptions(state: Any) -> dict[str, str]:
+    """Dtype and shape of every array by name, such as ``float32[3,3,16,16]``.
+
+    ``state`` holds arrays, abstract ones, or Orbax's metadata of them. A random key
+    counts as its words.
+    """
+
+    def describe(leaf: Any) -> str:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        return f"{np.dtype(leaf.dtype)}[{','.join(map(str, leaf.shape))}]"
+
+    leaves = jax.tree.leaves_with_path(state)
+    return {_name(jax.tree_util.keystr(path)): describe(leaf) for path, leaf in leaves}
 
 
 def _leaves(state: Any) -> dict[str, jax.Array]:

@@ -117,6 +117,12 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def delete_leftovers(folder: Path) -> None:
+    """Deletes the temporary files of ``replacing`` that killed processes left."""
+    for leftover in folder.glob(".????????????????.part"):
+        leftover.unlink(missing_ok=True)
+
+
 def storage_of(path: Path) -> "Disk | Store":
     """The storage that holds a path."""
     return Store() if is_remote(path) else Disk()
@@ -132,10 +138,13 @@ class Disk:
         probe.write_bytes(b"")
         probe.unlink()
 
-    def lock(self, folder: Path, tell: Tell) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def lock(self, folder: Path, tell: Tell) -> Iterator[None]:
         """Holds a folder; raises UserError if another run holds it."""
         del tell
-        return locked(folder, _in_use(folder))
+        with locked(folder, _in_use(folder)):
+            delete_leftovers(folder)
+            yield
 
     def write(self, path: Path, text: str) -> None:
         """Replaces a file in one step."""

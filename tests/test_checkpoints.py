@@ -1,5 +1,7 @@
 import gc
 import json
+import re
+import shutil
 import sys
 
 import jax
@@ -27,10 +29,10 @@ def at_step(state, step):
     )
 
 
-def save_steps(directory, setup, steps, holdout_errors=None, **config):
+def save_steps(directory, setup, steps, holdout_errors=None, clean=False, **config):
     state = setup.fresh_state()
     errors = holdout_errors or [None] * len(steps)
-    with Checkpoints(directory, CheckpointConfig(**config)) as checkpoints:
+    with Checkpoints(directory, CheckpointConfig(**config), clean) as checkpoints:
         for step, error in zip(steps, errors):
             checkpoints.save(at_step(state, step), {"rows": [{"step": step}]}, error)
             checkpoints.wait()
@@ -86,6 +88,14 @@ def test_keeps_what_the_config_says(tmp_path, setup, config, kept):
         assert checkpoints.best_step() == (3 if config.get("best") else None)
 
 
+def test_a_damaged_checkpoint_is_never_the_best(tmp_path, setup):
+    save_steps(tmp_path, setup, [1, 2, 3], [0.3, 0.1, 0.2], keep_last=3, best=True)
+    file = tmp_path / "2" / "meta" / "metadata"
+    file.write_text(file.read_text().replace("0.1", "0.0"))
+    with Checkpoints(tmp_path, CheckpointConfig(best=True)) as checkpoints:
+        assert checkpoints.best_step() == 3
+
+
 def largest_file(folder):
     return max(
         (f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
@@ -122,8 +132,33 @@ def change_rows(folder):
     file.write_text(text.replace('\\"step\\": 2', '\\"step\\": 7'))
 
 
+def rename_checksums(folder):
+    file = folder / "meta" / "metadata"
+    file.write_text(file.read_text().replace('"checksums"', '"checksumz"'))
+
+
+def rename_an_array(folder):
+    file = folder / "meta" / "metadata"
+    file.write_text(file.read_text().replace(".params.head.bias", ".params.head.bibs"))
+
+
+def list_instead_of_checksums(folder):
+    file = folder / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps(meta | {"checksums": [1, 2]}))
+
+
+def rename_for_orbax(folder):
+    file = folder / "state" / "_METADATA"
+    file.write_text(file.read_text().replace("stage1", "stage9"))
+
+
 @pytest.mark.parametrize(
-    "damage", [truncate, flip_bits, empty, delete_arrays, change_rows]
+    "damage",
+    [
+        *(truncate, flip_bits, empty, delete_arrays, change_rows, rename_checksums),
+        *(rename_an_array, list_instead_of_checksums, rename_for_orbax),
+    ],
 )
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     tmp_path, setup, damage, monkeypatch
@@ -151,6 +186,49 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(
             checkpoints.restore(2, setup.learner.abstract_state())[0], at_step(state, 2)
         )
     assert (tmp_path / "damaged-2").is_dir()
+
+
+def with_double_step(state):
+    return state.replace(learning_rate=state.learning_rate.update(dtype=jnp.float64))
+
+
+def without_head(state):
+    params = {name: tree for name, tree in state.params.items() if name != "head"}
+    return state.replace(params=params)
+
+
+def with_a_class_more(state):
+    head = state.params["head"] | {"bias": state.step.update(shape=(11,))}
+    return state.replace(params=state.params | {"head": head})
+
+
+OTHER_STATES = {
+    "learning_rate is float32[] in it and float64[] in this run": with_double_step,
+    "params.head.bias is float32[10] in it and absent in this run": without_head,
+    "params.head.bias is float32[10] in it and int32[11] in this": with_a_class_more,
+}
+
+
+@pytest.mark.parametrize("difference", OTHER_STATES)
+def test_a_checkpoint_of_another_net_is_no_damaged_one(tmp_path, setup, difference):
+    save_steps(tmp_path, setup, [1, 2])
+    other = OTHER_STATES[difference](setup.learner.abstract_state())
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        with pytest.raises(UserError, match=re.escape(difference)) as caught:
+            checkpoints.restore_newest(other, pytest.fail)
+        assert "damaged" not in str(caught.value)
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_what_a_killed_save_left_goes_at_the_next_start(tmp_path, setup):
+    save_steps(tmp_path, setup, [1])
+    left = tmp_path / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "1", left)
+    with Checkpoints(tmp_path, CheckpointConfig()) as reader:
+        assert reader.steps() == [1]
+    assert left.exists(), "only the process that saves may delete"
+    save_steps(tmp_path, setup, [2], clean=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
 def test_all_damaged_is_said_and_nothing_deleted(tmp_path, setup):

@@ -211,3 +211,10 @@ def test_only_regular_files_are_read(tmp_path, kind):
         path.mkdir()
     with pytest.raises(OSError, match="not a regular file"):
         storage.read_text(path)
+
+
+def test_temporary_files_of_killed_writes_go_at_the_next_start(tmp_path):
+    (tmp_path / ".0123456789abcdef.part").write_text("half of a file")
+    (tmp_path / "kept.part").write_text("")
+    with storage.Disk().lock(tmp_path, print):
+        assert [path.name for path in tmp_path.iterdir()] == ["kept.part"]

@@ -12,7 +12,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from resnet_jax import parallel
-from resnet_jax.checkpoints import Checkpoints
+from resnet_jax.checkpoints import Checkpoints, DamagedError
 from resnet_jax.config import Config, build_model, override
 from resnet_jax.data.dataset import Dataset, Split, open_dataset
 from resnet_jax.data.feeds import Feed, make_feed
@@ -137,15 +137,22 @@ def load_run(
         raise UserError(f"workdir {folder.path} holds no checkpoint yet")
     mesh = parallel.data_mesh()
     with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
-        step = _find_step(checkpoints, checkpoint, folder)
-        model, wanted = _abstract_variables(config, checkpoints.shapes(step), mesh)
-        try:
-            state, content = checkpoints.restore(step, wanted)
-        except UserError as error:
-            others = [str(other) for other in checkpoints.steps() if other != step]
-            raise UserError(
-                f"{error}; other checkpoints: {', '.join(others) or 'none'}"
-            ) from error
+        while True:
+            step = _find_step(checkpoints, checkpoint, folder)
+            try:
+                saved = checkpoints.shapes(step)
+                model, wanted = _abstract_variables(config, saved, mesh)
+                state, content = checkpoints.restore(step, wanted)
+                break
+            except DamagedError as error:
+                # A running training may have replaced it by a newer one.
+                checkpoints.reload()
+                steps = checkpoints.steps()
+                if step in steps:
+                    others = ", ".join(str(other) for other in steps if other != step)
+                    raise UserError(
+                        f"{error}; other checkpoints: {others or 'none'}"
+                    ) from error
     variables = state.get("ema") or {
         name: state[name] for name in ("params", "batch_stats")
     }

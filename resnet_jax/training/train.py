@@ -122,7 +122,7 @@ def train_one(
         folder.check_shared()
         folder.write_config(config, command_line(), learner.derived, dataset.identity)
         print_start(console, learner, dataset)
-        with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
+        with Checkpoints(folder.checkpoints, config.checkpoint, True) as checkpoints:
             # 3. Restore the newest whole checkpoint, or make the first state.
             state, start = _first_state(learner, dataset, checkpoints, folder, console)
             # 4. Run the steps that are left.

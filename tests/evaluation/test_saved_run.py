@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import resnet_jax
+from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.config import resolve
 from resnet_jax.errors import UserError
 from tests.conftest import make_console, make_tiny_config
@@ -107,6 +108,24 @@ def test_a_net_is_evaluated_where_its_data_moved_and_by_class_name(
         resnet_jax.evaluate(workdir, overrides={"data.path": "renamed"})
     with pytest.raises(UserError, match=r"model\.name cannot be changed"):
         resnet_jax.evaluate(workdir, overrides={"model.name": "cifar_resnet14"})
+
+
+def test_a_checkpoint_that_training_replaces_while_it_is_read_is_no_fault(
+    run, tmp_path, console, monkeypatch
+):
+    _, workdir, _ = run
+    shutil.copytree(workdir, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "2").rename(folder / "3")
+    read = Checkpoints.shapes
+
+    def shapes(checkpoints, step):
+        if step == 3:
+            (folder / "3").rename(folder / "4")
+        return read(checkpoints, step)
+
+    monkeypatch.setattr(Checkpoints, "shapes", shapes)
+    assert resnet_jax.evaluate(tmp_path / "run", console=console)["step"] == 4
 
 
 def test_a_relative_path_is_kept_absolute(tmp_path, monkeypatch):
