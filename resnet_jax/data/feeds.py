@@ -8,6 +8,9 @@ jitted step.
 
 import dataclasses
 import itertools
+import multiprocessing
+import os
+import threading
 from collections.abc import Generator, Iterator
 
 import jax
@@ -211,7 +214,8 @@ def host_batches(
     if processes:
         if not flags.FLAGS.is_parsed():  # Grain reads absl's flags; notebooks do not
             flags.FLAGS.mark_as_parsed()
-        stream = stream.mp_prefetch(grain.MultiprocessingOptions(processes))
+        options = grain.MultiprocessingOptions(processes)
+        stream = stream.mp_prefetch(options, worker_init_fn=_end_with_parent)
     stream = stream.batch(per_batch, batch_fn=join)
     prefetch = grain.experimental.ThreadPrefetchIterDataset
     iterator = iter(prefetch(stream, prefetch_buffer_size=_READY_BATCHES))
@@ -219,6 +223,17 @@ def host_batches(
         yield from _checked(iterator)
     finally:
         iterator.close()
+
+
+def _end_with_parent(*_: int) -> None:
+    """Makes a worker process end when the run does, even if the run was killed."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _checked(batches: Iterator[Chunk]) -> Iterator[Chunk]:

@@ -1,15 +1,22 @@
+import contextlib
 import dataclasses
 import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
 from resnet_jax.config import default_config, resolve
+from resnet_jax.config.schema import DataConfig
 from resnet_jax.data.chunks import EvaluationChunks, Layout, TrainingChunks, join
 from resnet_jax.data.dataset import open_dataset
 from resnet_jax.data.feeds import host_batches, training_order
 from resnet_jax.errors import UserError
+from tests.conftest import REPOSITORY
 
 
 def config_of(root, **changes):
@@ -210,6 +217,42 @@ class _Dying:
         if number == 5:
             os._exit(3)
         return {"image": np.zeros((2, 1, 1, 1), np.uint8), "skipped": ""}
+
+
+def test_workers_end_with_a_run_that_was_killed():
+    code = "from tests.data.test_chunks import print_worker; print_worker()"
+    run = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=REPOSITORY, text=True
+    )
+    worker = Path("/proc") / run.stdout.readline().strip()
+    assert worker.exists()
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 20
+    with contextlib.suppress(FileNotFoundError):
+        while (worker / "stat").read_text().split()[2] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def print_worker():
+    """Prints the number of a worker process, and waits to be killed."""
+    data = DataConfig(num_processes=1)
+    batches = host_batches(_Numbered(Layout(2, 0, 1, 2)), data)
+    print(int(next(batches)["image"][0, 0]), flush=True)
+    time.sleep(60)
+
+
+class _Numbered:
+    """Chunks that hold the number of the process that reads them."""
+
+    def __init__(self, layout):
+        self.layout = layout
+
+    def __call__(self, number):
+        import os
+
+        return {"image": np.full((2, 1), os.getpid()), "skipped": ""}
 
 
 def test_chunks_pickle_small(image_folder):
