@@ -1,13 +1,12 @@
 """Deep residual learning (He et al. 2015) in JAX and Flax.
 
-``create_model`` and ``list_models`` need jax and flax alone; the others import the
-libraries of data, weights and checkpoints when they are first used.
+Every name imports what it needs when it is first used. ``create_model`` and
+``list_models`` need jax and flax alone.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from resnet_jax.errors import UserError
-from resnet_jax.models import create_model, list_models
 
 __version__ = "0.1.0"
 
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from resnet_jax.config import default_config, load_config
     from resnet_jax.evaluation.evaluate import evaluate
     from resnet_jax.evaluation.saved_run import load_run
+    from resnet_jax.models import create_model, list_models
     from resnet_jax.prepare import prepare_dataset
     from resnet_jax.training.report import report
     from resnet_jax.training.train import train
@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "create_model": "resnet_jax.models",
+    "list_models": "resnet_jax.models",
     "default_config": "resnet_jax.config",
     "load_config": "resnet_jax.config",
     "prepare_dataset": "resnet_jax.prepare",

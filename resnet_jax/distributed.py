@@ -7,19 +7,17 @@ names it, instead of waiting in a collective forever.
 
 import contextlib
 import dataclasses
-import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from resnet_jax.errors import Preempted, UserError
+from resnet_jax.signals import exit_now
 
 _POLL_SECONDS = (0.5, 5.0)
 _START_SECONDS = 300
@@ -250,10 +248,3 @@ def _dead() -> set[int]:
     except multihost_utils.ProcessFailureError as error:
         return {device.process_index for device in error.failed_devices}
     return set(range(jax.process_count())) - {d.process_index for d in living}
-
-
-def exit_now(sentence: str, status: int) -> NoReturn:
-    """Ends the process from any thread, even if the main one waits in a collective."""
-    sys.stdout.flush()
-    print(f"resnet-jax: {sentence}", file=sys.stderr, flush=True)
-    os._exit(status)

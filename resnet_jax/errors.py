@@ -12,7 +12,15 @@ class UserError(Exception):
 
 
 class Preempted(Exception):  # noqa: N818 - not an error
-    """A run stopped on SIGTERM after saving; the same call continues it."""
+    """A run stopped on a signal after saving; the same call continues it.
+
+    Attributes:
+      exit_status: for the process: 0, or 130 after Ctrl-C, as shells expect.
+    """
+
+    def __init__(self, sentence: str, exit_status: int = 0):
+        super().__init__(sentence)
+        self.exit_status = exit_status
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -1,6 +1,8 @@
 """The device mesh, and how arrays are distributed over it."""
 
+import collections
 import math
+import time
 from typing import Any, TypeVar
 
 import jax
@@ -81,6 +83,34 @@ def settled(tree: Tree) -> Tree:
     if len(devices) > 1 and next(iter(devices)).platform == "cpu":
         jax.block_until_ready(tree)
     return tree
+
+
+class InFlight:
+    """Keeps the programs that wait on the devices to about ``seconds`` of work.
+
+    jax dispatches programs ahead of the devices, and a run that is to stop must wait
+    for all of them. One program always waits, so the devices are never idle.
+    """
+
+    def __init__(self, seconds: float = 0.5):
+        self._seconds = seconds
+        self._marks: collections.deque[jax.Array] = collections.deque()
+        self._depth, self._done_at = 1, 0.0
+
+    def add(self, result: jax.Array) -> None:
+        """Counts a dispatched program; waits for an earlier one if too many wait.
+
+        Args:
+          result: of the program, small, and not donated to the next one.
+        """
+        self._marks.append(result)
+        while len(self._marks) > self._depth:
+            self._marks.popleft().block_until_ready()
+            # A steady loop ends one program for each that it dispatches.
+            between = time.perf_counter() - self._done_at
+            self._done_at += between
+            wanted = int(self._seconds / max(between, 1e-4))
+            self._depth = max(1, min(2 * self._depth, wanted))
 
 
 def check_divides(

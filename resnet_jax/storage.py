@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
+from resnet_jax import signals
 from resnet_jax.errors import UserError
 
 LOCK = "run.lock"
@@ -107,6 +108,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     # Two processes may write the same file.
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")
+    signals.temporary_files.add(temporary)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -115,6 +117,7 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        signals.temporary_files.discard(temporary)
 
 
 def delete_leftovers(folder: Path) -> None:

@@ -53,8 +53,8 @@ def test_public_names_are_there():
 
 
 ROOMS = (
-    ("errors", "environment", "distributed", "storage", "parallel", "console"),
-    ("identity",),
+    ("errors", "signals", "identity"),
+    ("environment", "distributed", "storage", "parallel", "console"),
     ("models",),
     ("config",),
     ("workdir", "checkpoints"),

@@ -1,5 +1,6 @@
 """How arrays and batches lie on the devices."""
 
+import time
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +11,27 @@ from jax.sharding import PartitionSpec
 
 from resnet_jax import parallel
 from resnet_jax.errors import UserError
+
+
+def test_at_most_about_a_second_of_work_waits_on_the_devices(monkeypatch):
+    """Steps of 0.1 s, dispatched at once, and then steps of 0.01 s."""
+    clock, seconds, dispatched, done = 0.0, 0.1, 0, 0
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+
+    class Step:
+        def block_until_ready(self):
+            nonlocal clock, done
+            clock, done = clock + seconds, done + 1
+
+    in_flight, waiting = parallel.InFlight(seconds=0.5), []
+    for dispatched in range(1, 201):
+        if dispatched == 101:
+            seconds = 0.01
+        in_flight.add(Step())
+        waiting.append(dispatched - done)
+    assert waiting[0] == 1
+    assert max(waiting[:100]) == waiting[99] == 5
+    assert max(waiting) == waiting[199] == 50
 
 
 @pytest.mark.parametrize(

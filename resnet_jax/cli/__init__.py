@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
     Returns:
-      The exit status: 0 if it finished, or saved on SIGTERM; 1 on an error; 130 if
-      interrupted.
+      The exit status: 0 if it finished, or saved on SIGTERM; 1 on an error; 130 if it
+      saved on Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="resnet-jax",
@@ -63,15 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"resnet-jax: error: {error}", file=sys.stderr)
         return 1
-    except Preempted:
-        return 0
-    except KeyboardInterrupt:
-        print(
-            "resnet-jax: stopped; the same command continues from the last checkpoint "
-            "or shard, if there is one",
-            file=sys.stderr,
-        )
-        return 130
+    except Preempted as stopped:
+        return stopped.exit_status
     return 0
 
 

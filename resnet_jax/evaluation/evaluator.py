@@ -101,9 +101,11 @@ class Evaluator:
           RuntimeError: an example was not counted exactly once, a bug here.
         """
         total, skipped_before = Sums.zeros(), len(feed.skipped)
+        in_flight = parallel.InFlight()
         for batch in feed.evaluation_batches(batch_size):
             sums = self.step(variables, statistics, feed.resident, batch)
             total = total + parallel.settled(sums)
+            in_flight.add(total.count)
             if interrupted():
                 raise Interrupted
         summary = total.summary()

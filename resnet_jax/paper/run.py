@@ -43,7 +43,7 @@ def run_experiment(
 
     Raises:
       UserError: an unknown name, or an error in a config, the data or a folder.
-      Preempted: SIGTERM stopped a run, and it has saved.
+      Preempted: a signal stopped a run, and it has saved.
     """
     if seeds is not None and seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {seeds}")

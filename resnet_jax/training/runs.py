@@ -43,7 +43,7 @@ def train_seeds(
 
     Raises:
       UserError: a fault in config, data or workdir, or all runs diverged.
-      Preempted: SIGTERM stopped a run, and it has saved.
+      Preempted: a signal stopped a run, and it has saved.
     """
     folder = Workdir(workdir)
     folder.refuse_other_run(config)
@@ -124,7 +124,7 @@ def train_members(
 
     Raises:
       UserError: a fault in a config, the data or a folder.
-      Preempted: SIGTERM stopped a run, and it has saved.
+      Preempted: a signal stopped a run, and it has saved.
     """
     datasets, outcomes, ran = LastDataset(), [], False
     cache = next((config.compilation_cache for config in members.values()), None)

@@ -1,12 +1,9 @@
-"""SIGTERM, which a cluster sends before it takes a machine away.
+"""Signals that ask a run to save and end: SIGTERM of a cluster, Ctrl-C, a hang-up.
 
-The first SIGTERM makes a run finish its step and save; a second ends the process at
-once. A thread receives them, because Python runs its own handlers in the main thread,
-which may compile for minutes.
+The first one makes a run finish its step and save. A second ends the process at once.
 """
 
 import collections
-import os
 import signal
 import threading
 import time
@@ -19,50 +16,35 @@ import numpy as np
 from jax.sharding import Mesh
 
 from resnet_jax import distributed, parallel
+from resnet_jax.errors import Preempted
+from resnet_jax.signals import Listener, exit_now
 
-_AT_ONCE = 128 + signal.SIGTERM
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _POLLS_IN_FLIGHT = 2
 _SAME_SECONDS = 0.2
 """GNU timeout and some schedulers send SIGTERM to a process and again to its group."""
 
 
 class StopSignal:
-    """Whether SIGTERM came; all processes agree. A context manager.
-
-    It handles SIGTERM only in the main thread, and only if the process has no handler
-    yet: an application that embeds a run keeps its signals.
-    """
+    """Whether a signal came; all processes agree. A context manager."""
 
     def __init__(self, say: Callable[[str], None]):
         """Reports signals with ``say``."""
         self._say = say
+        self._listener = Listener(self._hear, _SIGNALS)
         self._heard = threading.Event()
+        self._number: int | None = None
         self._heard_at = 0.0
         self._nothing_to_save = True
         self._mesh: Mesh | None = None
         self._answers: collections.deque[jax.Array] = collections.deque()
 
     def __enter__(self) -> "StopSignal":
-        self._installed = (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        )
-        if self._installed:
-            self._reader, self._writer = os.pipe()
-            os.set_blocking(self._writer, False)
-            self._previous_fd = signal.set_wakeup_fd(
-                self._writer, warn_on_full_buffer=False
-            )
-            # Only signals with a Python handler are written to the pipe.
-            signal.signal(signal.SIGTERM, lambda *_: None)
-            threading.Thread(target=self._listen, daemon=True).start()
+        self._listener.__enter__()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._installed:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.set_wakeup_fd(self._previous_fd)
-            os.close(self._writer)
+        self._listener.__exit__()
 
     def agree_over(self, mesh: Mesh) -> None:
         """Makes ``asked`` answer for all processes of these devices."""
@@ -88,26 +70,29 @@ class StopSignal:
             return False
         return bool(self._answers.popleft())
 
-    def _listen(self) -> None:
-        # On exit, the other end of the pipe is closed and the read returns nothing.
-        while number := os.read(self._reader, 1):
-            if number[0] == signal.SIGTERM:
-                self._hear()
-        os.close(self._reader)
+    def preempted(self, step: int) -> Preempted:
+        """The error to raise after the run saved at ``step``."""
+        number = self._number
+        name = signal.Signals(number).name if number else "another process"
+        status = 128 + signal.SIGINT if number == signal.SIGINT else 0
+        return Preempted(
+            f"stopped by {name} and saved at step {step}; the same command continues",
+            status,
+        )
 
-    def _hear(self) -> None:
-        now = time.monotonic()
+    def _hear(self, number: int) -> None:
+        now, name = time.monotonic(), signal.Signals(number).name
         if self._heard.is_set():
             if now - self._heard_at < _SAME_SECONDS:
                 return
-            distributed.exit_now("stopped at once by a second SIGTERM", _AT_ONCE)
-        self._heard_at = now
+            exit_now(f"stopped at once by a second {name}", 128 + number)
+        self._heard_at, self._number = now, number
         self._heard.set()
         # Among several processes, the others would wait for this one.
         if self._nothing_to_save and distributed.process_count() == 1:
-            distributed.exit_now(
-                "stopped by SIGTERM before its first step, with nothing new to save; "
+            exit_now(
+                f"stopped by {name} before its first step, with nothing new to save; "
                 "the same command starts or resumes the run",
-                0,
+                128 + number if number == signal.SIGINT else 0,
             )
-        self._say("SIGTERM: the run finishes its step and saves; a second one ends it")
+        self._say(f"{name}: the run finishes its step and saves; a second one ends it")

@@ -59,7 +59,7 @@ def sweep(
     Raises:
       UserError: a wrong field or value, which is found before anything runs, or a
         fault in data or folder.
-      Preempted: SIGTERM stopped a run, and it has saved.
+      Preempted: a signal stopped a run, and it has saved.
     """
     console = console or make_console()
     points = _points(spec, grid, overrides or {})

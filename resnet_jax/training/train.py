@@ -79,7 +79,7 @@ def train(
 
     Raises:
       UserError: a fault in config, data or workdir, or a loss that is not finite.
-      Preempted: SIGTERM stopped the run, and it has saved.
+      Preempted: a signal stopped the run, and it has saved.
     """
     config = resolve(config)
     console = console or make_console()
@@ -157,6 +157,12 @@ def learner_for(
         num_classes=dataset.num_classes,
         image_shape=dataset.image_shape,
     )
+
+
+@jax.jit
+def _copy(step: jax.Array) -> jax.Array:
+    """An array that stays when the state is donated to the next step."""
+    return step + 0
 
 
 def steps_per_call(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> int:
@@ -268,13 +274,14 @@ class _Run:
         """Runs the steps that are left; returns all rows of metrics.jsonl.
 
         Raises:
-          Preempted: SIGTERM stopped the run, and it has saved.
+          Preempted: a signal stopped the run, and it has saved.
         """
         step, last, compiled = int(state.step), self.derived.steps, set[int]()
         batch_size, seed, feed = self.batch_size, self.config.seed, self.train_feed
         batches = feed.training_batches(self.start.position, batch_size, seed)
         one_step = make_train_step(self.learner)
         many_steps = make_train_steps(self.learner)
+        in_flight = parallel.InFlight()
         self.stop.agree_over(self.learner.mesh)
         with (
             contextlib.closing(batches),
@@ -300,6 +307,7 @@ class _Run:
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                     state = train(state, feed.resident, batch)
                     parallel.settled(state)
+                    in_flight.add(_copy(state.step))
                 step += length
                 if length in compiled:
                     self.throughput.count(length * batch_size)
@@ -443,9 +451,7 @@ class _Run:
         if not saved:
             self._save(state, step, replace=False, row_is_due=row_is_due)
         self.checkpoints.wait()
-        raise Preempted(
-            f"stopped by SIGTERM and saved at step {step}; the same command continues"
-        )
+        raise self.stop.preempted(step)
 
     def _refuse_bad_loss(self, state: TrainState) -> None:
         step = int(state.first_bad_step)
