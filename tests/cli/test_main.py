@@ -144,13 +144,6 @@ def test_benchmark_step_prints_and_writes_its_figures(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("option", ["--batch", "--steps", "--image-size"])
-def test_benchmark_refuses_what_is_not_positive(capsys, option):
-    status, _, err = run(capsys, "benchmark", "step", option, "0")
-    assert status == 1
-    assert "must be at least 1" in err
-
-
 LATE_ANSWER = """
 import asyncio
 import tensorstore
