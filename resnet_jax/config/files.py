@@ -8,26 +8,22 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from resnet_jax.config.schema import flatten
 from resnet_jax.errors import UserError
 from resnet_jax.storage import expand, is_remote, open_regular
-
-if TYPE_CHECKING:
-    import ml_collections
 
 _MOST_BYTES = 2**24
 """Size of a config file; larger ones are something else, such as weights."""
 
 
-def run_config_file(
-    spec: str, overrides: Mapping[str, Any]
-) -> "ml_collections.ConfigDict":
-    """The ConfigDict that a file's ``get_config`` returns, with values replaced.
+def run_config_file(spec: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a file's ``get_config`` sets, by dotted name of their field.
 
     Args:
       spec: ``PATH`` or ``PATH:ARG``.
-      overrides: dotted names of fields to values.
+      overrides: values that replace the file's.
 
     Raises:
       UserError: the file is missing, fails, or returns something else.
@@ -58,7 +54,7 @@ def run_config_file(
                 target = target[section]
             target[key] = value
         # Here, because values that refer to others are computed when they are read.
-        return config.copy_and_resolve_references()
+        return flatten(config.copy_and_resolve_references())
 
 
 def _read(name: str) -> tuple[Path, bytes]:

@@ -37,7 +37,8 @@ MOST_EXAMPLES = 10**10
 MOST_PIXELS = 8192
 """Longest side of an image."""
 MOST_BATCH = 2**20
-MOST_RATE = 10**6
+MOST_RATE = 1e38
+"""The range of float32: a rate may be absurd, to see a run diverge."""
 MOST_SEEDS = 10_000
 
 
