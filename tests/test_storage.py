@@ -211,3 +211,26 @@ def test_only_regular_files_are_read(tmp_path, kind):
         path.mkdir()
     with pytest.raises(OSError, match="not a regular file"):
         storage.read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("", "a path must not be empty"),
+        ("a\0b", "NUL character"),
+        ("~nobody-here/x", "begins with ~nobody-here, but this machine knows no home"),
+        ("http://x", "http://x names no store"),
+        ("file:///x", "names no store"),
+        ("://x", "names no store"),
+    ],
+)
+def test_what_no_path_can_be_is_refused(path, sentence):
+    with pytest.raises(UserError, match=sentence):
+        storage.locate(path)
+
+
+def test_a_link_to_itself_is_no_path_or_cannot_be_read(tmp_path):
+    """Python 3.11 and 3.12 refuse to resolve it; later ones find out on reading."""
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises((UserError, OSError), match="link"):
+        storage.read_text(storage.locate(tmp_path / "loop"))

@@ -228,6 +228,8 @@ def _check_text(field: Field, text: str) -> None:
 
 def _shown(value: Any) -> str:
     """A value in an error message, cut if it is long."""
+    if isinstance(value, int) and 1e15 < abs(value) < 1.7e308:
+        return f"{value:g}"
     try:
         text = repr(value)
     except ValueError:

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from resnet_jax.cli.overrides import parse_overrides
+from resnet_jax.cli.overrides import fields_help, parse_overrides
 from resnet_jax.config import (
     default_config,
     derive,
@@ -411,3 +411,13 @@ def test_removed_fields_of_old_runs_load_at_their_defaults():
 def test_a_resolved_config_is_returned_as_it_is():
     config = resolve({"training": {"steps": 10}})
     assert resolve(config) is config
+
+
+def test_help_shows_the_limits_of_numbers():
+    lines = fields_help().splitlines()
+    assert (
+        "  training.steps = None  (an integer or None, from 1 to 1,000,000,000)"
+        in lines
+    )
+    assert "  optimizer.momentum = 0.9  (a number, from 0 to 0.999999)" in lines
+    assert "  data.test_split = test  (a string)" in lines
