@@ -51,11 +51,11 @@ def output_file(text: str) -> str:
     """A type for argparse: a file that can be written, so that no work is lost."""
     try:
         path = expand(text)
-        found, folder = path.exists(), path.parent.is_dir()
+        is_folder, folder = path.is_dir(), path.parent.is_dir()
     except (UserError, OSError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if found and not path.is_file():
-        raise argparse.ArgumentTypeError(f"{text} is no file: give the name of a file")
+    if is_folder:
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give a file in it")
     if not folder:
         raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
     return str(path)

@@ -1,5 +1,3 @@
-import os
-
 import pytest
 
 from resnet_jax.cli import main
@@ -54,14 +52,12 @@ def test_numbers_have_limits(capsys, command, option, limits):
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(
     tmp_path, capsys, command
 ):
-    os.mkfifo(tmp_path / "pipe")
     for name, sentence in (
         ("", "must not be empty"),
         ("a\0b", "NUL character"),
         ("~nobody-here/a.json", "knows no home folder"),
         ("/nowhere/a.json", "folder /nowhere does not exist"),
-        (str(tmp_path), "is no file"),
-        (str(tmp_path / "pipe"), "is no file"),
+        (str(tmp_path), "is a folder"),
         ("a" * 5000, "File name too long"),
     ):
         assert sentence in refusal(capsys, *command, "--json", name)
