@@ -8,6 +8,7 @@ import rich.table
 import rich.text
 
 from resnet_jax import distributed
+from resnet_jax.errors import printable
 
 
 def make_console() -> rich.console.Console:
@@ -17,14 +18,14 @@ def make_console() -> rich.console.Console:
 
 def say(console: rich.console.Console, text: str) -> None:
     """Prints a line without wrapping or markup: paths may contain brackets."""
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
 
 
 def print_facts(console: rich.console.Console, facts: Mapping[str, str]) -> None:
     """Prints names and values as two columns."""
     table = rich.table.Table(box=None, show_header=False, padding=(0, 1))
     for name, value in facts.items():
-        table.add_row(name, rich.text.Text(value))
+        table.add_row(name, rich.text.Text(printable(value)))
     console.print(table, highlight=False)
 
 

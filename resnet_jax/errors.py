@@ -23,6 +23,20 @@ class Preempted(Exception):  # noqa: N818 - not an error
         self.exit_status = exit_status
 
 
+def printable(text: str) -> str:
+    r"""Text without control characters: an escape character becomes ``\x1b``.
+
+    Names of data sets and files come from anywhere, and a terminal obeys such
+    characters. Line breaks stay.
+    """
+    return "".join(
+        character
+        if character.isprintable() or character == "\n"
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest valid name, or all of them."""
     valid = list(valid)

@@ -38,6 +38,9 @@ STEP_PER_FORWARD = 3
 products for each of the forward pass."""
 
 
+_MOST_DEVICES, _MOST_RATE = 10**6, 10**15
+
+
 @dataclasses.dataclass(frozen=True)
 class Rate:
     """The learning rate at a step, counted from 1, and why it is listed."""
@@ -157,8 +160,10 @@ def plan(
     if target is not None:
         slice_ = target_mesh(target, devices)
         devices = slice_.size
-        hosts = hosts or len({d.process_index for d in slice_.devices.flat})
-    devices, hosts = devices or 1, hosts or 1
+        processes = {device.process_index for device in slice_.devices.flat}
+        hosts = len(processes) if hosts is None else hosts
+    devices = 1 if devices is None else devices
+    hosts = 1 if hosts is None else hosts
     _check(devices, hosts, rate, images_per_core)
     chosen = find_chips(chips)
     dataset = paper_dataset(config, examples, classes, image_size)
@@ -291,8 +296,9 @@ def _notes(config: Config, derived: Derived) -> tuple[str, ...]:
 def _check(
     devices: int, hosts: int, rate: float | None, images_per_core: float
 ) -> None:
-    if devices < 1 or hosts < 1:
-        raise UserError("--devices and --hosts must be at least 1")
+    for name, count in (("devices", devices), ("hosts", hosts)):
+        if not 1 <= count <= _MOST_DEVICES:
+            raise UserError(f"--{name} must be from 1 to {_MOST_DEVICES:,}")
     if devices % hosts:
         lower = devices // hosts * hosts
         choices = " or ".join(str(n) for n in (lower, lower + hosts) if n)
@@ -301,8 +307,8 @@ def _check(
             f"{choices}, or other --hosts"
         )
     for name, value in (("rate", rate), ("images-per-core", images_per_core)):
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} must be above 0, not {value:g}")
+        if value is not None and not 0 < value <= _MOST_RATE:
+            raise UserError(f"--{name} must be above 0 and up to {_MOST_RATE:,}")
 
 
 # Printing

@@ -47,15 +47,40 @@ def locate(path: str | os.PathLike[str]) -> Any:
     """The path of a folder or file: an absolute Path, or epath's for a URL.
 
     Raises:
-      UserError: the URL's store is unknown.
+      UserError: no path can have that name, or the URL's store is unknown.
     """
     if not is_remote(path):
-        return Path(path).expanduser().resolve()
+        try:
+            return expand(path).resolve()
+        except RuntimeError:
+            raise UserError(f"{path} is a symbolic link to itself") from None
     try:
         return epath.Path(os.fspath(path))
     except KeyError:
         raise UserError(
-            f"the store of {path} is unknown; give a folder, or gs://BUCKET/FOLDER"
+            f"{path} names no store that can be read: give a folder on this machine, "
+            "or a URL such as gs://BUCKET/FOLDER"
+        ) from None
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """A path on this machine, with ``~`` replaced by the home folder.
+
+    Raises:
+      UserError: it is empty, contains a NUL character, or names an unknown user's home.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise UserError("a path must not be empty; '.' is the current folder")
+    if "\0" in text:
+        raise UserError(f"a path must not contain a NUL character: {text!r}")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        user = Path(text).parts[0]
+        raise UserError(
+            f"{text} begins with {user}, but this machine knows no home folder of "
+            f"that user; for a folder of that name, give ./{text}"
         ) from None
 
 
@@ -75,7 +100,8 @@ def reached(path: str | os.PathLike[str]) -> Iterator[None]:
         if isinstance(error, ImportError):
             raise UserError(
                 f"{path} cannot be reached without gcsfs: "
-                "pip install 'resnet_jax[gcs]', or give a folder on this machine"
+                "pip install -e '.[gcs]' in the checkout, or give a folder on this "
+                "machine"
             ) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(

@@ -151,7 +151,9 @@ def test_chips_are_plausible():
     [
         ({}, {"devices": 5}, "does not divide over 5 devices.* 30 and 35"),
         ({}, {"devices": 8, "hosts": 3}, "--devices 6 or 9"),
-        ({}, {"devices": -1}, "at least 1"),
+        ({}, {"devices": -1}, "--devices must be from 1 to 1,000,000"),
+        ({}, {"hosts": 10**30}, "--hosts must be from 1 to 1,000,000"),
+        ({}, {"rate": float("inf")}, "--rate must be above 0 and up to"),
         ({}, {"chips": ["h200"]}, "unknown chip 'h200'; did you mean h200_sxm"),
         ({}, {"chips": ["A100"]}, "did you mean a100_40gb or a100_80gb"),
         ({}, {"chips": ["tpu_5e"]}, "did you mean tpu_v5e"),

@@ -218,3 +218,26 @@ def test_temporary_files_of_killed_writes_go_at_the_next_start(tmp_path):
     (tmp_path / "kept.part").write_text("")
     with storage.Disk().lock(tmp_path, print):
         assert [path.name for path in tmp_path.iterdir()] == ["kept.part"]
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("", "a path must not be empty"),
+        ("a\0b", "NUL character"),
+        ("~nobody-here/x", "begins with ~nobody-here, but this machine knows no home"),
+        ("http://x", "http://x names no store"),
+        ("file:///x", "names no store"),
+        ("://x", "names no store"),
+    ],
+)
+def test_what_no_path_can_be_is_refused(path, sentence):
+    with pytest.raises(UserError, match=sentence):
+        storage.locate(path)
+
+
+def test_a_link_to_itself_is_no_path_or_cannot_be_read(tmp_path):
+    """Python 3.11 and 3.12 refuse to resolve it; later ones find out on reading."""
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises((UserError, OSError), match="link"):
+        storage.read_text(storage.locate(tmp_path / "loop"))

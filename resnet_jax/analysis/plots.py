@@ -1,12 +1,14 @@
 """Figures of runs, drawn like the paper's.
 
-All functions take plain data and return a figure; save it with ``figure.savefig``. Nets
+All functions take plain data and return a figure; save it with ``save``. Nets
 of a family share a hue, and later nets of a list are darker: plain nets are red,
 residual nets blue, others green. Errors are given as shares, 0 to 1, and drawn in
 percent.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, printable
+from resnet_jax.storage import Disk, expand, replacing
+
+SUFFIXES = (".png", ".svg", ".pdf")
+"""Kinds of picture files."""
 
 Rows = list[dict[str, Any]]
 
@@ -53,6 +59,48 @@ def training_curves(rows: Rows, title: str) -> Figure:
     panels[1].set_ylabel("loss")
     panels[1].set_yscale("log")
     return figure
+
+
+def check_file(path: str | os.PathLike[str]) -> Path:
+    """The file of a picture, which can then be written.
+
+    Raises:
+      UserError: it is a folder, of another kind, or where nothing can be written.
+    """
+    file = expand(path)
+    if file.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"figure {file} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        )
+    try:
+        if file.exists() and not file.is_file():
+            raise UserError(f"figure {file} is no file: give the name of a file")
+        Disk().check_writable(file.parent)
+    except OSError as error:
+        raise UserError(
+            f"figure {file} cannot be written ({error.strerror}); give another path"
+        ) from error
+    return file
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Writes a picture, and makes its folder.
+
+    Raises:
+      UserError: as ``check_file``, or the disk is full.
+    """
+    file = check_file(path)
+    try:
+        with replacing(file) as temporary:
+            figure.savefig(temporary, dpi=100, format=file.suffix[1:].lower())
+    except OSError as error:
+        raise UserError(f"figure {file} cannot be written: {error}") from error
+    return file
+
+
+def _literal(text: str) -> str:
+    """Text that matplotlib draws as it is, not as a formula between dollars."""
+    return printable(text).replace("$", r"\$")
 
 
 def _drops(rows: Rows) -> list[int]:
@@ -141,7 +189,7 @@ def error_curves(panels: Mapping[str, Sequence[Curves]], title: str = "") -> Fig
     thin, bold = {"linewidth": 1.0, "dashes": (4, 2)}, {"linewidth": 2.2}
     for axes, (name, curves) in zip(all_axes, panels.items(), strict=True):
         _draw_errors(axes, curves, look, {"train_error": thin, "test_error": bold})
-        axes.set_title(name, fontsize="medium")
+        axes.set_title(_literal(name), fontsize="medium")
         axes.set_ylabel("error (%)")
     key = [
         Line2D([], [], color="0.2", label=label, **style)
@@ -180,7 +228,7 @@ def gradient_norms_figure(
     for axes, (name, nets) in zip(all_axes, panels.items(), strict=True):
         axes.sharey(all_axes[0])
         axes.set_yscale("log")
-        axes.set_title(name, fontsize="medium")
+        axes.set_title(_literal(name), fontsize="medium")
         _draw_layers(axes, nets, _positive)
         axes.set_xlabel("layer index")
         lines = {line.get_label(): line for line in axes.get_lines()} | lines
@@ -204,7 +252,7 @@ def error_by_depth(families: Sequence[Depths], title: str = "") -> Figure:
             xs,
             means,
             deviations,
-            label=family.label,
+            label=_literal(family.label),
             color=colors[family.label],
             capsize=3,
             linewidth=1.8,
@@ -238,7 +286,9 @@ def error_by_setting(
     axes.errorbar(
         means, places, xerr=deviations, color=color, fmt="o", capsize=4, linewidth=1.8
     )
-    names = [f"{name} (n = {len(errors)})" for name, errors in settings.items()]
+    names = [
+        f"{_literal(name)} (n = {len(errors)})" for name, errors in settings.items()
+    ]
     axes.set_yticks(places, labels=names)
     axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.set_xlabel("test error (%)")
@@ -249,7 +299,7 @@ def _figure(title, count, size, rows=False):
     """A figure and its ``count`` panels, side by side or in rows."""
     figure = Figure(figsize=size, layout="constrained")
     if title:
-        figure.suptitle(title)
+        figure.suptitle(_literal(title))
     shape = (count, 1) if rows else (1, count)
     panels = list(figure.subplots(*shape, squeeze=False).flat)
     for axes in panels:
@@ -325,7 +375,9 @@ def _draw_errors(
             steps, errors = _aligned(net, name)
             mean, xs = errors.mean(0), steps / look.unit
             marker = "o" if len(steps) == 1 else None
-            axes.plot(xs, mean, color=color, label=net.label, marker=marker, **style)
+            axes.plot(
+                xs, mean, color=color, label=_literal(net.label), marker=marker, **style
+            )
             if len(errors) > 1:
                 low, high = errors.min(0), errors.max(0)
                 axes.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
@@ -361,7 +413,7 @@ def _label_ends(axes: Any, ends: Iterable[tuple[str, float, Any]]) -> None:
     heights = _apart([height for height, _, _ in wanted], _LABEL_HEIGHT)
     for (_, label, color), height in zip(wanted, heights, strict=True):
         axes.annotate(
-            label,
+            _literal(label),
             (1.02, height),
             xycoords="axes fraction",
             color=color,
@@ -395,7 +447,7 @@ def _draw_layers(
         axes.plot(
             range(1, len(values) + 1),
             values,
-            label=net.label,
+            label=_literal(net.label),
             color=colors[net.label],
             linewidth=1.5,
             dashes=_DASHES[net.family],

@@ -8,7 +8,7 @@ from typing import Any
 
 import absl.logging
 
-from resnet_jax.errors import Preempted, UserError
+from resnet_jax.errors import Preempted, UserError, printable
 
 _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.argv[1:] if arguments is None else arguments
     )
     if rest and not getattr(options, "takes_overrides", False):
-        parser.error(f"unknown argument {rest[0]}")
+        parser.error(printable(f"unknown argument {rest[0]}"))
     options.rest = rest
     # Orbax logs the tracebacks of its threads beside the one sentence printed here.
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (UserError, OSError) as error:
-        print(f"resnet-jax: error: {error}", file=sys.stderr)
+        print(printable(f"resnet-jax: error: {error}"), file=sys.stderr)
         return 1
     except Preempted as stopped:
         return stopped.exit_status

@@ -3,8 +3,10 @@
 import argparse
 from typing import Any
 
+from resnet_jax.cli.arguments import MOST_COUNT, output_file, whole
 from resnet_jax.cli.overrides import parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
+from resnet_jax.config.schema import MOST_BATCH, MOST_PIXELS
 
 
 def add_parser(commands: Any) -> None:
@@ -20,12 +22,13 @@ def add_parser(commands: Any) -> None:
     )
     add = step.add_argument
     net, dtypes = "cifar_resnet20", ("float32", "bfloat16")
+    images, side, steps = map(whole, (1, 1, 1), (MOST_BATCH, MOST_PIXELS, MOST_COUNT))
     add("--model", default=net, metavar="NAME", help=f"net (default: {net})")
-    add("--batch", type=int, default=128, help="images per step (default: 128)")
-    add("--image-size", type=int, metavar="PIXELS", help="side (default: the net's)")
+    add("--batch", type=images, default=128, help="images per step (default: 128)")
+    add("--image-size", type=side, metavar="PIXELS", help="side (default: the net's)")
     add("--dtype", default="float32", choices=dtypes, help="default: float32")
-    add("--steps", type=int, default=20, help="timed steps (default: 20)")
-    add("--json", metavar="FILE", help="also write the result here")
+    add("--steps", type=steps, default=20, help="timed steps (default: 20)")
+    add("--json", type=output_file, metavar="FILE", help="also write the result here")
     step.set_defaults(run=_run_step)
 
     reading = kinds.add_parser(
@@ -38,9 +41,9 @@ def add_parser(commands: Any) -> None:
     )
     add = reading.add_argument
     add("--config", required=True, metavar="FILE.py[:ARG]", help="config file")
-    add("--batches", type=int, default=50, help="batches per round (default: 50)")
-    add("--rounds", type=int, default=5, metavar="N", help="repetitions (default: 5)")
-    add("--json", metavar="FILE", help="also write the result here")
+    add("--batches", type=steps, default=50, help="batches per round (default: 50)")
+    add("--rounds", type=steps, default=5, metavar="N", help="repetitions (default: 5)")
+    add("--json", type=output_file, metavar="FILE", help="also write the result here")
     add_process_flags(reading)
     reading.set_defaults(run=_run_input, takes_overrides=True)
 

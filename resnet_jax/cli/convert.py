@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resnet_jax.errors import UserError
@@ -83,15 +82,18 @@ def convert_weights(
       UserError: ``target`` exists, the model is unknown, or a fault of
         ``load_weights`` or ``save_weights``.
     """
-    from resnet_jax.storage import is_remote
+    import rich.console
+
+    from resnet_jax.console import say
+    from resnet_jax.storage import expand, is_remote
     from resnet_jax.weights import save_weights, shapes
     from resnet_jax.weights.load_save import check_suffix, load_named_model
 
-    target = Path(target).expanduser()
+    target = expand(target)
     check_suffix(str(target))
     if target.exists() and not force:
         raise UserError(f"{target} exists; give another path, or --force")
-    if is_remote(source) or Path(source).expanduser().is_dir():
+    if is_remote(source) or expand(source).is_dir():
         named = _from_run(source, model)
         layout = layout or "flax"
     else:
@@ -105,9 +107,10 @@ def convert_weights(
         name=named.name,
         options=named.options,
     )
-    print(
+    say(
+        rich.console.Console(),
         f"wrote {target}: {len(written)} arrays, "
-        f"{shapes.count_parameters(written):,} parameters, {layout} layout"
+        f"{shapes.count_parameters(written):,} parameters, {layout} layout",
     )
 
 

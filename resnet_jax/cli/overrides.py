@@ -1,9 +1,10 @@
 """``--config.FIELD=VALUE`` arguments, and their help."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 
-from resnet_jax.config import describe_type, fields
+from resnet_jax.config import describe_range, describe_type, fields
 from resnet_jax.errors import UserError
 
 _PREFIX = "--config."
@@ -40,6 +41,8 @@ def fields_help() -> str:
         kind = describe_type(field.annotation)
         if field.choices:
             kind = " | ".join(field.choices)
+        elif math.isfinite(field.at_most):
+            kind += f", {describe_range(field)}"
         lines.append(f"  {field.name} = {field.default}  ({kind})")
         lines += textwrap.wrap(
             field.meaning, 78, initial_indent="      ", subsequent_indent="      "

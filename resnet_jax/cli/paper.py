@@ -3,8 +3,10 @@
 import argparse
 from typing import Any
 
+from resnet_jax.cli.arguments import whole
 from resnet_jax.cli.overrides import fields_help, parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
+from resnet_jax.config.schema import MOST_SEEDS
 
 _RUN = """Run an experiment: train what is missing, then analyse it.
 
@@ -38,7 +40,12 @@ def add_parser(commands: Any) -> None:
     add("experiment", help="a name of `resnet-jax paper list`")
     add("--workdir", required=True, metavar="DIR", help="folder of all runs")
     add("--only", metavar="RUN,RUN", help="only these runs")
-    add("--seeds", type=int, metavar="N", help="per run (default: as published)")
+    add(
+        "--seeds",
+        type=whole(1, MOST_SEEDS),
+        metavar="N",
+        help="per run (default: as published)",
+    )
     add("--scale", default="paper", help="paper, small (1/100) or tiny (1/1000)")
     add(
         "--dataset",

@@ -4,7 +4,15 @@ import argparse
 import os
 from typing import Any
 
+from resnet_jax.cli.arguments import (
+    MOST_CLASSES,
+    MOST_COUNT,
+    output_file,
+    positive,
+    whole,
+)
 from resnet_jax.cli.overrides import parse_overrides
+from resnet_jax.config.schema import MOST_EXAMPLES, MOST_PIXELS
 
 _DESCRIPTION = """Plan a training run on paper: steps, memory, work and input rate.
 
@@ -48,8 +56,9 @@ def add_parser(commands: Any) -> None:
         dest="target",
         help="compile the step for cpu, h100, h200 or a slice such as tpu:v5e:4x4",
     )
-    add("--devices", type=int, metavar="N", help="devices of a batch (default: 1)")
-    add("--hosts", type=int, metavar="N", help="hosts of these (default: 1)")
+    count, rate = whole(1, MOST_COUNT), positive(1e15)
+    add("--devices", type=count, metavar="N", help="devices of a batch (default: 1)")
+    add("--hosts", type=count, metavar="N", help="hosts of these (default: 1)")
     add(
         "--chip",
         nargs="+",
@@ -58,19 +67,22 @@ def add_parser(commands: Any) -> None:
         dest="chips",
         help="chips of the roofline, such as tpu_v5e or h200_sxm (default: all)",
     )
-    add("--rate", type=float, metavar="N", help="images per second, in all")
+    add("--rate", type=rate, metavar="N", help="images per second, in all")
     add(
         "--images-per-core",
-        type=float,
+        type=rate,
         default=633.0,
         metavar="N",
         help="images per second that one core loads, as `resnet-jax benchmark input` "
         "measures (default: 633, see docs/plan.md)",
     )
-    add("--examples", type=int, metavar="N", help="of a data set that is not known")
-    add("--classes", type=int, metavar="K", help="classes of such a set")
-    add("--image-size", type=int, metavar="PIXELS", help="side of its images")
-    add("--json", metavar="FILE", help="also write the plan here")
+    for name, most, metavar, text in (
+        ("--examples", MOST_EXAMPLES, "N", "of a data set that is not known"),
+        ("--classes", MOST_CLASSES, "K", "classes of such a set"),
+        ("--image-size", MOST_PIXELS, "PIXELS", "side of its images"),
+    ):
+        add(name, type=whole(1, most), metavar=metavar, help=text)
+    add("--json", type=output_file, metavar="FILE", help="also write the plan here")
     parser.set_defaults(run=_run, takes_overrides=True)
 
 

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from resnet_jax.cli.arguments import MOST_COUNT, MOST_THREADS, whole
+from resnet_jax.config.schema import MOST_PIXELS
 from resnet_jax.errors import UserError
 
 _DESCRIPTION = """Write a data set as shards of ArrayRecord, which training reads fast.
@@ -24,17 +26,26 @@ _OPTIONS = (
         "where tfds data sets are prepared (default: ~/tensorflow_datasets)",
     ),
     (
-        *("--shorter-side", int, "PIXELS"),
+        *("--shorter-side", whole(1, MOST_PIXELS), "PIXELS"),
         "reduce images with a longer shorter side to it (default: keep all sizes)",
     ),
     (
-        *("--quality", int, "Q"),
+        *("--quality", whole(1, 100), "Q"),
         "JPEG quality, 1 to 100, of all images that it makes smaller (default: encode "
         "only reduced images, with 95)",
     ),
-    ("--shards", int, "N", "number of shards of each split (default: by --shard-mib)"),
-    ("--shard-mib", int, "MIB", "approximate size of a shard (default: 512)"),
-    ("--threads", int, "N", "shards written at once (default: one per processor)"),
+    (
+        *("--shards", whole(1, MOST_COUNT), "N"),
+        "number of shards of each split (default: by --shard-mib)",
+    ),
+    (
+        *("--shard-mib", whole(1, MOST_COUNT), "MIB"),
+        "approximate size of a shard (default: 512)",
+    ),
+    (
+        *("--threads", whole(1, MOST_THREADS), "N"),
+        "shards written at once (default: one per processor)",
+    ),
 )
 
 

@@ -5,6 +5,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
+from resnet_jax.cli.arguments import MOST_COUNT, whole
 from resnet_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,8 +23,9 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
     )
     add = group.add_argument
     add("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    add("--processes", type=int, metavar="N", help="number of processes")
-    add("--process-id", type=int, metavar="I", help="number of this process, from 0")
+    count, index = whole(1, MOST_COUNT), whole(0, MOST_COUNT - 1)
+    add("--processes", type=count, metavar="N", help="number of processes")
+    add("--process-id", type=index, metavar="I", help="number of this process, from 0")
     add(
         "--distributed",
         action="store_true",
@@ -57,15 +59,13 @@ def _processes(options: argparse.Namespace) -> "Processes | None":
     )
     if coordinator is None and count is None and index is None:
         return None
-    processes = Processes(coordinator, _integer(count), _integer(index))
+    processes = Processes(coordinator, _integer(count, 1), _integer(index, 0))
     processes.check()
     return processes
 
 
-def _integer(value: int | str | None) -> int | None:
+def _integer(value: int | str | None, least: int) -> int | None:
     try:
-        return None if value is None else int(value)
-    except ValueError:
-        raise UserError(
-            f"{_VARIABLES[1]} and {_VARIABLES[2]} must be integers, not {value!r}"
-        ) from None
+        return None if value is None else whole(least, MOST_COUNT)(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{_VARIABLES[1 + (least == 0)]} {error}") from None

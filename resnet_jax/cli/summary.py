@@ -3,6 +3,9 @@
 import argparse
 from typing import Any
 
+from resnet_jax.cli.arguments import MOST_CLASSES, output_file, whole
+from resnet_jax.config.schema import MOST_PIXELS
+
 _DESCRIPTION = """Print nets stage by stage; without a name, list all nets.
 
   resnet-jax summary
@@ -33,13 +36,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--image-size",
-        type=int,
+        type=whole(1, MOST_PIXELS),
         metavar="PIXELS",
         help="side of the images (default: the net's own)",
     )
     parser.add_argument(
         "--num-classes",
-        type=int,
+        type=whole(1, MOST_CLASSES),
         metavar="N",
         help="classes of the classifier (default: the net's own)",
     )
@@ -59,11 +62,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--output-stride",
-        type=int,
+        type=whole(1, 32),
         metavar="PIXELS",
         help="stride of the last map of an ImageNet net: 8, 16 or 32",
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the figures here")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="also write the figures here"
+    )
     parser.set_defaults(run=_run)
 
 

@@ -8,9 +8,9 @@ library reads only ``Config``.
 
 from resnet_jax.config.build import build_model, model_options
 from resnet_jax.config.derive import Derived, derive
-from resnet_jax.config.resolve import load_config, override, resolve
+from resnet_jax.config.resolve import load_config, override, parse, resolve
 from resnet_jax.config.schema import Config, default_config, fields, flatten
-from resnet_jax.models.options import Field, describe_type
+from resnet_jax.models.options import Field, describe_range, describe_type
 
 __all__ = [
     "Config",
@@ -19,11 +19,13 @@ __all__ = [
     "build_model",
     "default_config",
     "derive",
+    "describe_range",
     "describe_type",
     "fields",
     "flatten",
     "load_config",
     "model_options",
     "override",
+    "parse",
     "resolve",
 ]

@@ -45,7 +45,6 @@ _NEEDS = (
 _EXCLUSIVE = (
     ("model.initialization", "model.weights"),
     ("data.holdout_split", "data.holdout_examples"),
-    ("training.steps", "training.epochs"),
     ("augmentation.shorter_side", "augmentation.pad"),
     ("augmentation.shorter_side", "augmentation.crop_area"),
     ("augmentation.crop_area", "augmentation.pad"),
@@ -59,14 +58,41 @@ _EXCLUSIVE = (
 """Fields of which at most one may be set."""
 
 
+_MOST_BATCH_PIXELS = 2**38
+"""Most pixels of a batch: those of 2**20 images of 512 x 512."""
+
+
 def refuse_contradictions(config: Config) -> None:
-    """Raises a one-sentence UserError if fields contradict each other."""
-    # Refuses unknown models and options that the model lacks.
-    create_model(config.model.name, **model_options(config.model))
-    _ = config.profile.range
-    for check in (_ranges, _tables, _schedule, _held_out, _evaluation_size, _counts):
-        for sentence in check(config):
-            raise UserError(sentence)
+    """Raises a UserError if fields contradict each other.
+
+    It is one sentence, or a list if there are several contradictions.
+    """
+    checks = (
+        *(_model, _profile, _ranges, _tables, _length, _schedule, _held_out),
+        *(_evaluation_size, _counts),
+    )
+    sentences = [sentence for check in checks for sentence in check(config)]
+    if len(sentences) == 1:
+        raise UserError(sentences[0])
+    if sentences:
+        raise UserError(
+            "\n- ".join([f"{len(sentences)} faults in the config:", *sentences])
+        )
+
+
+def _model(config: Config) -> Iterator[str]:
+    """Refuses unknown models and options that the model lacks."""
+    try:
+        create_model(config.model.name, **model_options(config.model))
+    except UserError as error:
+        yield str(error)
+
+
+def _profile(config: Config) -> Iterator[str]:
+    try:
+        _ = config.profile.range
+    except UserError as error:
+        yield str(error)
 
 
 def _tables(config: Config) -> Iterator[str]:
@@ -108,37 +134,61 @@ def _ranges(config: Config) -> Iterator[str]:
             f"augmentation.shorter_side={side} must not be below data.image_size="
             f"{config.data.image_size}"
         )
-    if not _rising(aspect) or aspect[0] <= 0:
-        yield f"augmentation.crop_aspect is (low, high), both above 0, not {aspect}"
-    if area is not None and not (_rising(area) and 0 < area[0] <= area[1] <= 1):
+    if not _rising(aspect):
+        yield f"augmentation.crop_aspect is (low, high), not {aspect}"
+    if area is not None and not _rising(area):
+        yield f"augmentation.crop_area is (low, high), not {area}"
+    if jitter is not None and len(jitter) != 3:
         yield (
-            "augmentation.crop_area is (low, high), shares of an image above 0 and up "
-            f"to 1, not {area}"
+            "augmentation.color_jitter is (brightness, contrast, saturation), not "
+            f"{jitter}"
         )
-    if jitter is not None and not (
-        len(jitter) == 3 and 0 <= min(jitter) <= max(jitter) <= 1
-    ):
-        yield (
-            "augmentation.color_jitter is (brightness, contrast, saturation), each "
-            f"between 0 and 1, not {jitter}"
-        )
-    for name, most in (("policy_magnitude", 10), ("erasing_probability", 1)):
-        if getattr(augmentation, name) > most:
-            value = getattr(augmentation, name)
-            yield f"augmentation.{name} is at most {most}, not {value:g}"
 
 
-def _schedule(config: Config) -> Iterator[str]:
-    schedule, training = config.schedule, config.training
+_STEPS, _EPOCHS = "steps", "epochs"
+
+
+def _length(config: Config) -> Iterator[str]:
+    """Lengths are all counted in steps, or all in epochs."""
+    training, schedule = config.training, config.schedule
+    if training.steps and training.epochs:
+        by_steps, by_epochs = _only(config, _STEPS), _only(config, _EPOCHS)
+        yield (
+            f"training.steps={training.steps} and training.epochs={training.epochs:g} "
+            f"exclude each other: to count the run in steps, add {by_steps}; to count "
+            f"it in epochs, add {by_epochs}"
+        )
+        return
     if training.steps is None and not training.epochs:
         yield "set training.steps or training.epochs: the length of the run"
-    unit, other = ("steps", "epochs") if training.steps else ("epochs", "steps")
+        return
+    unit, other = (_STEPS, _EPOCHS) if training.steps else (_EPOCHS, _STEPS)
     for name in ("boundaries", "warmup"):
         if getattr(schedule, f"{name}_{other}") is not None:
             yield (
                 f"training.{unit} counts the run in {unit}: set schedule.{name}_{unit} "
-                f"instead of schedule.{name}_{other}"
+                f"instead of schedule.{name}_{other}, or add {_only(config, unit)}"
             )
+
+
+def _only(config: Config, unit: str) -> str:
+    """The overrides without which lengths are counted in another unit."""
+    values = flatten(config)
+    other = _EPOCHS if unit == _STEPS else _STEPS
+    names = ("training.", "schedule.boundaries_", "schedule.warmup_")
+    reset = [name + other for name in names if values[name + other] is not None]
+    overrides = [f"--config.{name}=None" for name in reset]
+    falls = values["schedule.kind"] == "piecewise"
+    if falls and not values[f"schedule.boundaries_{unit}"]:
+        overrides.append("--config.schedule.kind=constant")
+    starts = values["schedule.warmup_initial_learning_rate"] > 0
+    if starts and not values[f"schedule.warmup_{unit}"]:
+        overrides.append("--config.schedule.warmup_initial_learning_rate=0")
+    return " ".join(overrides)
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    schedule = config.schedule
     boundaries = schedule.boundaries_steps or schedule.boundaries_epochs
     if (schedule.kind == "piecewise") != bool(boundaries):
         yield (
@@ -184,7 +234,7 @@ def _evaluation_size(config: Config) -> Iterator[str]:
             f"data.eval_shorter_side={data.eval_shorter_side} is below the image size "
             f"of evaluation, {size}: raise it"
         )
-    if size == data.image_size:
+    if size == data.image_size or data.image_size is None:
         return
     sizes = (
         f"data.eval_image_size={size} differs from data.image_size={data.image_size}"
@@ -215,6 +265,12 @@ def _counts(config: Config) -> Iterator[str]:
             f"training.micro_batches={parts} does not divide model.batch_norm_groups="
             f"{groups}, and a micro-batch holds whole groups: choose from "
             f"{', '.join(choices)}"
+        )
+    side = config.data.image_size or 1
+    if batch * side**2 > _MOST_BATCH_PIXELS:
+        yield (
+            f"training.global_batch_size={batch} images of {side} x {side} pixels "
+            f"(data.image_size) are more than {_MOST_BATCH_PIXELS:,} pixels: lower one"
         )
     if augmentation.repeats > batch:
         yield (

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from resnet_jax.config.schema import Config
+from resnet_jax.config.schema import MOST_STEPS, Config
 from resnet_jax.errors import UserError
 
 
@@ -53,7 +53,7 @@ def derive(config: Config, training_examples: int) -> Derived:
     """Counts a run's steps; see ``Derived``.
 
     Raises:
-      UserError: data.partial_batch=drop leaves no batch.
+      UserError: data.partial_batch=drop leaves no batch, or the run would be too long.
     """
     batch = config.training.global_batch_size
     per_epoch = training_examples / batch
@@ -68,7 +68,14 @@ def derive(config: Config, training_examples: int) -> Derived:
     schedule = config.schedule
 
     def in_steps(epochs: float) -> int:
-        return max(1, math.ceil(round(epochs * per_epoch, 6)))
+        steps = max(1, math.ceil(round(epochs * per_epoch, 6)))
+        if steps > MOST_STEPS:
+            raise UserError(
+                f"{epochs:g} epochs of {training_examples:,} examples are {steps:,} "
+                f"steps of {batch}, and a run has at most {MOST_STEPS:,}: lower "
+                "training.epochs, or raise training.global_batch_size"
+            )
+        return steps
 
     steps = config.training.steps or in_steps(config.training.epochs or 0)
     if schedule.boundaries_epochs is not None:

@@ -3,19 +3,15 @@
 Every error is one sentence, raised before any device is touched.
 """
 
-import ast
+import contextlib
 import dataclasses
 import difflib
-import inspect
 import os
-import runpy
-import traceback
-import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from resnet_jax.config.checks import refuse_contradictions
+from resnet_jax.config.files import run_config_file
 from resnet_jax.config.schema import Config, fields, flatten
 from resnet_jax.errors import UserError
 from resnet_jax.models.options import Field, check
@@ -32,23 +28,22 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
     Raises:
       UserError: the file or a value is wrong.
     """
-    return override(_run_config_file(spec), overrides or {})
+    values = {name: parse(name, text) for name, text in (overrides or {}).items()}
+    return resolve(run_config_file(spec, values))
 
 
-def override(config: Any, overrides: Mapping[str, str]) -> Config:
+def override(config: Config, overrides: Mapping[str, str]) -> Config:
     """A config with some fields replaced.
 
     Args:
-      config: whatever ``resolve`` takes; stays as it is.
+      config: stays as it is.
       overrides: dotted field names to values as text, as on the command line.
 
     Raises:
       UserError: a field or a value is wrong.
     """
-    values = flatten(config)
-    for name, text in overrides.items():
-        values[name] = _parse(_known_field(name), text)
-    return resolve(values)
+    values = {name: parse(name, text) for name, text in overrides.items()}
+    return resolve(flatten(config) | values)
 
 
 def resolve(config: Any) -> Config:
@@ -75,8 +70,7 @@ def resolve(config: Any) -> Config:
         _known_field(name)
     values = {}
     for name, field in fields().items():
-        named = dataclasses.replace(field, name=f"config field {name}")
-        values[name] = check(named, given.get(name, field.default))
+        values[name] = _check(field, given.get(name, field.default))
     for name in ("data.path", "data.data_dir"):
         # Absolute, so that other commands find the data from any folder.
         if values[name] is not None:
@@ -102,40 +96,6 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
     )
 
 
-def _run_config_file(spec: str) -> Any:
-    import ml_collections
-
-    before, _, arg = spec.partition(".py:")
-    path = Path(before + ".py" if arg else spec)
-    if not path.is_file():
-        raise UserError(
-            f"config file {path} does not exist; give the path of a file such as "
-            "configs/digits.py or configs/cifar10.py:cifar_resnet56"
-        )
-    try:
-        get_config = runpy.run_path(str(path)).get("get_config")
-        if get_config is None:
-            raise UserError(f"{path} defines no get_config(); see configs/digits.py")
-        takes_arg = bool(inspect.signature(get_config).parameters)
-        if arg and not takes_arg:
-            raise UserError(f"{path}: its get_config takes no argument, not {arg!r}")
-        config = get_config(arg) if arg else get_config()
-    except UserError:
-        raise
-    except Exception as error:
-        message = str(error).strip().split("\n")[0]
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        where = f"{path}, line {lines[-1]}" if lines else str(path)
-        raise UserError(f"{where}: {type(error).__name__}: {message}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(
-            f"{path}: get_config must return a ConfigDict made by default_config(), "
-            f"not {type(config).__name__}"
-        )
-    return config
-
-
 def _known_field(name: str) -> Field:
     schema = fields()
     if name in schema:
@@ -159,29 +119,53 @@ def _known_field(name: str) -> Field:
     raise UserError(f"unknown config field {name}; {hint}")
 
 
-def _parse(field: Field, text: str) -> Any:
-    """A command-line value, converted from text but not checked."""
+def parse(name: str, text: str) -> Any:
+    """The value of a field from text, as on the command line.
+
+    Raises:
+      UserError: the field is unknown, or the value is wrong.
+    """
+    return _check(_known_field(name), _from_text(_known_field(name), text))
+
+
+def _check(field: Field, value: Any) -> Any:
+    return check(dataclasses.replace(field, name=f"config field {field.name}"), value)
+
+
+def _from_text(field: Field, text: str) -> Any:
+    """A value from text, or the text itself if it has no such form."""
+    kinds = str(field.annotation)
     if text == "None":
         return None
-    if "bool" in str(field.annotation) and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if typing.get_origin(field.annotation) is tuple and "str" in str(field.annotation):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if "str" in str(field.annotation):
+    if "str" in kinds and "tuple" not in kinds:
         return text
+    text = text.strip()
+    if "bool" in kinds:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    if "tuple" not in kinds:
+        return _number(text)
+    inside = text[1:-1] if text[:1] + text[-1:] in ("()", "[]") else text
+    items = [item.strip() for item in inside.split(",")]
+    if not items[-1]:
+        items.pop()
+    if "str" in kinds:
+        return tuple(item for item in items if item)
+    values = tuple(map(_number, items))
+    return text if not text or str in map(type, values) else values
+
+
+def _number(text: str) -> int | float | str:
+    """A number; a whole one such as 64e3 as an integer; other text stays text."""
+    if len(text) > _MOST_DIGITS:
+        return text
+    with contextlib.suppress(ValueError):
+        return int(text, base=0)
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = float(text)
+    except ValueError:
         return text
-    if "tuple" in str(field.annotation) and not isinstance(value, (tuple, list)):
-        value = (value,)
-    if "int" in str(field.annotation):
-        value = _integral(value)
-    return value
+    return int(value) if value.is_integer() else value
 
 
-def _integral(value: Any) -> Any:
-    """Converts a whole float such as 64e3 to an integer."""
-    if isinstance(value, (tuple, list)):
-        return tuple(_integral(item) for item in value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+_MOST_DIGITS = 1000
+"""Longer text is no number."""

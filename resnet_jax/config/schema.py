@@ -2,12 +2,19 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from resnet_jax.environment import usable_cores
 from resnet_jax.errors import UserError
-from resnet_jax.models.options import Field, ModelOptions, declared, option
+from resnet_jax.models.options import (
+    BELOW_ONE,
+    Field,
+    ModelOptions,
+    declared,
+    option,
+)
 
 if TYPE_CHECKING:
     import ml_collections
@@ -21,6 +28,18 @@ OPTIMIZERS = ("sgd", "lars", "lamb")
 DECAY_SCOPES = ("all", "all_but_norm", "kernels")
 LOSSES = ("softmax", "sigmoid")
 SCHEDULES = ("constant", "piecewise", "cosine", "polynomial", "plateau")
+
+# Limits for numbers of a kind, far above what research needs. Their products fit 64
+# bits, and steps fit the 32 bits that devices count with.
+MOST_STEPS = 10**9
+MOST_EPOCHS = 10**6
+MOST_EXAMPLES = 10**10
+MOST_PIXELS = 8192
+"""Longest side of an image."""
+MOST_BATCH = 2**20
+MOST_RATE = 1e38
+"""The range of float32: a rate may be absurd, to see a run diverge."""
+MOST_SEEDS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +79,10 @@ class DataConfig:
         None, "split that choices may use, never trained on: train[90%:]"
     )
     holdout_examples: int = option(
-        0, "random examples of train_split to hold out instead", at_least=0
+        0,
+        "random examples of train_split to hold out instead",
+        at_least=0,
+        at_most=MOST_EXAMPLES,
     )
     partial_batch: str = option(
         "span",
@@ -69,15 +91,22 @@ class DataConfig:
         choices=PARTIAL_BATCHES,
     )
     image_size: int | None = option(
-        None, "side of the net's input; None: as stored", at_least=1
+        None,
+        "side of the net's input; None: as stored",
+        at_least=1,
+        at_most=MOST_PIXELS,
     )
     eval_image_size: int | None = option(
-        None, "side of the net's input in evaluation; None: image_size", at_least=1
+        None,
+        "side of the net's input in evaluation; None: image_size",
+        at_least=1,
+        at_most=MOST_PIXELS,
     )
     eval_shorter_side: int | None = option(
         None,
         "shorter side before evaluation's centre crop; None: image size",
         at_least=1,
+        at_most=MOST_PIXELS,
     )
     eval_interpolation: str = option(
         "bilinear",
@@ -91,7 +120,10 @@ class DataConfig:
         choices=NORMALIZATIONS,
     )
     statistics_examples: int | None = option(
-        None, "training images for these statistics; None: all", at_least=1
+        None,
+        "training images for these statistics; None: all",
+        at_least=1,
+        at_most=MOST_EXAMPLES,
     )
     resident: bool | None = option(
         None,
@@ -99,7 +131,11 @@ class DataConfig:
         operational=True,
     )
     resident_mib: int = option(
-        1024, "largest data set kept on the device, MiB", at_least=0, operational=True
+        1024,
+        "largest data set kept on the device, MiB",
+        at_least=0,
+        operational=True,
+        at_most=10**9,
     )
     num_threads: int | None = option(
         None,
@@ -107,15 +143,21 @@ class DataConfig:
         "suits local files; network storage needs more",
         at_least=1,
         operational=True,
+        at_most=1024,
     )
     num_processes: int = option(
         0,
         "processes that read and decode, if one process is not enough; 0: only the run",
         at_least=0,
         operational=True,
+        at_most=256,
     )
     prefetch_batches: int = option(
-        4, "batches prepared ahead of the step", at_least=1, operational=True
+        4,
+        "batches prepared ahead of the step",
+        at_least=1,
+        operational=True,
+        at_most=1000,
     )
     on_error: str = option(
         "stop",
@@ -138,46 +180,71 @@ class DataConfig:
 class AugmentationConfig:
     """Random augmentation of the training images."""
 
-    pad: int = option(0, "zero pixels added per side before a random crop", at_least=0)
+    pad: int = option(
+        0, "zero pixels added per side before a random crop", at_least=0, at_most=1024
+    )
     flip: bool = option(False, "mirror each image with probability one half")
     shorter_side: tuple[int, ...] | None = option(
-        None, "(low, high): range of the shorter side before a random crop"
+        None,
+        "(low, high): range of the shorter side before a random crop",
+        at_least=1,
+        at_most=MOST_PIXELS,
     )
     crop_area: tuple[float, ...] | None = option(
-        None, "(low, high): range of a random crop's share of the image (Inception)"
+        None,
+        "(low, high): range of a random crop's share of the image (Inception)",
+        at_least=1e-4,
+        at_most=1,
     )
     crop_aspect: tuple[float, ...] = option(
-        (3 / 4, 4 / 3), "(low, high): range of that crop's width over height"
+        (3 / 4, 4 / 3),
+        "(low, high): range of that crop's width over height",
+        at_least=0.01,
+        at_most=100,
     )
     policy: str | None = option(
         None, "random operations on the crops, on the host", choices=POLICIES
     )
-    policy_operations: int = option(2, "randaugment: operations per image", at_least=0)
+    policy_operations: int = option(
+        2, "randaugment: operations per image", at_least=0, at_most=100
+    )
     policy_magnitude: float = option(
-        9.0, "randaugment: strength, from 0 to 10", at_least=0, below=10.001
+        9.0, "randaugment: strength, from 0 to 10", at_least=0, at_most=10
     )
     policy_magnitude_std: float = option(
-        0.5, "randaugment: standard deviation of the strength", at_least=0
+        0.5, "randaugment: standard deviation of the strength", at_least=0, at_most=100
     )
     repeats: int = option(
-        1, "differently augmented copies of each image in a batch", at_least=1
+        1,
+        "differently augmented copies of each image in a batch",
+        at_least=1,
+        at_most=1000,
     )
     color_jitter: tuple[float, ...] | None = option(
-        None, "(brightness, contrast, saturation): largest relative change of each"
+        None,
+        "(brightness, contrast, saturation): largest relative change of each",
+        at_least=0,
+        at_most=1,
     )
     color_noise: float = option(
-        0.0, "standard deviation of the PCA colour noise (AlexNet's: 0.1)", at_least=0
+        0.0,
+        "standard deviation of the PCA colour noise (AlexNet's: 0.1)",
+        at_least=0,
+        at_most=100,
     )
     erasing_probability: float = option(
-        0.0, "probability of erasing a rectangle of an image", at_least=0, below=1.001
+        0.0, "probability of erasing a rectangle of an image", at_least=0, at_most=1
     )
     mixup_alpha: float = option(
         0.0,
         "parameter of mixup's beta distribution; 0: no mixup. With cutmix too, each "
         "batch uses one of them",
         at_least=0,
+        at_most=1000,
     )
-    cutmix_alpha: float = option(0.0, "the same for cutmix; 0: no cutmix", at_least=0)
+    cutmix_alpha: float = option(
+        0.0, "the same for cutmix; 0: no cutmix", at_least=0, at_most=1000
+    )
 
     @property
     def on_host(self) -> bool:
@@ -196,14 +263,14 @@ class LossConfig:
         choices=LOSSES,
     )
     label_smoothing: float = option(
-        0.0, "probability spread evenly over all classes", at_least=0, below=1
+        0.0, "probability spread evenly over all classes", at_least=0, at_most=BELOW_ONE
     )
     target_threshold: float | None = option(
         None,
         "sigmoid: classes of a mixed image with a larger weight get target 1, others "
         "0; None: the weights are the targets",
         at_least=0,
-        below=1,
+        at_most=BELOW_ONE,
     )
 
 
@@ -212,24 +279,33 @@ class OptimizerConfig:
     """Stochastic gradient descent as in the paper, LARS or LAMB."""
 
     kind: str = option("sgd", "update rule", choices=OPTIMIZERS)
-    learning_rate: float = option(0.1, "highest learning rate", at_least=0)
+    learning_rate: float = option(
+        0.1, "highest learning rate", at_least=0, at_most=MOST_RATE
+    )
     momentum: float = option(
-        0.9, "decay of the velocity; lamb: of the first moment", at_least=0, below=1
+        0.9,
+        "decay of the velocity; lamb: of the first moment",
+        at_least=0,
+        at_most=BELOW_ONE,
     )
     second_momentum: float = option(
-        0.999, "lamb: decay of the second moment", at_least=0, below=1
+        0.999, "lamb: decay of the second moment", at_least=0, at_most=BELOW_ONE
     )
     epsilon: float = option(
-        1e-6, "lamb: added to the root of the second moment", at_least=0
+        1e-6, "lamb: added to the root of the second moment", at_least=0, at_most=1
     )
     trust_coefficient: float = option(
-        0.001, "lars: factor of a layer's norm over its gradient's norm", at_least=0
+        0.001,
+        "lars: factor of a layer's norm over its gradient's norm",
+        at_least=0,
+        at_most=1000,
     )
     nesterov: bool = option(False, "sgd, lars: Nesterov's momentum (the paper: no)")
     weight_decay: float = option(
         1e-4,
         "factor of each parameter added to its gradient; lamb: to its update",
         at_least=0,
+        at_most=1000,
     )
     weight_decay_scope: str = option(
         "all",
@@ -238,16 +314,21 @@ class OptimizerConfig:
         choices=DECAY_SCOPES,
     )
     max_grad_norm: float | None = option(
-        None, "scale gradients down to this global norm; None: never", at_least=0
+        None,
+        "scale gradients down to this global norm; None: never",
+        at_least=0,
+        at_most=10**9,
     )
     ema_decay: float | None = option(
         None,
         "decay of averages of parameters and statistics, which are then evaluated; "
         "None: no averages",
         at_least=0,
-        below=1,
+        at_most=BELOW_ONE,
     )
-    ema_every_steps: int = option(1, "steps per update of these averages", at_least=1)
+    ema_every_steps: int = option(
+        1, "steps per update of these averages", at_least=1, at_most=MOST_STEPS
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,39 +337,64 @@ class ScheduleConfig:
 
     kind: str = option("constant", "how the rate falls", choices=SCHEDULES)
     boundaries_steps: tuple[int, ...] | None = option(
-        None, "piecewise: completed steps after which the rate is multiplied by factor"
+        None,
+        "piecewise: completed steps after which the rate is multiplied by factor",
+        at_least=0,
+        at_most=MOST_STEPS,
     )
     boundaries_epochs: tuple[float, ...] | None = option(
-        None, "piecewise: the same in epochs"
+        None, "piecewise: the same in epochs", at_least=0, at_most=MOST_EPOCHS
     )
-    factor: float = option(0.1, "piecewise, plateau: the multiplier", at_least=0)
+    factor: float = option(
+        0.1, "piecewise, plateau: the multiplier", at_least=0, at_most=1000
+    )
     power: float = option(
         2.0,
         "polynomial: power of the remaining share of the steps after the warm-up",
         at_least=0,
+        at_most=100,
     )
     final_learning_rate: float = option(
-        0.0, "cosine, polynomial: the rate at the end of the run", at_least=0
+        0.0,
+        "cosine, polynomial: the rate at the end of the run",
+        at_least=0,
+        at_most=MOST_RATE,
     )
-    warmup_steps: int | None = option(None, "length of a linear warm-up", at_least=1)
-    warmup_epochs: float | None = option(None, "the same in epochs", at_least=0)
+    warmup_steps: int | None = option(
+        None, "length of a linear warm-up", at_least=1, at_most=MOST_STEPS
+    )
+    warmup_epochs: float | None = option(
+        None, "the same in epochs", at_least=0, at_most=MOST_EPOCHS
+    )
     warmup_initial_learning_rate: float = option(
-        0.0, "learning rate at the start of the warm-up", at_least=0
+        0.0, "learning rate at the start of the warm-up", at_least=0, at_most=MOST_RATE
     )
     warmup_learning_rate: float | None = option(
-        None, "rate until the training error is below warmup_until_error", at_least=0
+        None,
+        "rate until the training error is below warmup_until_error",
+        at_least=0,
+        at_most=MOST_RATE,
     )
     warmup_until_error: float | None = option(
-        None, "training error that ends this warm-up", at_least=0, below=1
+        None, "training error that ends this warm-up", at_least=0, at_most=BELOW_ONE
     )
     warmup_error_decay: float = option(
-        0.9, "decay of the running average of batch errors", at_least=0, below=1
+        0.9,
+        "decay of the running average of batch errors",
+        at_least=0,
+        at_most=BELOW_ONE,
     )
     plateau_patience: int = option(
-        5, "plateau: evaluations without improvement of the held-out error", at_least=1
+        5,
+        "plateau: evaluations without improvement of the held-out error",
+        at_least=1,
+        at_most=MOST_STEPS,
     )
     plateau_min_improvement: float = option(
-        0.001, "plateau: smallest decrease of the error that counts", at_least=0
+        0.001,
+        "plateau: smallest decrease of the error that counts",
+        at_least=0,
+        at_most=1,
     )
 
 
@@ -296,22 +402,30 @@ class ScheduleConfig:
 class TrainingConfig:
     """The length of a run."""
 
-    steps: int | None = option(None, "optimizer steps", at_least=1)
-    epochs: float | None = option(None, "passes over the training set", at_least=0)
-    global_batch_size: int = option(128, "examples per step, in all", at_least=1)
+    steps: int | None = option(None, "optimizer steps", at_least=1, at_most=MOST_STEPS)
+    epochs: float | None = option(
+        None, "passes over the training set", at_least=0, at_most=MOST_EPOCHS
+    )
+    global_batch_size: int = option(
+        128, "examples per step, in all", at_least=1, at_most=MOST_BATCH
+    )
     micro_batches: int = option(
         1,
         "parts of the batch computed in turn, with averaged gradients: the same step "
         "with less memory",
         at_least=1,
+        at_most=MOST_BATCH,
     )
-    log_every_steps: int = option(100, "steps per row of metrics.jsonl", at_least=1)
+    log_every_steps: int = option(
+        100, "steps per row of metrics.jsonl", at_least=1, at_most=MOST_STEPS
+    )
     steps_per_call: int | None = option(
         None,
         "most steps per call of the compiled program; None: 1 for streamed data and on "
         "the CPU, where a loop slows convolutions down, else 128",
         at_least=1,
         operational=True,
+        at_most=10_000,
     )
 
 
@@ -319,18 +433,22 @@ class TrainingConfig:
 class EvaluationConfig:
     """Evaluation during training."""
 
-    every_steps: int | None = option(None, "None: once per epoch", at_least=1)
+    every_steps: int | None = option(
+        None, "None: once per epoch", at_least=1, at_most=MOST_STEPS
+    )
     batch_size: int | None = option(
         None,
         "examples per batch; None: as many as training computes at once",
         at_least=1,
         operational=True,
+        at_most=MOST_BATCH,
     )
     precise_statistics_examples: int = option(
         0,
         "training examples, in whole batches, that give the final batch statistics; 0: "
         "keep the running averages",
         at_least=0,
+        at_most=MOST_EXAMPLES,
     )
 
 
@@ -338,10 +456,17 @@ class EvaluationConfig:
 class CheckpointConfig:
     """Which checkpoints are kept."""
 
-    every_steps: int | None = option(None, "None: once per epoch", at_least=1)
-    keep_last: int = option(2, "number of newest checkpoints to keep", at_least=1)
+    every_steps: int | None = option(
+        None, "None: once per epoch", at_least=1, at_most=MOST_STEPS
+    )
+    keep_last: int = option(
+        2, "number of newest checkpoints to keep", at_least=1, at_most=10**6
+    )
     keep_every_steps: int | None = option(
-        None, "also keep checkpoints at multiples of this", at_least=1
+        None,
+        "also keep checkpoints at multiples of this",
+        at_least=1,
+        at_most=MOST_STEPS,
     )
     best: bool = option(False, "also keep the checkpoint of the lowest held-out error")
 
@@ -361,6 +486,7 @@ class ParallelConfig:
         "stop if another process of the run gives no sign of life for this long",
         at_least=2,
         operational=True,
+        at_most=7 * 24 * 3600,
     )
 
 
@@ -383,12 +509,13 @@ class ProfileConfig:
         """
         if self.steps is None:
             return None
-        first, _, end = self.steps.partition(":")
-        if not (first.isdecimal() and end.isdecimal() and 0 < int(first) < int(end)):
+        match = re.fullmatch(r"([0-9]{1,10}):([0-9]{1,10})", self.steps)
+        first, end = map(int, match.groups()) if match else (0, 0)
+        if not 0 < first < end <= MOST_STEPS:
             raise UserError(
-                f"profile.steps is FIRST:END, such as 10:20, not {self.steps!r}"
+                f"profile.steps is FIRST:END, such as 10:20, not {self.steps[:40]!r}"
             )
-        return range(int(first), int(end))
+        return range(first, end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,7 +523,10 @@ class Config:
     """The valid configuration of a run."""
 
     seed: int = option(
-        0, "seed of initialisation, order and augmentation", at_least=0, below=2**31
+        0,
+        "seed of initialisation, order and augmentation",
+        at_least=0,
+        at_most=2**31 - 1,
     )
     seeds: int = option(
         1,
@@ -404,6 +534,7 @@ class Config:
         "workdir; reports mean and standard deviation",
         at_least=1,
         operational=True,
+        at_most=MOST_SEEDS,
     )
     compilation_cache: str | None = option(
         "cache",

@@ -54,7 +54,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             from sklearn.datasets import load_digits
         except ImportError:
             raise UserError(
-                "the digits need scikit-learn: pip install 'resnet_jax[demo]'"
+                "the digits need scikit-learn: pip install -e '.[demo]' in the checkout"
             ) from None
         digits = load_digits()
         images = np.rint(digits.images * (255 / _BRIGHTEST)).astype(np.uint8)

@@ -21,6 +21,13 @@ from resnet_jax.models.fused import VARIANCES
 
 NORMALIZATIONS = ("batch", "none")
 
+BELOW_ONE = 0.999999
+"""The largest rate or decay: in float32, closer ones round to 1."""
+MOST_ITEMS = 1000
+"""Most items of a tuple."""
+MOST_CHARACTERS = 4096
+"""Longest string: that of a path on Linux."""
+
 
 def option(default: Any, meaning: str, **limits: Any) -> Any:
     """A dataclass field with its default and the attributes of ``Field``."""
@@ -45,7 +52,10 @@ class ModelOptions:
         choices=STRIDE_VERSIONS,
     )
     block_convs: int | None = option(
-        None, "3x3 convolutions of a basic block; None: the net's own", at_least=1
+        None,
+        "3x3 convolutions of a basic block; None: the net's own",
+        at_least=1,
+        at_most=64,
     )
     squeeze_excite: bool | None = option(
         None, "gate residual functions by their channel means; None: the net's own"
@@ -60,18 +70,20 @@ class ModelOptions:
         "probability with which training drops the last block, growing linearly from "
         "the first; None: the net's own",
         at_least=0,
-        below=1,
+        at_most=BELOW_ONE,
     )
     dropout_rate: float | None = option(
         None,
         "rate of the dropout that the net defines; None: the net's own",
         at_least=0,
-        below=1,
+        at_most=BELOW_ONE,
     )
     gate_bias: float | None = option(
         None,
         "initial bias of the gates of a highway net or gated shortcut; None: the net's "
         "own",
+        at_least=-1000,
+        at_most=1000,
     )
     normalization: str | None = option(
         None,
@@ -91,12 +103,20 @@ class ModelOptions:
         choices=("float32", "bfloat16"),
     )
     batch_norm_groups: int = option(
-        1, "parts of the global batch with separate statistics", at_least=1
+        1,
+        "parts of the global batch with separate statistics",
+        at_least=1,
+        at_most=2**20,
     )
     batch_norm_momentum: float = option(
-        0.9, "decay of the running statistics (torch's 0.1 is 0.9)", at_least=0, below=1
+        0.9,
+        "decay of the running statistics (torch's 0.1 is 0.9)",
+        at_least=0,
+        at_most=BELOW_ONE,
     )
-    batch_norm_epsilon: float = option(1e-5, "added to the variance", at_least=0)
+    batch_norm_epsilon: float = option(
+        1e-5, "added to the variance", at_least=0, at_most=1
+    )
     norm_variance: str = option(
         "two_pass",
         "how batch normalisation computes the variance: fast reads the map once, and "
@@ -133,8 +153,8 @@ class Field:
       default: its default value.
       meaning: one line of documentation; it says what None means.
       choices: the valid strings.
-      at_least: the smallest valid number.
-      below: valid numbers are smaller than this.
+      at_least, at_most: the smallest and largest valid number, also of a tuple's items;
+        every number has both.
       operational: changes where or how fast a run happens but not its result, so it
         may change when a run continues.
     """
@@ -144,8 +164,8 @@ class Field:
     default: Any
     meaning: str
     choices: Sequence[str] | None = None
-    at_least: float | None = None
-    below: float | None = None
+    at_least: float = -math.inf
+    at_most: float = math.inf
     operational: bool = False
 
 
@@ -169,27 +189,52 @@ def check(field: Field, value: Any) -> Any:
     converted = _converted(field.annotation, value)
     if converted is _WRONG:
         raise UserError(
-            f"{field.name} takes {describe_type(field.annotation)}, not {value!r}"
+            f"{field.name} takes {describe_type(field.annotation)}, not {_shown(value)}"
         )
     if field.choices and converted is not None and converted not in field.choices:
-        close = difflib.get_close_matches(str(converted), field.choices, n=1)
+        close = difflib.get_close_matches(str(converted)[:100], field.choices, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UserError(
             f"{field.name} is one of {', '.join(field.choices)}, "
-            f"not {converted!r}{hint}"
+            f"not {_shown(converted)}{hint}"
         )
-    if isinstance(converted, (int, float)) and not isinstance(converted, bool):
-        if not math.isfinite(converted):
-            raise UserError(f"{field.name} must be finite, not {value}")
-        if field.at_least is not None and converted < field.at_least:
+    items = converted if isinstance(converted, tuple) else (converted,)
+    if len(items) > MOST_ITEMS:
+        raise UserError(
+            f"{field.name} takes at most {MOST_ITEMS} items, not {len(items)}"
+        )
+    for item in items:
+        if isinstance(item, str):
+            _check_text(field, item)
+        is_number = isinstance(item, (int, float)) and not isinstance(item, bool)
+        # NaN fails every comparison.
+        if is_number and not field.at_least <= item <= field.at_most:
             raise UserError(
-                f"{field.name} must be at least {field.at_least}, not {converted}"
-            )
-        if field.below is not None and converted >= field.below:
-            raise UserError(
-                f"{field.name} must be below {field.below}, not {converted}"
+                f"{field.name} must be {describe_range(field)}, not {_shown(value)}"
             )
     return converted
+
+
+def _check_text(field: Field, text: str) -> None:
+    if not text:
+        raise UserError(f"{field.name} must not be an empty string")
+    if len(text) > MOST_CHARACTERS:
+        raise UserError(
+            f"{field.name} takes at most {MOST_CHARACTERS} characters, not {len(text)}"
+        )
+    if "\0" in text:
+        raise UserError(f"{field.name} must not contain a NUL character")
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message, cut if it is long."""
+    if isinstance(value, int) and 1e15 < abs(value) < 1.7e308:
+        return f"{value:g}"
+    try:
+        text = repr(value)
+    except ValueError:
+        return "one of more than 4300 digits, which Python does not print"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 _WRONG = object()
@@ -208,7 +253,12 @@ def _converted(annotation: Any, value: Any) -> Any:
     if annotation in (bool, str) or isinstance(value, bool):
         return value if type(value) is annotation else _WRONG
     kind = numbers.Integral if annotation is int else numbers.Real
-    return annotation(value) if isinstance(value, kind) else _WRONG
+    if not isinstance(value, kind):
+        return _WRONG
+    try:
+        return annotation(value)
+    except OverflowError:
+        return value  # an integer beyond all floats, and all limits
 
 
 def describe_type(annotation: Any) -> str:
@@ -222,3 +272,12 @@ def describe_type(annotation: Any) -> str:
         return f"a tuple of {kind}"
     words = {int: "an integer", float: "a number", bool: "true or false"}
     return words.get(annotation, "a string")
+
+
+def describe_range(field: Field) -> str:
+    """The valid numbers of a field in words: ``from 1 to 1,000``."""
+    return f"from {_bound(field.at_least)} to {_bound(field.at_most)}"
+
+
+def _bound(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"

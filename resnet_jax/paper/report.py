@@ -1,22 +1,24 @@
 """Published and measured numbers of all experiments, as a page and as Markdown."""
 
 import os
+import re
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import rich.console
 
 from resnet_jax.analysis import pages
+from resnet_jax.analysis.plots import check_file, save
 from resnet_jax.config import flatten
 from resnet_jax.console import describe_seconds, say
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, printable
 from resnet_jax.paper.entries import Experiment
 from resnet_jax.paper.experiments import EXPERIMENTS, find_experiment
 from resnet_jax.paper.figures import draw
 from resnet_jax.paper.sections import Measured, Section
 from resnet_jax.paper.settings import Setting
+from resnet_jax.storage import expand
 from resnet_jax.workdir import Workdir
 
 HEADER = (
@@ -73,6 +75,8 @@ def report(
       UserError: the folder holds no experiment, or a file cannot be written.
     """
     console = console or rich.console.Console()
+    if figures is not None:
+        check_file(expand(figures) / "experiment.png")
     folder = Workdir(workdir)
     paths = sorted(folder.path.iterdir()) if folder.path.is_dir() else []
     sections = [
@@ -87,7 +91,7 @@ def report(
     for section in sections:
         title = f"{section.path.name} ({section.describe()})"
         html.append(pages.heading(title))
-        markdown.append(f"## {title}")
+        markdown.append(f"## {_plain(title)}")
         for experiment in _of_section(section, wanted):
             measured = section.measured(experiment)
             tables: list[Table] = []
@@ -100,9 +104,8 @@ def report(
             html += _html(experiment, tables, remarks, figure)
             markdown += _markdown(experiment, tables, remarks)
             if figures is not None and figure is not None:
-                path = Path(figures) / f"{section.path.name}-{experiment.name}.png"
-                _save(figure, path)
-                say(console, f"figure: {path}")
+                name = f"{section.path.name}-{experiment.name}.png"
+                say(console, f"figure: {save(figure, expand(figures) / name)}")
     folder.write(folder.report, pages.page(_TITLE, *html))
     text = folder.path / "report.md"
     folder.write(text, "\n\n".join(markdown) + "\n")
@@ -247,16 +250,15 @@ def _markdown(
     ]
     for header, rows in tables:
         lines = [header, ["---"] * len(header), *rows]
-        parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        cells = [" | ".join(map(_plain, line)) for line in lines]
+        parts.append("\n".join(f"| {line} |" for line in cells))
     if remarks:
-        listed = "\n".join(f"- {sentence}" for sentence in remarks)
+        listed = "\n".join(f"- {_plain(sentence)}" for sentence in remarks)
         parts.append(f"{_REMARKS}:\n\n{listed}")
     return parts
 
 
-def _save(figure: Any, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=100)
-    except OSError as error:
-        raise UserError(f"figure {path} cannot be written: {error}") from error
+def _plain(text: str) -> str:
+    """Text in one line of Markdown, where it starts no cell and no HTML."""
+    line = " ".join(printable(text).split())
+    return re.sub(r"[\\|<]", r"\\\g<0>", line)

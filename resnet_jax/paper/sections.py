@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ class Measured:
         return sentences
 
 
+_SETTING = ("dataset", "scale", "overrides")
+"""The fields of a ``Setting``, in order."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
     """A folder of runs with one setting, and the experiments run there."""
@@ -68,9 +73,16 @@ class Section:
         text = storage.read_text(path / "setting.json")
         if text is None:
             return None
-        content = json.loads(text)
-        setting = Setting(content["dataset"], content["scale"], content["overrides"])
-        return cls(path, setting, tuple(content["experiments"]))
+        try:
+            content = json.loads(text)
+            setting = Setting(*(content[name] for name in _SETTING))
+            SCALES[setting.scale], dict(setting.overrides)
+            return cls(path, setting, tuple(content["experiments"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path / 'setting.json'} is damaged; restore it, or run the same "
+                "resnet-jax paper run command in another --workdir"
+            ) from None
 
     @classmethod
     def note(cls, path: Path, setting: Setting, experiment: str) -> None:
@@ -84,7 +96,7 @@ class Section:
         differs = [
             f"{name} {_describe(getattr(here, name))} and not "
             f"{_describe(getattr(wanted, name))}"
-            for name in ("dataset", "scale", "overrides")
+            for name in _SETTING
             if getattr(here, name) != getattr(wanted, name)
         ]
         if differs:
@@ -112,7 +124,8 @@ class Section:
         """The outcome of each seed that was started."""
         folder = self.path / run.name
         outcomes = []
-        for seed in sorted(int(p.name[len("seed-") :]) for p in folder.glob("seed-*")):
+        names = [path.name.removeprefix("seed-") for path in folder.glob("seed-*")]
+        for seed in sorted(int(name) for name in names if re.fullmatch("[0-9]+", name)):
             workdir = Workdir(folder / f"seed-{seed}")
             outcomes.append(Outcome.read(workdir, seed))
         return outcomes

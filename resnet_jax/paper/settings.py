@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import resnet_jax
-from resnet_jax.config import Config, flatten, load_config
+from resnet_jax.config import Config, flatten, load_config, parse
 from resnet_jax.config.schema import ParallelConfig
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.paper.entries import PaperRun
 from resnet_jax.paper.experiments import find_experiment
+from resnet_jax.storage import expand, is_remote, locate
 from resnet_jax.training.runs import members_of
 
 SCALES = {"paper": 1.0, "small": 1 / 100, "tiny": 1 / 1000}
@@ -66,6 +67,7 @@ class Setting:
     def section(self, config: Config) -> str:
         """The folder name of all runs on the same data at the same scale."""
         name = re.sub(r"[^A-Za-z0-9]+", "-", config.data.name).strip("-").lower()
+        name = name or "data"
         return name if self.scale == "paper" else f"{name}-{self.scale}"
 
     def _dataset_fields(self) -> dict[str, str]:
@@ -73,12 +75,13 @@ class Setting:
             return {}
         if self.dataset in DATASETS:
             return {"data.name": self.dataset, **DATASETS[self.dataset]}
-        if "/" not in self.dataset and not Path(self.dataset).exists():
+        is_path = is_remote(self.dataset) or "/" in self.dataset
+        if not is_path and not expand(self.dataset).exists():
             raise UserError(
                 f"unknown data set {self.dataset!r}; give a folder, or one of "
                 f"{', '.join(DATASETS)}"
             )
-        return {"data.path": self.dataset, "data.name": Path(self.dataset).name}
+        return {"data.path": self.dataset, "data.name": locate(self.dataset).name}
 
     def _length_fields(self, config: Config) -> dict[str, str]:
         """Fields that scale the length of a run and set its intervals."""
@@ -95,8 +98,11 @@ class Setting:
             if values[f"{name}{unit}"] is not None
         }
         if unit == "steps":
-            steps = self.overrides.get("training.steps", scaled["training.steps"])
-            scaled |= _intervals(config, int(float(steps)), share != 1.0)
+            steps = scaled["training.steps"]
+            if "training.steps" in self.overrides:
+                steps = parse("training.steps", self.overrides["training.steps"])
+            if steps is not None:  # else the overrides count the run in epochs
+                scaled |= _intervals(config, steps, share != 1.0)
         return {name: str(value) for name, value in scaled.items()}
 
 

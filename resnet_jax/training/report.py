@@ -10,7 +10,13 @@ import rich.console
 
 from resnet_jax.analysis import pages
 from resnet_jax.analysis.complexity import count_multiply_adds, count_parameters
-from resnet_jax.analysis.plots import Curves, error_curves, training_curves
+from resnet_jax.analysis.plots import (
+    Curves,
+    check_file,
+    error_curves,
+    save,
+    training_curves,
+)
 from resnet_jax.config import fields, flatten
 from resnet_jax.console import describe_seconds, print_facts, say
 from resnet_jax.data.dataset import Dataset
@@ -104,6 +110,8 @@ def report(
       UserError: there is no finished run, or the picture cannot be written.
     """
     console = console or rich.console.Console()
+    if figure is not None:
+        check_file(figure)
     folder = Workdir(workdir)
     result = folder.read_result()
     if result is None:
@@ -123,11 +131,7 @@ def report(
         )
     say(console, f"report: {folder.report}")
     if figure is not None:
-        try:
-            training_curves(rows, _title(result)).savefig(figure, dpi=100)
-        except (OSError, ValueError) as error:
-            raise UserError(f"figure {figure} cannot be written: {error}") from error
-        say(console, f"figure: {figure}")
+        say(console, f"figure: {save(training_curves(rows, _title(result)), figure)}")
 
 
 def write_report(

@@ -1,53 +1,181 @@
-"""The process around a command."""
-
+import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
+from resnet_jax.cli import main
+from resnet_jax.cli.overrides import parse_overrides
+from resnet_jax.config import fields
+from resnet_jax.errors import UserError
 from tests.conftest import REPOSITORY
 
-CHATTY = """
-import sys
-from resnet_jax.__main__ import _unbreakable
-out = _unbreakable(sys.stdout)
-for _ in range(1000):
-    print("\\N{MIDDLE DOT}" * 1000, file=out)
-print("went on to the end", file=sys.stderr)
+DIGITS = str(REPOSITORY / "configs" / "digits.py")
+
+
+def run(capsys, *arguments):
+    status = main(arguments)
+    return status, *capsys.readouterr()
+
+
+def test_overrides_with_an_equals_sign_or_a_space():
+    arguments = [
+        "--config.model.name=resnet18",
+        "--config.seed",
+        "1",
+        "--config.data.path=",
+    ]
+    assert parse_overrides(arguments) == {
+        "model.name": "resnet18",
+        "seed": "1",
+        "data.path": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [(["--confg.seed=1"], "unknown argument"), (["--config.seed"], "needs a value")],
+)
+def test_other_arguments_are_refused(arguments, sentence):
+    with pytest.raises(UserError, match=sentence):
+        parse_overrides(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--config", "configs/none.py"], "configs/none.py does not exist"),
+        (["--config", DIGITS, "--config.optimizer.learning_rat=1"], "did you mean"),
+        (
+            ["--config", DIGITS, "--config.optimizer.learning_rate=fast"],
+            "takes a number",
+        ),
+        (["--config", DIGITS, "--config.training.epochs=3"], "exclude each other"),
+        (
+            ["--config", DIGITS, "--config.data.path=/nowhere"],
+            "/nowhere does not exist",
+        ),
+        (["--config", f"{DIGITS}:resnet51"], "did you mean resnet50"),
+        ([], "give --config FILE.py"),
+    ],
+)
+def test_train_says_in_one_sentence_what_is_wrong(
+    tmp_path, capsys, arguments, sentence
+):
+    workdir = tmp_path / "run"
+    status, _, err = run(capsys, "train", "--workdir", str(workdir), *arguments)
+    assert status == 1
+    assert err.startswith("resnet-jax: error: ")
+    assert sentence in err
+    assert err.count("\n") == 1
+    assert not (workdir / "checkpoints").exists()
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, field in fields().items():
+        assert f"  {name} = {field.default}  (" in text
+        assert field.meaning.split()[0] in text
+
+
+@pytest.mark.parametrize(
+    "command", [["evaluate"], ["report"], ["benchmark"], ["benchmark", "step"]]
+)
+def test_every_command_explains_itself(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: resnet-jax" in capsys.readouterr().out
+
+
+def test_train_and_evaluate_from_the_command_line(tmp_path, tfds_dir, capsys):
+    workdir = tmp_path / "run"
+    arguments = [
+        "train", "--workdir", str(workdir), "--config", f"{DIGITS}:cifar_plain8",
+        f"--config.data.data_dir={tfds_dir}", "--config.training.steps=4",
+        "--config.training.global_batch_size=16", "--config.schedule.warmup_steps=1",
+    ]  # fmt: skip
+    status, out, err = run(capsys, *arguments)
+    assert (status, err) == (0, "")
+    assert "test error " in out
+    last_lines = [line for line in out.splitlines() if line.startswith("test error")]
+    status, out, _ = run(capsys, "evaluate", "--workdir", str(workdir))
+    assert status == 0
+    assert out.splitlines()[-1] == last_lines[-1]
+    # Without --config the workdir's own config is taken.
+    status, out, _ = run(capsys, "train", "--workdir", str(workdir))
+    assert status == 0
+    assert "nothing to do" in out
+
+
+def test_benchmark_step_prints_and_writes_its_figures(tmp_path, capsys):
+    file = tmp_path / "step.json"
+    status, out, _ = run(
+        capsys, "benchmark", "step", "--model", "cifar_resnet8", "--batch", "8",
+        "--image-size", "8", "--steps", "2", "--json", str(file),
+    )  # fmt: skip
+    assert status == 0
+    for figure in (
+        "images per second",
+        "milliseconds",
+        "compile seconds",
+        "peak bytes",
+        "multiply adds per second",
+    ):
+        assert figure in out
+    result = json.loads(file.read_text())
+    seconds = result["milliseconds"] / 1000
+    assert result["images_per_second"] == pytest.approx(8 / seconds)
+    # 8 x 8 pixels: stem 3*9*16, then 2 convolutions of 16, 32 and 64 channels.
+    first, second, third = 64 * 9 * 16 * 16, 16 * 9, 4 * 9
+    forward = (
+        64 * 9 * 3 * 16
+        + 2 * first
+        + second * (16 * 32 + 32 * 32)
+        + third * (32 * 64 + 64 * 64)
+        + 64 * 10
+    )
+    assert result["multiply_adds_per_second"] == pytest.approx(
+        3 * forward * 8 / seconds
+    )
+
+
+LATE_ANSWER = """
+import asyncio
+import tensorstore
+from resnet_jax.cli import main
+
+class Broken:
+    def __del__(self):
+        raise ValueError("another fault")
+
+async def wait():
+    await future
+
+main(["report", "--workdir", "/nowhere"])
+promise, future = tensorstore.Promise.new()
+loop = asyncio.new_event_loop()
+task = loop.create_task(wait())
+loop.run_until_complete(asyncio.sleep(0.1))
+loop.close()
+promise.set_result(1)
+Broken()
 """
 
 
-@pytest.mark.parametrize("reader", ["leaves", "full disk"])
-def test_output_that_cannot_be_written_ends_no_run(reader):
-    read, write = os.pipe()
-    os.close(read)
-    with open("/dev/full", "w") as full:
-        process = subprocess.run(
-            [sys.executable, "-c", CHATTY],
-            env=dict(os.environ, PYTHONPATH=str(REPOSITORY), PYTHONIOENCODING="ascii"),
-            stdout=write if reader == "leaves" else full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    os.close(write)
-    assert (process.returncode, process.stderr) == (0, "went on to the end\n")
-
-
-@pytest.mark.parametrize("seconds", [0.2, 0.6])
-def test_ctrl_c_among_the_imports_prints_no_traceback(seconds):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "resnet_jax", "summary", "resnet152"],
-        env=dict(os.environ, PYTHONPATH=str(REPOSITORY)),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+def test_a_write_that_ends_after_a_failed_save_prints_no_traceback():
+    """But all other faults that Python can only print are printed."""
+    result = subprocess.run(
+        [sys.executable, "-c", LATE_ANSWER],
+        capture_output=True,
         text=True,
+        env=dict(os.environ, PYTHONPATH=str(REPOSITORY)),
+        timeout=60,
     )
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert errors.startswith("resnet-jax: stopped;")
-    assert errors.count("\n") == 1
+    assert result.returncode == 0
+    assert "Event loop is closed" not in result.stderr
+    assert "ValueError: another fault" in result.stderr

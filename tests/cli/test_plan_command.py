@@ -37,5 +37,3 @@ def test_mistakes_leave_no_traceback(capsys):
         "resnet-jax: error: training.global_batch_size=128 does not divide over 256 "
         "devices; the nearest that does is 256\n"
     )
-    assert main(["plan", "--config", CONFIG, "--json", "/nowhere/a.json"]) == 1
-    assert "cannot be written" in capsys.readouterr().err

@@ -1,7 +1,22 @@
+import math
+import re
+
 import pytest
 
-from resnet_jax.config import default_config, derive, flatten, load_config, resolve
+from resnet_jax.cli.overrides import fields_help, parse_overrides
+from resnet_jax.config import (
+    default_config,
+    derive,
+    fields,
+    flatten,
+    load_config,
+    resolve,
+)
 from resnet_jax.errors import UserError
+from resnet_jax.models.options import check
+from tests.conftest import REPOSITORY
+
+DIGITS = str(REPOSITORY / "configs" / "digits.py")
 
 REFUSED = [
     # (field, value, what the sentence says)
@@ -9,13 +24,13 @@ REFUSED = [
     ("training.learning_rate", 0.1, "did you mean optimizer.learning_rate"),
     ("training.batch_size", 8, "did you mean training.global_batch_size"),
     ("optimizer.lr", 0.1, "optimizer has kind, learning_rate,"),
-    ("seed", 2**31, "must be below"),
+    ("seed", 2**31, "from 0 to 2,147,483,647, not 2147483648"),
     ("optimizer.learning_rate", "fast", "takes a number, not 'fast'"),
-    ("optimizer.learning_rate", float("nan"), "must be finite"),
-    ("optimizer.momentum", 1.0, "must be below 1"),
+    ("optimizer.learning_rate", float("nan"), "must be from 0 to 1e+38, not nan"),
+    ("optimizer.momentum", 1.0, "from 0 to 0.999999, not 1.0"),
     ("training.global_batch_size", 12.5, "takes an integer, not 12.5"),
     ("training.global_batch_size", True, "takes an integer, not True"),
-    ("training.global_batch_size", 0, "must be at least 1"),
+    ("training.global_batch_size", 0, "must be from 1 to 1,048,576"),
     ("augmentation.flip", 1, "takes true or false, not 1"),
     ("schedule.boundaries_steps", 5, "takes a tuple of integers or None, not 5"),
     ("model.dtype", "bfloat61", "did you mean bfloat16"),
@@ -37,8 +52,8 @@ REFUSED = [
     ("data.eval_image_size", 224, "needs data.image_size"),
     ("augmentation.crop_area", (0.08, 1.0), "needs data.image_size"),
     ("augmentation.crop_area", (0.5, 0.1), "is (low, high)"),
-    ("augmentation.crop_area", (0.0, 1.0), "above 0 and up to 1"),
-    ("augmentation.crop_area", (0.08, 1.1), "above 0 and up to 1"),
+    ("augmentation.crop_area", (0.0, 1.0), "must be from 0.0001 to 1"),
+    ("augmentation.crop_area", (0.08, 1.1), "must be from 0.0001 to 1"),
     ("augmentation.crop_area", (0.08,), "is (low, high)"),
     (
         "augmentation.crop_aspect",
@@ -46,19 +61,19 @@ REFUSED = [
         "needs augmentation.crop_area: set it too",
     ),
     ("augmentation.crop_aspect", (2.0, 0.5), "is (low, high)"),
-    ("augmentation.crop_aspect", (0.0, 1.0), "above 0"),
+    ("augmentation.crop_aspect", (0.0, 1.0), "must be from 0.01 to 100"),
     ("augmentation.policy", "randaug", "did you mean randaugment"),
     ("augmentation.policy_operations", 3, "needs augmentation.policy=randaugment, but"),
     ("augmentation.policy_magnitude", 7.0, "to 9.0"),
-    ("augmentation.policy_magnitude", 11.0, "must be below"),
+    ("augmentation.policy_magnitude", 11.0, "must be from 0 to 10"),
     ("augmentation.repeats", 200, "is above training.global_batch_size=128"),
     ("augmentation.color_jitter", (0.4, 0.4), "(brightness, contrast, saturation)"),
-    ("augmentation.color_jitter", (0.4, 0.4, 1.5), "between 0 and 1"),
-    ("augmentation.color_jitter", (0.4, -0.1, 0.4), "between 0 and 1"),
-    ("augmentation.erasing_probability", 1.0005, "at most 1"),
-    ("augmentation.mixup_alpha", -0.1, "must be at least 0"),
+    ("augmentation.color_jitter", (0.4, 0.4, 1.5), "from 0 to 1, not (0.4, 0.4, 1.5)"),
+    ("augmentation.color_jitter", (0.4, -0.1, 0.4), "from 0 to 1, not"),
+    ("augmentation.erasing_probability", 1.0005, "from 0 to 1, not"),
+    ("augmentation.mixup_alpha", -0.1, "from 0 to 1,000"),
     ("loss.kind", "sigmiod", "did you mean sigmoid"),
-    ("loss.label_smoothing", 1.0, "must be below 1"),
+    ("loss.label_smoothing", 1.0, "from 0 to 0.999999"),
     ("loss.target_threshold", 0.2, "needs loss.kind=sigmoid"),
     ("optimizer.kind", "lamp", "did you mean lamb"),
     ("optimizer.second_momentum", 0.99, "needs optimizer.kind=lamb"),
@@ -69,7 +84,7 @@ REFUSED = [
     ("optimizer.ema_every_steps", 32, "optimizer.ema_decay"),
     ("schedule.final_learning_rate", 0.01, "schedule.kind=cosine or polynomial"),
     ("schedule.power", 1.0, "needs schedule.kind=polynomial, but it is constant"),
-    ("evaluation.precise_statistics_examples", -1, "must be at least 0"),
+    ("evaluation.precise_statistics_examples", -1, "must be from 0 to"),
     ("schedule.warmup_initial_learning_rate", 0.01, "schedule.warmup_steps or"),
 ]
 
@@ -88,8 +103,14 @@ def test_refuses_in_one_sentence(name, value, sentence):
     changed(config, name, value)
     with pytest.raises(UserError) as error:
         resolve(config)
-    assert sentence in str(error.value)
-    assert "\n" not in str(error.value)
+    refuses_once(error, sentence)
+
+
+def refuses_once(error, sentence):
+    """Whether one of the faults, each a line, says the sentence."""
+    first, *faults = str(error.value).split("\n")
+    assert sum(sentence in fault for fault in faults or [first]) == 1
+    assert not faults or first == f"{len(faults)} faults in the config:"
 
 
 CROP = {"data.image_size": 224, "augmentation.crop_area": (0.08, 1.0)}
@@ -114,7 +135,7 @@ CONTRADICTIONS = [
     (CROP | {"data.resident": True}, "data.resident=True exclude each other"),
     (RANDOM | {"data.resident": True}, "data.resident=True exclude each other"),
     (TRIVIAL | {"augmentation.policy_magnitude": 7.0}, "but it is trivialaugment"),
-    (RANDOM | {"augmentation.policy_magnitude": 10.0005}, "is at most 10"),
+    (RANDOM | {"augmentation.policy_magnitude": 10.0005}, "from 0 to 10, not 10.0005"),
     (
         {"augmentation.mixup_alpha": 0.2, "training.global_batch_size": 1},
         "mixup and cutmix mix pairs",
@@ -152,8 +173,107 @@ def test_refuses_contradictions_of_several_fields(changes, sentence):
         changed(config, name, value)
     with pytest.raises(UserError) as error:
         resolve(config)
-    assert sentence in str(error.value)
+    refuses_once(error, sentence)
+
+
+def test_every_number_has_two_bounds_that_its_default_meets():
+    for name, field in fields().items():
+        is_number = {"int", "float"} & set(re.findall(r"\w+", str(field.annotation)))
+        if not is_number:
+            continue
+        assert -math.inf < field.at_least < field.at_most < math.inf, name
+        one = (lambda x: (x,)) if "tuple" in str(field.annotation) else (lambda x: x)
+        assert check(field, one(field.at_most)) == one(field.at_most)
+        too_low, too_high = field.at_least - 1, 2 * field.at_most + 1
+        for value in (too_low, too_high, 10**400, -(10**5000)):
+            with pytest.raises(UserError, match="must be from") as error:
+                check(field, one(value))
+            assert len(str(error.value)) < 250
+        if field.default is not None:
+            check(field, field.default)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("seed", "9" * 400),
+        ("seed", "9" * 20_000),
+        ("seed", "-" * 20_000),
+        ("seed", "(" * 5000),
+        ("seed", "1e30"),
+        ("seed", "inf"),
+        ("training.epochs", "1e308"),
+        ("training.epochs", "9" * 400),
+        ("optimizer.learning_rate", "nan"),
+        ("augmentation.crop_area", "0.1,nan"),
+        ("augmentation.shorter_side", "[" * 5000),
+        ("schedule.boundaries_steps", "1," * 1001),
+        ("schedule.boundaries_steps", "1e30,2"),
+        ("profile.steps", "1:" + "9" * 5000),
+        ("data.path", ""),
+        ("data.path", "a\0b"),
+        ("data.path", "a" * 5000),
+        ("model.frozen", "a" * 5000),
+    ],
+)
+def test_text_without_sense_is_one_short_sentence(name, text):
+    with pytest.raises(UserError) as error:
+        load_config(DIGITS, {name: text})
+    assert name in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 250
+
+
+def test_lengths_that_multiply_beyond_all_sense_are_refused():
+    config = default_config()
+    config.training.epochs = 1e6
+    with pytest.raises(UserError, match=r"1e.06 epochs of 10,000,000,000 examples are"):
+        derive(resolve(config), 10**10)
+    config.training.global_batch_size = 2**20
+    config.data.image_size = 8192
+    with pytest.raises(UserError, match="1048576 images of 8192 x 8192 pixels"):
+        resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides"),
+    [
+        ("mnist.py", {"training.steps": "4"}),
+        ("folder.py", {"training.steps": "4"}),
+        ("digits.py", {"training.epochs": "1"}),
+        ("cifar10.py", {"training.epochs": "1"}),
+    ],
+)
+def test_the_overrides_that_a_refusal_proposes_work(file, overrides):
+    """A recipe counted in the other unit is shortened by copying them."""
+    spec = str(REPOSITORY / "configs" / file)
+    with pytest.raises(UserError, match="exclude each other") as error:
+        load_config(spec, overrides)
+    assert "\n" not in str(error.value)
+    by_steps, by_epochs = re.findall(r"add ([^;]+)", str(error.value))
+    for proposed in (by_steps, by_epochs):
+        more = parse_overrides(proposed.split())
+        load_config(spec, overrides | more)
+    own = by_steps if "training.steps" in overrides else by_epochs
+    config = load_config(spec, overrides | parse_overrides(own.split()))
+    assert (
+        flatten(config).items()
+        >= {name: float(text) for name, text in overrides.items()}.items()
+    )
+
+
+def test_all_contradictions_are_listed():
+    config = default_config()
+    config.training.steps = 10
+    config.model.name = "resnet51"
+    config.checkpoint.best = True
+    config.profile.steps = "7"
+    with pytest.raises(UserError) as error:
+        resolve(config)
+    first, *faults = str(error.value).split("\n")
+    assert first == "3 faults in the config:"
+    for fault, text in zip(faults, ("resnet50", "FIRST", "held-out"), strict=True):
+        assert text in fault
 
 
 def test_a_resolved_config_resolves_to_itself():
@@ -291,3 +411,13 @@ def test_removed_fields_of_old_runs_load_at_their_defaults():
 def test_a_resolved_config_is_returned_as_it_is():
     config = resolve({"training": {"steps": 10}})
     assert resolve(config) is config
+
+
+def test_help_shows_the_limits_of_numbers():
+    lines = fields_help().splitlines()
+    assert (
+        "  training.steps = None  (an integer or None, from 1 to 1,000,000,000)"
+        in lines
+    )
+    assert "  optimizer.momentum = 0.9  (a number, from 0 to 0.999999)" in lines
+    assert "  data.test_split = test  (a string)" in lines

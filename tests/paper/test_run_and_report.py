@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import pytest
 
@@ -209,3 +210,33 @@ def test_the_command_lists_all(capsys):
         assert name in printed
     assert main(["paper", "run", "tabel6", "--workdir", "nowhere"]) == 1
     assert "did you mean table6" in capsys.readouterr().err
+
+
+def test_free_text_breaks_no_table(finished, tmp_path):
+    folder, _ = finished
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    name = "a|b\n$x_{$ <script>\x1b[31m"
+    for file in copy.glob("digits-tiny/cifar_plain20/*/*.json"):
+        content = json.loads(file.read_text())
+        if file.name == "result.json":
+            content["data"] = name
+        elif file.name == "config.json":
+            content["config"]["data"]["name"] = name
+        file.write_text(json.dumps(content))
+    report(copy, figures=copy / "figures", console=make_console())
+    shown = r"a\|b $x_{$ \<script>\\x1b[31m"
+    lines = (copy / "report.md").read_text().splitlines()
+    for line in lines:
+        assert f"| {shown} |" in line or not line.startswith("| plain-20 |")
+    separators = [len(re.findall(r"(?<!\\)\|", x)) for x in lines if x[:2] == "| "]
+    assert set(separators) == {11}
+    assert any(f"data.name={shown} (published" in line for line in lines)
+    assert "<script" not in (copy / "report.html").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"scale": 1}'])
+def test_a_damaged_setting_is_named(tmp_path, text):
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "setting.json").write_text(text)
+    with pytest.raises(UserError, match=r"setting\.json is damaged"):
+        report(tmp_path, console=make_console())

@@ -79,3 +79,27 @@ def test_an_unknown_scale_is_told():
         UserError, match=r"unknown scale 'little'; valid are paper, small"
     ):
         Setting(scale="little").config(RESNET110)
+
+
+@pytest.mark.parametrize("text", ["x", "1e30", "-1", "9" * 5000])
+def test_a_wrong_length_is_told(text):
+    with pytest.raises(UserError, match=r"config field training\.steps"):
+        Setting("digits", "tiny", {"training.steps": text}).config(RESNET110)
+
+
+def test_overrides_may_count_in_epochs():
+    overrides = {"training.steps": "None", "training.epochs": "1"}
+    overrides |= {"schedule.kind": "constant", "schedule.boundaries_steps": "None"}
+    config = Setting("digits", "tiny", overrides).config(RESNET110)
+    assert (config.training.steps, config.training.epochs) == (None, 1)
+
+
+def test_a_data_set_without_letters_has_a_folder():
+    setting = Setting("digits", "tiny", {"data.name": "\u6570"})
+    assert list(setting.members(RESNET110, 1)) == ["data-tiny/cifar_resnet110/seed-0"]
+
+
+@pytest.mark.parametrize("folder", ["~nobody-here/x", "http://x", ""])
+def test_a_folder_that_cannot_be_is_told(folder):
+    with pytest.raises(UserError):
+        Setting(folder).config(RESNET110)

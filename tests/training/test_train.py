@@ -89,7 +89,7 @@ def test_the_report_can_be_made_again_with_a_picture(finished, tmp_path, console
     text = re.compile(r"<svg.*</svg>", re.DOTALL)  # matplotlib writes the time in it
     assert text.sub("", (workdir / "report.html").read_text()) == text.sub("", page)
     assert cv2.imread(str(picture)).shape == (400, 1000, 3)
-    with pytest.raises(UserError, match=r"cannot be written"):
+    with pytest.raises(UserError, match=r"must end in \.png, \.svg or"):
         resnet_jax.report(workdir, figure=tmp_path / "x.nonsense", console=console)
     with pytest.raises(UserError, match=r"no finished run"):
         resnet_jax.report(tmp_path / "nowhere", console=console)

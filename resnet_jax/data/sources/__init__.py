@@ -24,7 +24,7 @@ from resnet_jax.data.sources.imagenet import readable_names
 from resnet_jax.data.sources.records import open_records, read_manifest
 from resnet_jax.data.sources.splits import Collection, refuse_overlap, split_names
 from resnet_jax.errors import UserError
-from resnet_jax.storage import reached
+from resnet_jax.storage import locate, reached
 
 __all__ = [
     "Collection",
@@ -64,7 +64,7 @@ def open_path(path: str | os.PathLike[str], classes_of: str = "train") -> Collec
     Raises:
       UserError: there is no data set, or it is damaged.
     """
-    root = epath.Path(os.path.expanduser(path))
+    root = epath.Path(locate(path))
     with reached(f"data.path {root}"):
         exists = root.exists()
     if not exists:

@@ -168,9 +168,9 @@ def _prepare(builder: Any, name: str) -> None:
     is_ours = isinstance(builder, digits.Digits)
     if not is_ours and not _has_tensorflow():
         raise UserError(
-            f"tfds data set {name} is not prepared in {builder.data_dir}; pip install "
-            "'resnet_jax[tensorflow]' to prepare it here, or give its files with "
-            "data.path"
+            f"tfds data set {name} is not prepared in {builder.data_dir}; to "
+            "prepare it here, pip install -e '.[tensorflow]' in the checkout, or give "
+            "its files with data.path"
         )
     # For our digits, tfds would announce a download of unknown size.
     silence = contextlib.redirect_stdout(io.StringIO())
