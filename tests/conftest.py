@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 from pathlib import Path
 
 import cv2
@@ -70,6 +71,11 @@ def make_tiny_config(tfds_dir):
     config.evaluation.every_steps = 6
     config.checkpoint.every_steps = 4
     return config
+
+
+def heed_ctrl_c():
+    """For ``preexec_fn``: tests may run in the background, where it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_console():

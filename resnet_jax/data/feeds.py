@@ -10,6 +10,8 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 from collections.abc import Generator, Iterator
 
@@ -26,8 +28,10 @@ from resnet_jax.data.dataset import Dataset, open_dataset
 from resnet_jax.data.order import Order
 from resnet_jax.data.split import Split
 from resnet_jax.errors import UserError
+from resnet_jax.signals import STOP_SIGNALS
 
 _ENDLESS = 2**62
+_QUIET = "ignore:resource_tracker:UserWarning"  # for processes started later
 _READY_BATCHES = 2  # joined, waiting for their transfer to the devices
 
 
@@ -214,11 +218,21 @@ def host_batches(
     if processes:
         if not flags.FLAGS.is_parsed():  # Grain reads absl's flags; notebooks do not
             flags.FLAGS.mark_as_parsed()
+        # When a run is stopped, Python frees the memory that it shared, and warns.
+        if _QUIET not in sys.warnoptions:
+            sys.warnoptions.append(_QUIET)
         options = grain.MultiprocessingOptions(processes)
         stream = stream.mp_prefetch(options, worker_init_fn=_end_with_parent)
     stream = stream.batch(per_batch, batch_fn=join)
     prefetch = grain.experimental.ThreadPrefetchIterDataset
     iterator = iter(prefetch(stream, prefetch_buffer_size=_READY_BATCHES))
+    # Threads and processes inherit the mask: Ctrl-C and SIGTERM, which reach a whole
+    # group of processes, are for the run to hear and not for its workers.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        iterator.start_prefetch()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield from _checked(iterator)
     finally:

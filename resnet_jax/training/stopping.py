@@ -17,9 +17,8 @@ from jax.sharding import Mesh
 
 from resnet_jax import distributed, parallel
 from resnet_jax.errors import Preempted
-from resnet_jax.signals import Listener, exit_now
+from resnet_jax.signals import STOP_SIGNALS, Listener, exit_now
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _POLLS_IN_FLIGHT = 2
 _SAME_SECONDS = 0.2
 """GNU timeout and some schedulers send SIGTERM to a process and again to its group."""
@@ -31,7 +30,7 @@ class StopSignal:
     def __init__(self, say: Callable[[str], None]):
         """Reports signals with ``say``."""
         self._say = say
-        self._listener = Listener(self._hear, _SIGNALS)
+        self._listener = Listener(self._hear, STOP_SIGNALS)
         self._heard = threading.Event()
         self._number: int | None = None
         self._heard_at = 0.0

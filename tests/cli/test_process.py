@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, heed_ctrl_c
 
 CHATTY = """
 import sys
@@ -44,6 +44,7 @@ def test_ctrl_c_among_the_imports_prints_no_traceback(seconds):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_ctrl_c,
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ import pytest
 import resnet_jax
 from resnet_jax.errors import Preempted
 from resnet_jax.training.stopping import StopSignal
-from tests.conftest import REPOSITORY, make_console, make_tiny_config
+from tests.conftest import REPOSITORY, heed_ctrl_c, make_console, make_tiny_config
 from tests.test_checkpoints import same
 from tests.training.helpers import final_state
 from tests.training.test_train import rows_of
@@ -111,6 +111,7 @@ def start_process(workdir, tfds_dir, folder, steps=100_000):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=heed_ctrl_c,
     )
 
 
