@@ -20,7 +20,7 @@ BFLOAT16 = [
     ("preactivation", 4, 32),
     ("imagenet", 1, 64),
     ("highway", 2, 32),
-    ("vgg", 2, 40),
+    ("vgg", 2, 32),
 ]
 
 

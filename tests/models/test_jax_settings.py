@@ -29,7 +29,12 @@ NETS = {
     "highway": ("cifar_highway19", {}),
     "mlp": ("mnist_highway10", {}),
 }
-SMALL_VGG = {"widths": (16,) * 4 + (128,), "hidden_features": 16, "num_classes": 10}
+SMALL_VGG = {
+    "stage_convs": (2, 2, 2, 1, 1),
+    "widths": (32, 64, 32, 32, 32),
+    "hidden_features": 16,
+    "num_classes": 10,
+}
 
 
 @contextlib.contextmanager
