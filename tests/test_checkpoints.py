@@ -7,13 +7,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from resnet_jax.checkpoints import Checkpoints, DivergedError
 from resnet_jax.config.schema import CheckpointConfig
 from resnet_jax.errors import UserError
 from tests.conftest import make_tiny_config
-from tests.training.helpers import parts
+from tests.training.helpers import parts, plain_arrays
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,20 @@ def test_everything_comes_back_bit_for_bit(tmp_path, setup):
     same(restored, at_step(state, 3))
     assert content == {"rows": [{"step": 3}]}
     assert len(restored.params["head"]["kernel"].sharding.device_set) == 8
+
+
+def test_plain_orbax_reads_the_state(tmp_path, setup):
+    """As docs/weights.md shows it, on the devices that saved and as NumPy arrays."""
+    state = save_steps(tmp_path, setup, [3])
+    folder = tmp_path / "3" / "state"
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(folder)
+    same(tree["params"], at_step(state, 3).params)
+    same(tree["batch_stats"], state.batch_stats)
+    assert int(tree["step"]) == 3
+    arrays = plain_arrays(folder)
+    same(arrays["params"], at_step(state, 3).params)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(arrays["params"]))
 
 
 def test_what_lamb_remembers_comes_back_beside_a_frozen_part(tmp_path, tfds_dir):

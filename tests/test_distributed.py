@@ -16,7 +16,7 @@ from resnet_jax.distributed import Processes
 from resnet_jax.errors import UserError
 from tests.conftest import REPOSITORY
 from tests.test_checkpoints import same
-from tests.training.helpers import final_state
+from tests.training.helpers import final_state, plain_arrays
 from tests.training.test_train import rows_of
 
 LAUNCH = [sys.executable, str(REPOSITORY / "launch" / "launch.py"), "local"]
@@ -152,6 +152,9 @@ def test_two_processes_stopped_killed_and_started_again_end_as_one(
     )
     assert len(list((workdir / "tensorboard").iterdir())) == 1
     assert_ends_as(alone, workdir, config_file)
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    arrays = plain_arrays(workdir / "checkpoints" / str(saved) / "state")
+    same(arrays["params"], final_state(load(config_file), workdir)[0].params)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_jax.config.schema import AugmentationConfig
+from resnet_jax.models.fused import along
 
 MAX_PIXEL = 255.0
 
@@ -50,7 +51,7 @@ class PixelStatistics:
 
 def normalize(images: jax.Array, statistics: PixelStatistics) -> jax.Array:
     """Subtracts the mean from float32 pixels in [0, 1] and divides by the deviation."""
-    return (images - statistics.mean) / statistics.std
+    return (images - statistics.mean[None]) / statistics.std[None]
 
 
 def to_unit(images: jax.Array) -> jax.Array:
@@ -129,7 +130,7 @@ def add_color_noise(key: jax.Array, images: jax.Array, deviation: float) -> jax.
     The shift along an axis is its eigenvalue times a number from N(0, deviation^2).
     """
     amounts = deviation * jax.random.normal(key, (images.shape[0], 3))
-    shift = (amounts * _COLOR_EIGENVALUES) @ _COLOR_EIGENVECTORS.T
+    shift = (amounts * _COLOR_EIGENVALUES[None]) @ _COLOR_EIGENVECTORS.T
     return images + shift[:, None, None, :]
 
 
@@ -164,7 +165,7 @@ def jitter_colors(images: jax.Array, factors: jax.Array) -> jax.Array:
 
 def _grey(images: jax.Array) -> jax.Array:
     """Grey values (n, h, w, 1)."""
-    return (images * _GREY_WEIGHTS).sum(-1, keepdims=True)
+    return (images * _GREY_WEIGHTS[None, None, None]).sum(-1, keepdims=True)
 
 
 def erase(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
@@ -210,7 +211,8 @@ def erasing_boxes(key: jax.Array, count: int, height: int, width: int) -> jax.Ar
 def inside_boxes(boxes: jax.Array, height: int, width: int) -> jax.Array:
     """Whether pixels are in rectangles (..., 4), as booleans (..., height, width)."""
     top, left, bottom, right = jnp.moveaxis(boxes[..., None, None], -3, 0)
-    row, column = jnp.arange(height)[:, None], jnp.arange(width)
+    row = along(jnp.arange(height)[:, None], top)
+    column = along(jnp.arange(width), top)
     return (row >= top) & (row < bottom) & (column >= left) & (column < right)
 
 
@@ -256,7 +258,7 @@ def cutmix_box(
     ``center`` (row, column); parts outside the image are cut off.
     """
     size = jnp.array([height, width])
-    sides = jnp.floor(size * jnp.sqrt(1 - share)).astype(jnp.int32)
+    sides = jnp.floor(size.astype(share.dtype) * jnp.sqrt(1 - share)).astype(jnp.int32)
     start = center - sides // 2
     return jnp.concatenate([jnp.clip(start, 0, size), jnp.clip(start + sides, 0, size)])
 

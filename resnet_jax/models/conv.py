@@ -1,8 +1,10 @@
 """Convolutions with symmetric padding, computed as suits the device."""
 
+import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,16 +12,41 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from resnet_jax.models.fused import along
+
 ALGORITHMS = ("auto", "xla", "pointwise", "products", "patches")
 
-he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+@dataclasses.dataclass(frozen=True)
+class Initializer:
+    """An initialiser of ``flax.linen.initializers`` by its name and arguments.
+
+    Those of Flax are local functions, which ``pickle`` refuses in a model's fields.
+    """
+
+    name: str
+    arguments: tuple[Any, ...] = ()
+
+    def __call__(
+        self, key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32
+    ) -> jax.Array:
+        """Draws an array."""
+        return getattr(nn.initializers, self.name)(*self.arguments)(key, shape, dtype)
+
+
+def variance_scaling(*arguments: Any) -> Initializer:
+    """Flax's ``variance_scaling(scale, mode, distribution)``."""
+    return Initializer("variance_scaling", arguments)
+
+
+he_normal = variance_scaling(2.0, "fan_out", "normal")
 """He initialisation by fan-out, as in the authors' released code."""
 
 INITIALIZATIONS: dict[str, Any] = {
     "he": he_normal,
-    "he_fan_in": nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
-    "xavier": nn.initializers.xavier_uniform(),
-    "normal_0.01": nn.initializers.normal(0.01),
+    "he_fan_in": variance_scaling(2.0, "fan_in", "normal"),
+    "xavier": Initializer("xavier_uniform"),
+    "normal_0.01": Initializer("normal", (0.01,)),
 }
 """He et al. 2015 (rectifiers) with either fan; Glorot & Bengio 2010; and one normal
 distribution for all layers, as in Krizhevsky et al. 2012.
@@ -65,7 +92,7 @@ class Conv(nn.Module):
         y = convolve(x, kernel, *options)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
-            y = y + bias.astype(self.dtype)
+            y = y + along(bias.astype(self.dtype), y)
         return y
 
 

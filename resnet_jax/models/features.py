@@ -7,6 +7,7 @@ import jax
 from flax import linen as nn
 
 from resnet_jax.models.fused import widen
+from resnet_jax.models.pooling import apart
 
 
 @flax.struct.dataclass
@@ -62,7 +63,7 @@ def global_average(x: jax.Array) -> jax.Array:
 
     A bfloat16 sum would lose small terms.
     """
-    return widen(x).mean((1, 2))
+    return widen(apart(x)).mean((1, 2))
 
 
 def check_stages(

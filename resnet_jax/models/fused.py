@@ -72,12 +72,22 @@ def normalize(
     epsilon: float,
 ) -> jax.Array:
     """(x - mean) / sqrt(var + epsilon) * scale + bias, in float32 at least."""
+    mean, var, scale, bias = (along(array, x) for array in (mean, var, scale, bias))
     return (widen(x) - mean) * (lax.rsqrt(var + epsilon) * scale) + bias
 
 
 def widen(x: jax.Array) -> jax.Array:
     """``x`` in float32, or in its own dtype if that is wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    narrow = jnp.finfo(x.dtype).bits < 32
+    return x.astype(jnp.float32) if narrow else x
+
+
+def along(array: jax.Array, x: jax.Array) -> jax.Array:
+    """``array`` with axes of length 1 in front, as many axes as ``x`` in all.
+
+    jax can be set to refuse arrays of different ranks (jax_numpy_rank_promotion).
+    """
+    return lax.expand_dims(array, range(x.ndim - array.ndim))
 
 
 def plain_batch_norm(
@@ -140,13 +150,13 @@ def _backward(form, saved, cotangents):
     x, joined, mean, var, scale, bias = saved
     gradient, mean_gradient, var_gradient = cotangents
     inverse = lax.rsqrt(var + form.epsilon)
-    slope = inverse * scale
+    slope = inverse * along(scale, x)
 
     def read(x, gradient):
         """The deviations, and the gradient before the ReLU."""
         deviation = widen(x) - mean
         if form.relu:
-            sign = deviation * slope + bias if joined is None else joined
+            sign = deviation * slope + along(bias, x) if joined is None else joined
             # Mask before widening: several consumers then share the narrow array.
             gradient = jnp.where(sign > 0, gradient, 0)
         return deviation, gradient
@@ -158,14 +168,14 @@ def _backward(form, saved, cotangents):
     total = masked.sum(axes, keepdims=True)
     moment = (masked * deviation).sum(axes, keepdims=True)
     count = math.prod(x.shape[axis] for axis in axes)
-    along = (2 * var_gradient - slope * jnp.square(inverse) * moment) / count
+    tilt = (2 * var_gradient - slope * jnp.square(inverse) * moment) / count
     constant = (mean_gradient - slope * total) / count
     if form.relu and joined is None:
         # Compute the mask again: XLA would write the masked gradient to memory for its
         # two consumers, three more passes over the map.
         deviation, masked = read(*lax.optimization_barrier((x, gradient)))
         masked = widen(masked)
-    x_gradient = slope * masked + along * deviation + constant
+    x_gradient = slope * masked + tilt * deviation + constant
     others = tuple(range(x.ndim - 1))
     return (
         x_gradient.astype(x.dtype),

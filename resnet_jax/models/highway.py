@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from resnet_jax.models.conv import Conv
+from resnet_jax.models.conv import INITIALIZATIONS, Conv
 from resnet_jax.models.factories import ModuleFactory
 from resnet_jax.models.features import (
     FeatureMap,
@@ -16,6 +16,7 @@ from resnet_jax.models.features import (
     check_stages,
     global_average,
 )
+from resnet_jax.models.pooling import max_pool
 from resnet_jax.models.residual import HighwayLayer
 
 
@@ -81,7 +82,7 @@ class HighwayNet(FeatureNet):
     bottleneck_features: int = 100
     gate_bias: float = -2.0
     dropout_rate: float = 0.0
-    kernel_init: Any = nn.initializers.xavier_uniform()
+    kernel_init: Any = INITIALIZATIONS["xavier"]
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -103,7 +104,7 @@ class HighwayNet(FeatureNet):
         x = dropout(images.astype(self.dtype))
         for index, (size, width) in enumerate(zip(sizes, self.widths, strict=True)):
             if index > 0:
-                x = dropout(nn.max_pool(x, (2, 2), (2, 2)))
+                x = dropout(max_pool(x, 2))
             name = f"stage{index + 1}"
             x = HighwayStage(size, width, conv, self.gate_bias, name=name)(x)
             maps.append(FeatureMap(x, f"C{index + 1}", 2**index))

@@ -1,10 +1,31 @@
-"""The stem's max-pooling with a gradient by hand, for ``BatchNorm.fused``."""
+"""Max-pooling: XLA's, and with a gradient by hand for ``BatchNorm.fused``."""
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import lax
 
+from resnet_jax.models.fused import widen
+
 _TAPS = [(row, column) for row in range(3) for column in range(3)]
+
+
+def apart(x: jax.Array) -> jax.Array:
+    """``x``, which XLA:CPU does not fuse with what follows if it is a narrow float.
+
+    From jaxlib 0.11 on, XLA:CPU fuses a reduction or pooling with the layers around it.
+    Two bfloat16 ReLUs in one such fusion return garbage and NaN. Programs for other
+    backends and in float32 do not change.
+    """
+    if jnp.finfo(x.dtype).bits < 32 and jax.default_backend() == "cpu":
+        return lax.optimization_barrier(x)
+    return x
+
+
+def max_pool(x: jax.Array, size: int, padding: int = 0) -> jax.Array:
+    """Max-pooling of stride 2 over size x size pixels, padded on every side."""
+    sides = ((padding, padding),) * 2
+    return apart(nn.max_pool(apart(x), (size, size), (2, 2), sides))
 
 
 @jax.custom_vjp
@@ -48,7 +69,7 @@ def _forward(x):
 def _backward(saved, gradient):
     """The gradient of each input: a sum over the windows that hold it, at most four."""
     place, shape = saved
-    wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    wide = widen(gradient)
     zero = jnp.zeros((), wide.dtype)
     total = jnp.zeros(shape, wide.dtype)
     for index, (row, column) in enumerate(_TAPS):

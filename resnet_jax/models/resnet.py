@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resnet_jax.models.blocks import BasicBlock
-from resnet_jax.models.conv import Conv, he_normal, loop_algorithm
+from resnet_jax.models.conv import Conv, he_normal, loop_algorithm, variance_scaling
 from resnet_jax.models.factories import (
     ModuleFactory,
     class_of,
@@ -23,12 +23,12 @@ from resnet_jax.models.factories import (
 )
 from resnet_jax.models.features import FeatureMap, FeatureNet, global_average
 from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
-from resnet_jax.models.pooling import max_pool_3x3
+from resnet_jax.models.pooling import max_pool, max_pool_3x3
 from resnet_jax.models.shortcuts import Dropped, Projection, Shortcut
 from resnet_jax.models.stages import Stage
 from resnet_jax.models.wrappers import StochasticDepth, dropout_between, linear_rates
 
-fan_in_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+fan_in_uniform = variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform in +-1/sqrt(fan-in): the classifier of the released Torch nets."""
 
 
@@ -96,7 +96,7 @@ def _max_pool(x, norm):
     fused = "fused" in field_names(norm) and option_of(norm, "fused")
     if fused and not option_of(norm, "use_running_average"):
         return max_pool_3x3(x)
-    return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    return max_pool(x, 3, padding=1)
 
 
 class ResNet(FeatureNet):

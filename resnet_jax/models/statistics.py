@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resnet_jax.errors import UserError
-from resnet_jax.models.fused import widen
+from resnet_jax.models.fused import along, widen
 from resnet_jax.models.norm import BatchNorm
 
 
@@ -108,7 +108,7 @@ def _merged(
     freedom = 1.0 if unbiased else 0.0
     squares = (
         old_var * jnp.maximum(old - freedom, 0)
-        + jnp.square(x - mean).sum(axes)
+        + jnp.square(x - along(mean, x)).sum(axes)
         + jnp.square(delta) * (old / total * new)
     )
     return {

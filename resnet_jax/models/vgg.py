@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from resnet_jax.models.conv import Conv
+from resnet_jax.models.conv import INITIALIZATIONS, Conv
 from resnet_jax.models.factories import ModuleFactory
 from resnet_jax.models.features import (
     FeatureMap,
@@ -21,11 +21,12 @@ from resnet_jax.models.features import (
 )
 from resnet_jax.models.fused import widen
 from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
+from resnet_jax.models.pooling import apart, max_pool
 
 POOLED_SIZE = 7
 """Side of the map before the classifier: that of a 224x224 image."""
 
-small_normal = nn.initializers.normal(0.01)
+small_normal = INITIALIZATIONS["normal_0.01"]
 """The initialiser of the dense layers in torchvision: a standard deviation of 0.01."""
 
 
@@ -104,7 +105,7 @@ class VGG(FeatureNet):
                 )
             x = VGGStage(size, width, norm, self.dtype, name=name)(x)
             maps.append(FeatureMap(x, f"C{index + 1}", 2**index))
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = max_pool(x, 2)
         if self.num_classes is None:
             return tuple(maps), global_average(x)
         x = adaptive_average_pool(x, POOLED_SIZE).reshape(x.shape[0], -1)
@@ -112,8 +113,7 @@ class VGG(FeatureNet):
         for name in ("fc1", "fc2"):
             x = dense(self.hidden_features, dtype=self.dtype, name=name)(x)
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
-        # Without a dtype the head computes in float32, or a wider dtype of its input.
-        return tuple(maps), dense(self.num_classes, name="head")(x)
+        return tuple(maps), dense(self.num_classes, name="head")(widen(x))
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
@@ -125,7 +125,7 @@ def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
     """
     if x.shape[1:3] == (size, size):
         return x
-    pooled = widen(x)
+    pooled = widen(apart(x))
     # Bins are rectangles: averaging rows, then columns, averages the pixels.
     for axis in (1, 2):
         length = x.shape[axis]

@@ -10,6 +10,7 @@ from flax import linen as nn
 from resnet_jax.models.conv import he_normal
 from resnet_jax.models.factories import ModuleFactory
 from resnet_jax.models.features import global_average
+from resnet_jax.models.fused import widen
 
 
 class SqueezeExcite(nn.Module):
@@ -58,11 +59,12 @@ class StochasticDepth(nn.Module):
         if self.deterministic or (isinstance(rate, float) and rate == 0):
             return y
         # In float32: bfloat16 has no number between 0.996 and 1.
-        keep = 1 - jnp.asarray(rate, jnp.promote_types(y.dtype, jnp.float32))
+        wide = widen(y)
+        keep = 1 - jnp.asarray(rate, wide.dtype)
         examples = y.shape[0] if self.per_example else 1
         shape = (examples,) + (1,) * (y.ndim - 1)
         kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
-        return jnp.where(kept, (y / keep).astype(y.dtype), jnp.zeros_like(y))
+        return jnp.where(kept, (wide / keep).astype(y.dtype), jnp.zeros_like(y))
 
 
 def linear_rates(last: float, count: int) -> tuple[float, ...]:

@@ -228,7 +228,12 @@ def _first_state(
     variables = None
     if options.weights is not None:
         variables = load_weights(
-            options.weights, learner.model, new_head=options.new_head, rng=key
+            options.weights,
+            learner.model,
+            new_head=options.new_head,
+            rng=key,
+            example=jax.ShapeDtypeStruct((1, *learner.image_shape), jax.numpy.float32),
+            notify=lambda text: say(console, text),
         )
     return learner.fresh_state(dataset.train.statistics(), variables), _Start()
 

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,6 +24,12 @@ from resnet_jax.models.vgg import VGG
 from resnet_jax.weights import shapes
 from resnet_jax.weights.files import read_arrays, write_safetensors
 from resnet_jax.weights.hub import TORCHVISION_PREFIX, locate
+from resnet_jax.weights.prefixes import (
+    seen_prefixes,
+    shown,
+    unwrapped,
+    without_prefix,
+)
 from resnet_jax.weights.torch_files import printable
 from resnet_jax.weights.torch_layout import (
     COUNTER,
@@ -39,6 +45,12 @@ LAYOUTS: tuple[WeightsLayout, ...] = ("flax", "torch")
 _FORMAT = "resnet_jax"  # "format" in the metadata of files in the flax layout
 _FORMAT_VERSION = "1"
 _TORCH_FORMAT = "pt"  # the same in files that torch loads
+
+# Nets of a file that are compared with the catalog for the advice in an error.
+_MAX_NETS = 4
+
+# Last parts of names of counters: of batches, and of averaged weights (AveragedModel).
+_COUNTERS = (COUNTER, "n_averaged")
 
 # A block's first convolution in either layout. The group is its stage.
 _FIRST_CONV = re.compile(r"(?:params/stage|layer)(\d+)(?:/block|\.)\d+[./]conv1\b")
@@ -72,13 +84,14 @@ def load_weights(
     new_head: bool = False,
     rng: jax.Array | None = None,
     example: Any = None,
+    notify: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Loads a model's variables from a file of either layout.
 
     The file must hold every array of the model in its shape, and nothing else. Only
-    torch's counters ``num_batches_tracked`` are ignored, and the classifier if
-    ``new_head`` is set or the model has none. The file sets the number of image
-    channels.
+    torch's counters (``num_batches_tracked``, ``n_averaged``) are ignored, and the
+    classifier if ``new_head`` is set or the model has none. Prefixes such as "module."
+    and "model." of torch's names are removed.
 
     Args:
       path_or_name: a safetensors or torch.save file, or a name such as
@@ -88,7 +101,12 @@ def load_weights(
         on other classes.
       rng: key of the fresh classifier, which equals that of ``model.init(rng, ...)``;
         None means ``jax.random.key(0)``.
-      example: an input, or its ``jax.ShapeDtypeStruct``, for other modules.
+      example: an input, or its ``jax.ShapeDtypeStruct``. Other modules need it. For
+        image nets it sets the number of image channels, which is the file's without it.
+        Weights for RGB images then load for grey ones, with the first kernels summed
+        over their channels, and weights for grey images for RGB, with a third of the
+        kernel for each channel, as timm does: the response to a grey image stays.
+      notify: receives a sentence if the first convolution is adapted so.
 
     Returns:
       The tree of ``model.init``, in float32 whatever the file's dtype: exact from
@@ -100,6 +118,9 @@ def load_weights(
     """
     source = os.fspath(path_or_name)
     arrays, layout, _ = _read(source)
+    if example is not None and shapes.is_image_net(model):
+        arrays = _adapted(source, arrays, example.shape[-1], notify)
+        example = None
     return _variables(source, arrays, layout, model, new_head, rng, example)
 
 
@@ -238,8 +259,8 @@ def _read(source: str) -> tuple[dict[str, np.ndarray], WeightsLayout, dict[str, 
         )
     if is_ours or all("/" in name for name in arrays):
         return arrays, "flax", metadata
-    kept = {key: a for key, a in arrays.items() if key.split(".")[-1] != COUNTER}
-    return kept, "torch", metadata
+    kept = {key: a for key, a in arrays.items() if key.split(".")[-1] not in _COUNTERS}
+    return unwrapped(kept), "torch", metadata
 
 
 def _variables(
@@ -283,6 +304,36 @@ def _variables(
         loaded |= shapes.fresh_head(model, key, channels, example)
     whole = {name: jnp.asarray(loaded[name]) for name in expected}
     return shapes.unflatten(whole, model)
+
+
+def _adapted(
+    source: str,
+    arrays: dict[str, np.ndarray],
+    channels: int,
+    notify: Callable[[str], object],
+) -> dict[str, np.ndarray]:
+    """The file's arrays for images with this number of channels, see load_weights."""
+    before = shapes.input_channels(arrays)
+    stem = shapes.stem_name(arrays)
+    if stem is None or channels == before:
+        return arrays
+    if {before, channels} != {1, 3}:
+        raise UserError(
+            f"{source} is for images of {before} channels, but these have {channels}: "
+            f"its {printable(stem)} has the shape {arrays[stem].shape}; only grey (1) "
+            "and RGB (3) adapt to each other"
+        )
+    kernel, axis = arrays[stem].astype(np.float32), shapes.STEMS[stem]
+    if channels == 1:
+        kernel = kernel.sum(axis, keepdims=True)
+        how = "RGB images, and these are grey: the first convolution's kernels are"
+        how += " summed over their channels"
+    else:
+        kernel = np.repeat(kernel, 3, axis) / np.float32(3)
+        how = "grey images, and these are RGB: each channel gets a third of the first"
+        how += " convolution's kernels"
+    notify(f"{source} is for {how}")
+    return arrays | {stem: kernel}
 
 
 def _fitting_models(arrays: Mapping[str, Any], layout: WeightsLayout) -> list[str]:
@@ -360,6 +411,8 @@ def _advice(
     whole_file: Mapping[str, np.ndarray],
 ) -> str:
     head = _classifier(layout, model, head_alone=True)
+    if prefixes := [prefix for prefix in seen_prefixes(arrays) if prefix]:
+        return _prefix_advice(layout, expected, arrays, prefixes, head)
     if all(name.startswith(head) for name in shapes.differing(expected, arrays)):
         of_file, of_net = shapes.classes(arrays), shapes.classes(expected)
         if of_file is None:
@@ -378,6 +431,34 @@ def _advice(
             "to, or give another file"
         )
     return "give a file of this model, or create the model that the file belongs to"
+
+
+def _prefix_advice(
+    layout: WeightsLayout,
+    expected: Mapping[str, StoredArray],
+    arrays: Mapping[str, np.ndarray],
+    prefixes: list[str],
+    head: tuple[str, ...],
+) -> str:
+    """For a file whose nets have unknown prefixes, or that has several nets."""
+    seen = f"its names begin with {shown(prefixes)}"
+    fitting: dict[str, list[str]] = {}
+    for prefix in prefixes[:_MAX_NETS]:
+        inner = without_prefix(arrays, prefix)
+        body = {
+            n: a for n, a in inner.items() if n in expected or not n.startswith(head)
+        }
+        fits = not shapes.differing(expected, body)
+        names = [] if fits else _fitting_models(inner, layout)[:3]
+        if fits or names:
+            net = "this model" if fits else f"a {' or '.join(names)}"
+            fitting.setdefault(net, []).append(prefix)
+    for net in sorted(fitting, key=lambda net: net != "this model"):
+        return (
+            f"{seen}: save the arrays of {shown(fitting[net], ' or ')} alone, without "
+            f"the prefix, and they fit {net}"
+        )
+    return f"{seen}: save the arrays of one net alone, without the prefix"
 
 
 def _checked(

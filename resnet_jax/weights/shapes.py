@@ -32,7 +32,7 @@ that size is computed."""
 _SHOWN = 2
 
 # Where a file stores its first kernel, and the axis of the input channels.
-_STEMS = {
+STEMS = {
     "params/stem/conv/kernel": 2,
     "params/stem/conv1/kernel": 2,
     "params/stage1/conv/kernel": 2,
@@ -120,6 +120,12 @@ def input_channels(arrays: Mapping[str, Any]) -> int:
     """Image channels of a file in either layout; 3 if its stem is unknown."""
     stem = _stem_kernel(arrays)
     return stem[1] if stem and stem[1] > 0 else 3
+
+
+def stem_name(arrays: Mapping[str, Any]) -> str | None:
+    """Where a file of either layout stores its first kernel; None if unknown."""
+    found = (name for name in STEMS if name in arrays and len(arrays[name].shape) == 4)
+    return next(found, None)
 
 
 def classes(arrays: Mapping[str, Any]) -> int | None:
@@ -210,7 +216,7 @@ def _images(channels: int) -> jax.ShapeDtypeStruct:
 
 def _stem_kernel(arrays: Mapping[str, Any]) -> tuple[Shape, int] | None:
     """Shape of the first convolution's kernel, and its input channels."""
-    return _find(arrays, 4, _STEMS)
+    return _find(arrays, 4, STEMS)
 
 
 def _head_kernel(arrays: Mapping[str, Any]) -> tuple[Shape, int] | None:

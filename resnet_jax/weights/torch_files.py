@@ -79,8 +79,6 @@ _IGNORED_NAMES = re.compile(
 
 # Keys under which checkpoints nest their state dict, in order of preference.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
-# Prefixes that data parallelism and torch.compile put before every name.
-_PREFIXES = ("module.", "_orig_mod.")
 
 
 class _FaultError(Exception):
@@ -120,7 +118,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     Both formats are read: the zip archive (torch >= 1.6) and the older one. From a
     checkpoint such as ``{"state_dict": ..., "epoch": ...}`` the nested state dict is
-    read. A prefix "module." or "_orig_mod." of all names is removed.
+    read.
 
     Args:
       path: the file.
@@ -450,8 +448,6 @@ def _state_dict(content: Any) -> dict[str, _Tensor]:
             "holds no state dict, a dict of tensors by name; save one with "
             "torch.save(model.state_dict(), FILE)"
         )
-    while prefixes := [p for p in _PREFIXES if all(n.startswith(p) for n in tensors)]:
-        tensors = {name.removeprefix(prefixes[0]): tensors[name] for name in tensors}
     return tensors
 
 

@@ -8,7 +8,8 @@ import pytest
 def quick_compilation(request):
     """Tests run a program once or twice: compiling it well would be most of the time.
 
-    Not so the comparisons of whole nets in float64, whose programs run long.
+    Not so the comparisons of whole nets, in float64 whose programs run long, and in
+    bfloat16 as users compile it.
     """
     before = jax.config.read("jax_disable_most_optimizations")
     is_long = request.module.__name__.startswith("test_against_")

@@ -2,11 +2,15 @@
 
 import inspect
 import math
+import pickle
 import re
+from copy import deepcopy
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import linen as nn
 
 from resnet_jax.analysis.complexity import count_multiply_adds
 from resnet_jax.errors import UserError
@@ -1083,3 +1087,34 @@ def test_deep_nets_run_as_loops_unless_told_otherwise():
     assert not create_model("cifar_resnet1202", scan=False).scan
     assert not create_model("cifar_resnet164").scan
     assert not create_model("resnet152").scan
+
+
+@pytest.mark.parametrize("again", [lambda m: pickle.loads(pickle.dumps(m)), deepcopy])
+def test_every_net_pickles_and_copies(again):
+    for name in [*list_models(), "cifar_overlapping_resnet8"]:
+        model = create_model(name)
+        assert repr(again(model)) == repr(model)
+
+
+def test_a_pickled_net_with_options_computes_the_same():
+    options = {"shortcut": "B", "batch_norm_groups": 2, "squeeze_excite": True}
+    model = create_model("cifar_resnet8", initialization="he_fan_in", **options)
+    copied = pickle.loads(pickle.dumps(model))
+    images = jnp.ones((2, 32, 32, 3))
+    for key in (jax.random.key(0), jax.random.key(1)):
+        a, b = (jax.jit(net.init_with_output)(key, images) for net in (model, copied))
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_initialisers_draw_what_flax_draws():
+    key, shape = jax.random.key(0), (3, 3, 8, 16)
+    flax = nn.initializers
+    pairs = {
+        "he": flax.variance_scaling(2.0, "fan_out", "normal"),
+        "he_fan_in": flax.variance_scaling(2.0, "fan_in", "normal"),
+        "xavier": flax.xavier_uniform(),
+        "normal_0.01": flax.normal(0.01),
+    }
+    for name, expected in pairs.items():
+        found = INITIALIZATIONS[name](key, shape)
+        np.testing.assert_array_equal(found, expected(key, shape))

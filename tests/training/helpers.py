@@ -4,6 +4,8 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 
 from resnet_jax import parallel
 from resnet_jax.checkpoints import Checkpoints
@@ -74,3 +76,11 @@ def final_state(config, workdir):
 def host(state):
     """Parameters and batch statistics on the host."""
     return jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+
+
+def plain_arrays(folder):
+    """A state as NumPy arrays, by Orbax alone, as docs/weights.md shows."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(folder, ocp.args.PyTreeRestore(restore_args=numpy))
