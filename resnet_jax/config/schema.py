@@ -22,6 +22,9 @@ DECAY_SCOPES = ("all", "all_but_norm", "kernels")
 LOSSES = ("softmax", "sigmoid")
 SCHEDULES = ("constant", "piecewise", "cosine", "polynomial", "plateau")
 
+MAX_IMAGE_PIXELS = 89_478_485
+"""Pillow's limit too: 256 MiB of RGB."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(ModelOptions):
@@ -121,6 +124,12 @@ class DataConfig:
         "stop",
         "at a broken image: stop the run, or skip it: use another and report it",
         choices=ON_ERROR,
+        operational=True,
+    )
+    max_image_pixels: int = option(
+        MAX_IMAGE_PIXELS,
+        "an image whose header states more pixels is broken; bounds the memory",
+        at_least=1,
         operational=True,
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from resnet_jax.config.schema import AugmentationConfig, DataConfig
 from resnet_jax.data import crops, images, order, policies, protocols
-from resnet_jax.data.sources import Source
+from resnet_jax.data.sources import Example, Source
 from resnet_jax.data.sources.base import take
 from resnet_jax.data.transforms import MAX_PIXEL, PixelStatistics
 from resnet_jax.errors import UserError
@@ -34,7 +34,7 @@ class Split:
         self.name, self._source, self._data = name, source, data
         self._kept: tuple[np.ndarray, np.ndarray] | None = None
         if data.image_size is None:
-            self.image_shape = images.decode(source[0], source.channels).shape
+            self.image_shape = self._decoded(source[0]).shape
             self.training_shape = self.image_shape
         else:
             size = data.eval_image_size or data.image_size
@@ -58,7 +58,7 @@ class Split:
         if self._kept is not None:
             return self._kept[0][index], int(self._kept[1][index])
         example = self._source[index]
-        image = images.decode(example, self._source.channels)
+        image = self._decoded(example)
         data, size = self._data, self.image_shape[0]
         if data.image_size is not None:
             side = data.eval_shorter_side or size
@@ -70,6 +70,10 @@ class Split:
                 "set data.image_size"
             )
         return image, example.label
+
+    def _decoded(self, example: Example) -> np.ndarray:
+        limit = self._data.max_image_pixels
+        return images.decode(example, self._source.channels, limit)
 
     def training_example(
         self,
@@ -98,7 +102,9 @@ class Split:
                 aspect = augmentation.crop_aspect
                 return crops.inception_window(height, width, area, aspect, rng)
 
-            window = images.decode_window(example, self._source.channels, choose)
+            window = images.decode_window(
+                example, self._source.channels, choose, self._data.max_image_pixels
+            )
             crops.resize(window, out)
             label = example.label
         if augmentation.on_host and augmentation.flip and rng.random() < 0.5:
