@@ -97,6 +97,8 @@ def _faults(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(getattr(error, "err", error)) or type(error).__name__
+        if not isinstance(error, _BrokenError):
+            reason = f"it is damaged ({reason})"
         if isinstance(error, MemoryError):
             reason = "there is too little memory"
         raise UserError(
@@ -114,27 +116,39 @@ def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
         # Pillow converts CMYK as other readers do.
         if colorspace != "CMYK":
             return simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB")
-    except _Refused:
+    except _BrokenError:
         raise
     except ValueError as error:
         reason = str(error)
     if any(sign in reason for sign in _LOST_DATA):
-        raise _Refused(reason)
+        raise _BrokenError(reason)
     # Formats unknown to libjpeg's fast interface, and harmless warnings.
     return _decode_by_pillow(data, channels, max_pixels, ("JPEG",))
 
 
 def _decode_png(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
-    if len(data) < 24 or data[12:16] != b"IHDR":
-        raise _Refused("it is damaged")
-    width, height = struct.unpack_from(">II", data, 16)
-    _refuse_huge(height, width, max_pixels)
+    _refuse_huge(*_png_size(data), max_pixels)
     color = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     flags = color | cv2.IMREAD_IGNORE_ORIENTATION
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if pixels is None:
-        raise _Refused("it is damaged")
+        raise _BrokenError("it is damaged")
     return pixels
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    """Height and width. Checks the lengths of all chunks: OpenCV allocates them."""
+    chunk = struct.Struct(">I4s")
+    position, kind = len(_PNG_START), b""
+    while kind != b"IEND" and position + chunk.size <= len(data):
+        length, kind = chunk.unpack_from(data, position)
+        if position + chunk.size + length > len(data):
+            raise _BrokenError("it is damaged or cut short")
+        position += chunk.size + length + 4  # and a checksum
+    width, height = struct.unpack_from(">II", data, 16)  # the first chunk's content
+    if data[12:16] != b"IHDR":
+        raise _BrokenError("it has no header")
+    return height, width
 
 
 def _decode_by_pillow(
@@ -147,7 +161,7 @@ def _decode_by_pillow(
         if factory and accept and accept(data[:16]) is True:
             break
     else:
-        raise _Refused("it is damaged or not an image")
+        raise _BrokenError("it is damaged or not an image")
     # Image.open would apply Pillow's global limit of pixels, and not ours.
     with factory(io.BytesIO(data), "") as opened:
         _refuse_huge(opened.height, opened.width, max_pixels)
@@ -155,7 +169,7 @@ def _decode_by_pillow(
             upper = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
             return np.asarray(upper.convert("L" if channels == 1 else "RGB"))
         if opened.mode in ("I", "F"):
-            raise _Refused("its pixels have 32 bits")
+            raise _BrokenError("its pixels have 32 bits")
         plain = {"RGBa": "RGBA", "La": "LA"}.get(opened.mode)
         image = opened.convert(plain) if plain else opened
         return np.asarray(image.convert("L" if channels == 1 else "RGB"))
@@ -163,14 +177,14 @@ def _decode_by_pillow(
 
 def _refuse_huge(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
-        raise _Refused(
+        raise _BrokenError(
             f"it states a size of {width} x {height}, beyond the limit "
             f"max_image_pixels={max_pixels}, which you may raise"
         )
 
 
 def _refuse_cut(data: bytes) -> None:
-    """Raises _Refused for a JPEG without its end: libjpeg would fill it with grey."""
+    """Raises _BrokenError for a JPEG without its end: libjpeg would fill it with grey."""
     if data.endswith(_JPEG_END):
         return
     # Some cameras write more after the end, such as a film. So follow the markers.
@@ -180,10 +194,10 @@ def _refuse_cut(data: bytes) -> None:
             return
         length = int.from_bytes(data[marker.end() : marker.end() + 2])
         position = marker.end() + length
-    raise _Refused("it is cut short")
+    raise _BrokenError("it is cut short")
 
 
-class _Refused(ValueError):
+class _BrokenError(ValueError):
     """A fault that was found here and not by a decoder."""
 
 
