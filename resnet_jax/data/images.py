@@ -184,7 +184,7 @@ def _refuse_huge(height: int, width: int, max_pixels: int) -> None:
 
 
 def _refuse_cut(data: bytes) -> None:
-    """Raises _BrokenError for a JPEG without its end: libjpeg would fill it with grey."""
+    """Refuses a JPEG without its end: libjpeg would fill the missing part with grey."""
     if data.endswith(_JPEG_END):
         return
     # Some cameras write more after the end, such as a film. So follow the markers.

@@ -93,6 +93,21 @@ def test_an_image_that_has_gone_is_named(tmp_path):
         source[0]
 
 
+def test_what_is_no_regular_file_is_named(tmp_path):
+    touch(tmp_path, "train/a/1.jpg", "val/1.jpg")
+    os.mkfifo(tmp_path / "train" / "a" / "2.jpg")
+    (tmp_path / "train" / "a" / "3.jpg").symlink_to("/dev/zero")
+    (tmp_path / "val.txt").symlink_to("/dev/zero")
+    source = open_path(tmp_path).source("train")
+    for i in (1, 2):
+        with pytest.raises(UserError, match=rf"{i + 1}\.jpg cannot be read: it is not"):
+            source[i]
+    with pytest.raises(
+        UserError, match=r"val\.txt cannot be read: it is not a regular"
+    ):
+        open_path(tmp_path).source("val")
+
+
 def test_names_take_little_more_than_their_letters():
     listed = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(100_000)]
     names = Names(listed)
@@ -125,6 +140,36 @@ def test_a_list_of_ones_own_gives_the_labels(extracted, as_number):
     ]
     (extracted / "val.txt").write_text("\n".join(reversed(lines)) + "\n\n")
     assert labels(open_path(extracted)) == expected
+
+
+@pytest.mark.parametrize(
+    ("classes", "given", "expected"),
+    [
+        ("123", "012", [0, 1, 2]),  # numbers, since 0 is no class
+        ("123", "321", [2, 1, 0]),  # names, since 3 is no number of a class
+        ("12", "11", [0, 0]),  # either is possible: names
+        (("0", "1", "10", "2"), ("10", "2", "1", "0"), [2, 3, 1, 0]),
+        ("abc", ("002", "0", "01"), [2, 0, 1]),
+    ],
+)
+def test_a_list_is_read_in_one_way(tmp_path, classes, given, expected):
+    touch(tmp_path / "train", *(f"{name}/1.jpg" for name in classes))
+    touch(tmp_path / "val", *(f"{i}.jpg" for i in range(len(given))))
+    lines = [f"{i}.jpg {label}\n" for i, label in enumerate(given)]
+    (tmp_path / "val.txt").write_text("".join(lines), "utf-8-sig")
+    assert labels(open_path(tmp_path)) == expected
+
+
+def test_a_list_that_mixes_names_and_numbers_is_refused(tmp_path):
+    touch(tmp_path, *(f"train/{i}/1.jpg" for i in (1, 2, 3)))
+    touch(tmp_path, *(f"val/{i}.jpg" for i in range(3)))
+    (tmp_path / "val.txt").write_text("0.jpg 1\n1.jpg 0\n2.jpg 3\n")
+    with pytest.raises(
+        UserError,
+        match=r"mixes numbers and names: the label 0 in line 2 is .*, and 3 in "
+        r"line 3 is no number from 0 to 2; give the names",
+    ):
+        open_path(tmp_path).source("val")
 
 
 def test_kaggles_list_is_found_where_its_archive_has_it(extracted):
@@ -172,6 +217,8 @@ def test_the_validation_labels_are_those_of_tfds(tmp_path, monkeypatch):
     [
         ("{0} 0\n{1}", r"val\.txt, line 2 is .*; expected FILE LABEL, such as"),
         ("{0} 3", r"line 1 has the label 3, which is neither .* number from 0 to 2"),
+        ("{0} 9{0}", r"line 1 has the label 9ILSVRC"),
+        ("{0} " + 5000 * "9", r"line 1 has the label 999"),
         ("{0} n99", r"line 1 has the label n99"),
         ("{0} 0\n{0} 0", r"line 2 names ILSVRC2012_val_00000001.JPEG again, after li"),
         ("no.JPEG 0", r"line 1 names no.JPEG, which .*val lacks: it holds 5 images"),

@@ -11,7 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from resnet_jax.data.sources import imagenet
-from resnet_jax.data.sources.base import Counts, Description, Example, class_labels
+from resnet_jax.data.sources.base import (
+    Counts,
+    Description,
+    Example,
+    class_labels,
+    read_bytes,
+)
 from resnet_jax.data.sources.label_lists import has_annotations, listed_labels
 from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
@@ -74,11 +80,8 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Example:
         file = os.path.join(self.folder, self.names[index])
-        try:
-            with open(file, "rb") as opened:
-                return Example(opened.read(), int(self.labels[index]), file)
-        except OSError as error:
-            raise UserError(f"image {file} cannot be read: {error.strerror}") from error
+        image = read_bytes(file, 0, -1, f"image {file}")
+        return Example(image, int(self.labels[index]), file)
 
 
 def open_folders(root: Path, classes_of: str = "train") -> Collection:

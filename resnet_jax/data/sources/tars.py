@@ -29,6 +29,7 @@ from resnet_jax.data.sources.folders import Names, is_image_name
 from resnet_jax.data.sources.label_lists import listed_labels
 from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
+from resnet_jax.storage import open_regular
 
 _DISTRIBUTED = re.compile(r"ILSVRC2012_img_(train|val|test)(_v\d+)?")
 
@@ -118,7 +119,7 @@ def _index_classes(
     places: list[np.ndarray] = []
 
     def names() -> Iterator[str]:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for tar in outer:
                 images = _images(file, tar, path)
                 places.append(np.array([place for _, *place in images]))
@@ -140,7 +141,7 @@ def _class_of(tar: _Member) -> str:
 
 def _outer_members(path: Path) -> list[_Member]:
     """The tars in a tar, or else its images, sorted by name."""
-    with _tar_errors(path), open(path, "rb") as file:
+    with _tar_errors(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         found = sorted(_members(file, 0, size, str(path)))
     tars = [member for member in found if member[0].endswith(".tar")]

@@ -10,7 +10,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from resnet_jax.data.sources.base import Description, Example
+from resnet_jax.data.sources.base import (
+    Description,
+    Example,
+    check_label,
+    refuse_special,
+)
 from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
 
@@ -58,8 +63,14 @@ class TfdsFeatures:
         return self._features.deserialize_example_np(record, decoders=self.decoders)
 
     def example(self, record: Mapping[str, Any], name: str) -> Example:
-        """The example of a record's features."""
-        return Example(record[self._image], int(record[self._label]), name)
+        """The example of a record's features.
+
+        Raises:
+          UserError: it has no label.
+        """
+        count = self._features[self._label].num_classes
+        label = check_label(int(record[self._label]), count, f"image {name}")
+        return Example(record[self._image], label, name)
 
 
 @dataclasses.dataclass(eq=False)
@@ -93,6 +104,8 @@ def open_tfds(name: str, data_dir: str | None) -> Collection:
     described = features.describe(builder)
 
     def open_split(split: str) -> TfdsSource:
+        for file in builder.info.splits[split].filepaths:
+            refuse_special(file)
         return TfdsSource(
             builder.as_data_source(split=split, decoders=features.decoders),
             features,
