@@ -7,7 +7,7 @@ import numpy as np
 from resnet_jax.config.schema import AugmentationConfig, DataConfig
 from resnet_jax.data import crops, images, order, policies, protocols
 from resnet_jax.data.sources import Example, Source
-from resnet_jax.data.sources.base import take
+from resnet_jax.data.sources.base import notes, take
 from resnet_jax.data.transforms import MAX_PIXEL, PixelStatistics
 from resnet_jax.errors import UserError
 
@@ -43,6 +43,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the data for the start of a run."""
+        return notes(self._source)
 
     @property
     def nbytes(self) -> int:

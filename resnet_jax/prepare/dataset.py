@@ -30,6 +30,7 @@ from resnet_jax.config.schema import MAX_IMAGE_PIXELS
 from resnet_jax.console import say
 from resnet_jax.data.order import epoch_order
 from resnet_jax.data.sources import Collection, Source, open_path, records
+from resnet_jax.data.sources.base import notes
 from resnet_jax.data.sources.manifest import (
     check,
     check_left_out,
@@ -103,6 +104,8 @@ def prepare_dataset(
     collection = open_source(source, data_dir)
     encoding = Encoding(shorter_side, quality, max_image_pixels)
     sources = _open_splits(collection, splits)
+    for note in (note for source in sources.values() for note in notes(source)):
+        say(console, note)
     settings = _settings(collection, sources, encoding, num_shards, shard_mib)
     run = functools.partial(in_threads, threads=threads, console=console)
     busy = f"output {folder} is being prepared by another process; wait for it"

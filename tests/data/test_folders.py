@@ -2,10 +2,11 @@ import os
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from resnet_jax.data.sources import imagenet, open_path
+from resnet_jax.data.sources import Subset, imagenet, open_path
 from resnet_jax.data.sources.folders import Names
 from resnet_jax.errors import UserError
 
@@ -53,6 +54,37 @@ def test_order_is_torchvisions_at_any_depth(tmp_path):
 def test_hidden_files_and_folders_are_no_images(tmp_path):
     touch(tmp_path / "train", "a/._1.jpg", "a/1.jpg", "a/.trash/2.jpg", ".git/3.jpg")
     assert contents(open_path(tmp_path).source("train")) == ["a/1.jpg"]
+
+
+def test_leftovers_of_systems_are_no_classes_and_no_images(tmp_path):
+    touch(tmp_path / "train", "a/1.jpg", "b/2.jpg", "b/Thumbs.db", "desktop.ini")
+    for folder in ("@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "#recycle"):
+        touch(tmp_path / "train", f"{folder}/1.jpg", f"a/{folder}/1.jpg")
+        touch(tmp_path, f"{folder}/a/1.jpg")
+    collection = open_path(tmp_path)
+    source = collection.source("train")
+    assert collection.description.splits == ("train",)
+    assert source.class_names == ("a", "b")
+    assert contents(source) == ["a/1.jpg", "b/2.jpg"]
+    assert source.notes == ()
+
+
+def test_every_ending_of_an_image_counts_and_others_are_reported(tmp_path):
+    ends = ("jpg", "JFIF", "jpe", "gif", "pbm", "pnm", "webp")
+    touch(tmp_path / "train", *(f"a/{i}.{end}" for i, end in enumerate(ends)))
+    touch(tmp_path / "train", "a/b/x.TXT", "a/y.txt", "a/none", "loose.jpg")
+    touch(tmp_path, "test/a/1.jpg", "test/a/x.heic")
+    collection = open_path(tmp_path)
+    train = collection.source("train")
+    assert len(train) == len(ends)
+    (note,) = train.notes
+    assert note.endswith(
+        "train: ignored 4 files: 2 .txt, 1 without an ending, 1 .jpg beside the class "
+        "folders"
+    )
+    both = collection.source("train[:50%]+test+train[60%:]")
+    assert both.notes == (note, f"{tmp_path}/test: ignored 1 file: 1 .heic")
+    assert Subset(both, np.arange(2)).notes == both.notes
 
 
 def test_parts_of_splits_are_read(tmp_path):
@@ -201,7 +233,7 @@ def test_the_validation_labels_are_those_of_tfds(tmp_path, monkeypatch):
     every = range(1, 50_001)
     monkeypatch.setattr(
         "resnet_jax.data.sources.folders._images_below",
-        lambda folder: list(map(imagenet.VALIDATION_NAME.format, every)),
+        lambda folder, ignored: list(map(imagenet.VALIDATION_NAME.format, every)),
     )
     (tmp_path / "val").mkdir()
     source = open_path(tmp_path).source("val")

@@ -243,6 +243,25 @@ def test_tars_give_the_same_shards_as_the_extracted_folders(extracted, tmp_path)
     assert list(single["splits"]) == ["train"]
 
 
+def test_ignored_files_are_reported(extracted, tmp_path):
+    (extracted / "train" / CLASSES[0] / "boxes.txt").write_text("")
+    (extracted / "val" / "NOTES").write_text("")
+    (extracted / "val" / "._1.JPEG").write_text("")
+    (tmp_path / "tars").mkdir()
+    write_tars(tmp_path / "tars", extracted, "val")
+    (tmp_path / "tars" / "val.txt").write_text((extracted / "val.txt").read_text())
+    for source in (extracted, tmp_path / "tars"):
+        console = make_console()
+        output = tmp_path / f"{source.name}-out"
+        resnet_jax.prepare_dataset(
+            source, output, splits=("train", "val"), console=console
+        )
+        told = console.file.getvalue()
+        assert re.search(r"train(\.tar)?: ignored 1 file: 1 \.txt\n", told)
+        assert re.search(r"val(\.tar)?: ignored 1 file: 1 without an ending\n", told)
+        assert told.count("ignored") == 2
+
+
 def test_sources_are_read_by_many_threads_and_sent_to_processes(extracted, tmp_path):
     (tmp_path / "tars").mkdir()
     write_tars(tmp_path / "tars", extracted, "val")

@@ -98,6 +98,7 @@ class Subset:
     def __init__(self, source: Source, indices: np.ndarray):
         self._source, self._indices = source, indices
         self.class_names, self.channels = source.class_names, source.channels
+        self.notes = notes(source)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -117,6 +118,11 @@ def take(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] |
     """
     at_once = getattr(source, "take", None)
     return None if at_once is None else at_once(indices)
+
+
+def notes(source: Source) -> tuple[str, ...]:
+    """Sentences for the start of a run, such as on files that a source ignored."""
+    return getattr(source, "notes", ())
 
 
 def class_labels(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,14 +23,44 @@ from resnet_jax.data.sources.label_lists import has_annotations, listed_labels
 from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"),
+    *(".jpe", ".jfif", ".gif", ".pbm", ".pnm"),
+)
+
+# Files and folders of systems, file servers and archives; so are hidden ones.
+_LEFTOVERS = {
+    *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx"),
+    *("$recycle.bin", "recycler", "system volume information", "lost+found"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+}
 
 _LISTING_THREADS = 8  # network disks are slow, but answer many requests at once
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name ends like an image's; hidden files do not count."""
-    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+    """Whether a file name ends like an image's."""
+    return name.lower().endswith(_SUFFIXES)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that systems leave among others."""
+    return name.startswith(".") or name.lower() in _LEFTOVERS
+
+
+def ending(name: str) -> str:
+    """The ending of a file name, for reports."""
+    return os.path.splitext(name)[1].lower() or "without an ending"
+
+
+def ignored_note(where: object, ignored: Counter[str]) -> tuple[str, ...]:
+    """A sentence on the files that were ignored in a folder or tar, if any were."""
+    if not ignored:
+        return ()
+    kinds = [f"{count} {kind}" for kind, count in ignored.most_common(5)]
+    more = ", ..." if len(ignored) > 5 else ""
+    files = "1 file" if ignored.total() == 1 else f"{ignored.total()} files"
+    return (f"{where}: ignored {files}: {', '.join(kinds)}{more}",)
 
 
 class Names:
@@ -66,6 +97,7 @@ class FolderSource:
       names: of the files, relative to the folder.
       labels: int32 (n,).
       class_names: in the order of the labels.
+      notes: on the files that were ignored.
       channels: 3; grey images are read as colour.
     """
 
@@ -73,6 +105,7 @@ class FolderSource:
     names: Names
     labels: np.ndarray
     class_names: Sequence[str]
+    notes: tuple[str, ...] = ()
     channels: int = 3
 
     def __len__(self) -> int:
@@ -105,37 +138,44 @@ def open_folders(root: Path, classes_of: str = "train") -> Collection:
     @functools.cache
     def open_split(split: str) -> FolderSource:
         folder = root / split
-        found = subfolders(folder)
+        found, ignored = subfolders(folder), Counter[str]()
         if found and not has_annotations(root, split):
-            names, labels = _list_classes(folder, found, class_names)
+            names, labels = _list_classes(folder, found, class_names, ignored)
         else:
-            names, labels = _list_flat(root, split, class_names)
-        return FolderSource(str(folder), names, labels, class_names)
+            names, labels = _list_flat(root, split, class_names, ignored)
+        notes = ignored_note(folder, ignored)
+        return FolderSource(str(folder), names, labels, class_names, notes)
 
     counts = Counts(splits, lambda split: len(open_split(split)))
     return Collection(Description(str(root), class_names, 3, counts), open_split)
 
 
 def _list_classes(
-    folder: Path, found: list[str], class_names: Sequence[str]
+    folder: Path, found: list[str], class_names: Sequence[str], ignored: Counter[str]
 ) -> tuple[Names, np.ndarray]:
     labels = class_labels(found, class_names, folder)
     counts: list[int] = []
-    names = Names(_names_below(folder, found, counts))
+    names = Names(_names_below(folder, found, counts, ignored))
     if 0 in counts:
         empty = folder / found[counts.index(0)]
         raise UserError(
             f"class folder {empty} holds no images ({', '.join(_SUFFIXES)}); add them "
             "or remove it"
         )
+    with os.scandir(folder) as entries:
+        ignored.update(
+            f"{ending(entry.name)} beside the class folders"
+            for entry in entries
+            if not entry.is_dir() and not is_leftover(entry.name)
+        )
     return names, np.repeat(labels, counts)
 
 
 def _list_flat(
-    root: Path, split: str, class_names: Sequence[str]
+    root: Path, split: str, class_names: Sequence[str], ignored: Counter[str]
 ) -> tuple[Names, np.ndarray]:
     folder = root / split
-    files = _images_below(folder)
+    files = _images_below(folder, ignored)
     if not files:
         raise UserError(
             f"{folder} has no class folders; expected {folder}/CLASS/IMAGE.jpg"
@@ -145,7 +185,7 @@ def _list_flat(
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones.
+    """Names of the folders in a folder, sorted, without those that systems leave.
 
     Raises:
       UserError: it cannot be read.
@@ -155,26 +195,34 @@ def subfolders(folder: Path) -> list[str]:
             return sorted(
                 entry.name
                 for entry in entries
-                if entry.is_dir() and not entry.name.startswith(".")
+                if entry.is_dir() and not is_leftover(entry.name)
             )
     except OSError as error:
         raise UserError(f"folder {folder} cannot be read: {error.strerror}") from error
 
 
-def _names_below(folder: Path, classes: list[str], counts: list[int]) -> Iterator[str]:
+def _names_below(
+    folder: Path, classes: list[str], counts: list[int], ignored: Counter[str]
+) -> Iterator[str]:
     """Names of the images of all classes; appends each class's number to ``counts``."""
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         # A few classes at a time, since Python strings take three times the memory.
         for start in range(0, len(classes), 4 * _LISTING_THREADS):
             some = classes[start : start + 4 * _LISTING_THREADS]
-            listed = pool.map(lambda name: _images_below(folder / name), some)
-            for name, files in zip(some, listed, strict=True):
+            others = [Counter[str]() for _ in some]
+            inside = [folder / name for name in some]
+            listed = pool.map(_images_below, inside, others)
+            for name, files, other in zip(some, listed, others, strict=True):
                 counts.append(len(files))
+                ignored.update(other)
                 yield from (f"{name}/{file}" for file in files)
 
 
-def _images_below(folder: Path) -> list[str]:
-    """Images at any depth, relative to ``folder``, sorted by folder and then name."""
+def _images_below(folder: Path, ignored: Counter[str]) -> list[str]:
+    """Images at any depth, relative to ``folder``, sorted by folder and then name.
+
+    Counts other files by their ending in ``ignored``.
+    """
     found: dict[str, list[str]] = {}
     waiting = [""]
     while waiting:
@@ -183,10 +231,14 @@ def _images_below(folder: Path) -> list[str]:
         try:
             with os.scandir(folder / inner) as entries:
                 for entry in entries:
-                    if is_image_name(entry.name) and not entry.is_dir():
-                        found[inner].append(entry.name)
-                    elif entry.is_dir() and not entry.name.startswith("."):
+                    if is_leftover(entry.name):
+                        continue
+                    if entry.is_dir():
                         waiting.append(f"{inner}{entry.name}/")
+                    elif is_image_name(entry.name):
+                        found[inner].append(entry.name)
+                    else:
+                        ignored[ending(entry.name)] += 1
         except OSError as error:
             raise UserError(
                 f"folder {folder / inner} cannot be read: {error.strerror}"
