@@ -67,6 +67,7 @@ class Split:
         data, size = self._data, self.image_shape[0]
         if data.image_size is not None:
             side = data.eval_shorter_side or size
+            self._refuse_narrow(image, side, example.name)
             image = protocols.center_crop(image, side, size, data.eval_interpolation)
         elif image.shape != self.image_shape:
             raise UserError(
@@ -75,6 +76,16 @@ class Split:
                 "set data.image_size"
             )
         return image, example.label
+
+    def _refuse_narrow(self, image: np.ndarray, side: int, name: str) -> None:
+        """A line of pixels is small, but not at a shorter side of ``side``."""
+        height, width = image.shape[:2]
+        limit = self._data.max_image_pixels
+        if side * side * max(height, width) > limit * min(height, width):
+            raise UserError(
+                f"image {name} is {width} x {height}: resized to a shorter side of "
+                f"{side}, it exceeds data.max_image_pixels={limit}; replace or remove it"
+            )
 
     def _decoded(self, example: Example) -> np.ndarray:
         limit = self._data.max_image_pixels

@@ -191,9 +191,10 @@ def _tar_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
         raise UserError(
-            f"{path} is not a tar, or it is damaged or compressed: {error}; give an "
+            f"{path} is not a tar, or it is damaged or compressed: {reason}; give an "
             "uncompressed tar"
         ) from error
 
@@ -203,6 +204,8 @@ def _members(file: BinaryIO, start: int, end: int, name: str) -> Iterator[_Membe
     file.seek(start)
     tar = tarfile.TarFile(fileobj=file)
     while (member := tar.next()) is not None:
+        if member.size < 0:  # or it would be read again and again
+            raise UserError(f"{name} is damaged at byte {member.offset}; copy it again")
         if member.offset_data + member.size > end:
             raise UserError(f"{name} is cut short in {member.name}; copy it again")
         path = PurePosixPath(member.name)
