@@ -84,7 +84,7 @@ class Split:
         if side * side * max(height, width) > limit * min(height, width):
             raise UserError(
                 f"image {name} is {width} x {height}: resized to a shorter side of "
-                f"{side}, it exceeds data.max_image_pixels={limit}; replace or remove it"
+                f"{side}, it exceeds data.max_image_pixels={limit}; replace it"
             )
 
     def _decoded(self, example: Example) -> np.ndarray:

@@ -363,6 +363,15 @@ def test_a_prepared_tfds_data_set_is_read_by_its_name_without_its_code(shapes_di
         assert found == {0: 0, 10: 1, 20: 0, 30: 1}
 
 
+@pytest.mark.parametrize("file", ["features.json", "tiny_shapes-train.array_record*"])
+def test_a_pipe_in_a_tfds_data_set_is_named(shapes_dir, file):
+    (path,) = (shapes_dir / "tiny_shapes" / "2.0.0").glob(file)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=rf"{path.name} is not a regular file"):
+        sources(name="tiny_shapes", data_dir=str(shapes_dir), test_split="validation")
+
+
 def test_a_tfds_data_set_prepared_as_tfrecord_says_what_to_do(shapes_dir):
     info = shapes_dir / "tiny_shapes" / "2.0.0" / "dataset_info.json"
     text = info.read_text()

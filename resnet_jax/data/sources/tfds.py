@@ -8,6 +8,7 @@ import io
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from resnet_jax.data.sources.base import (
@@ -132,6 +133,10 @@ def find_builder(name: str, data_dir: str | None) -> Any:
     quiet = min(absl.logging.get_verbosity(), absl.logging.ERROR)
     absl.logging.set_verbosity(quiet)
     where = None if data_dir is None else os.path.expanduser(data_dir)
+    # tfds opens these by their path.
+    folder = Path(where or Path.home() / "tensorflow_datasets", name.partition(":")[0])
+    for file in folder.glob("**/*.json"):
+        refuse_special(file)
     try:
         return tfds.builder(name, data_dir=where)
     except tfds.core.DatasetNotFoundError:
