@@ -127,28 +127,36 @@ def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
 
 
 def _decode_png(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
-    _refuse_huge(*_png_size(data), max_pixels)
+    if data[12:16] != b"IHDR":
+        raise _BrokenError("it has no header")
+    width, height = struct.unpack_from(">II", data, 16)
+    _refuse_huge(height, width, max_pixels)
     color = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     flags = color | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    still = np.frombuffer(_still_png(data), np.uint8)
+    pixels = cv2.imdecode(still, flags)
     if pixels is None:
         raise _BrokenError("it is damaged")
     return pixels
 
 
-def _png_size(data: bytes) -> tuple[int, int]:
-    """Height and width. Checks the lengths of all chunks: OpenCV allocates them."""
+def _still_png(data: bytes) -> bytes:
+    """A PNG without its animation, which OpenCV decodes to black if it is damaged.
+
+    Refuses chunks beyond the end, since OpenCV allocates what they state.
+    """
     chunk = struct.Struct(">I4s")
     position, kind = len(_PNG_START), b""
+    kept = [_PNG_START]
     while kind != b"IEND" and position + chunk.size <= len(data):
         length, kind = chunk.unpack_from(data, position)
-        if position + chunk.size + length > len(data):
+        end = position + chunk.size + length + 4  # and a checksum
+        if end - 4 > len(data):
             raise _BrokenError("it is damaged or cut short")
-        position += chunk.size + length + 4  # and a checksum
-    width, height = struct.unpack_from(">II", data, 16)  # the first chunk's content
-    if data[12:16] != b"IHDR":
-        raise _BrokenError("it has no header")
-    return height, width
+        if kind not in (b"acTL", b"fcTL", b"fdAT"):
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept) if b"acTL" in data[: data.find(b"IDAT")] else data
 
 
 def _decode_by_pillow(

@@ -151,6 +151,9 @@ FORMATS = {
     "jpeg turned": by_pillow(COLOR, "JPEG", exif=TURNED),
     "png": by_pillow(COLOR, "PNG"),
     "png alpha": by_pillow(ALPHA, "PNG"),
+    "png film": by_pillow(
+        ALPHA, "PNG", save_all=True, append_images=[ALPHA.rotate(180)]
+    ),
     "png transparent": by_pillow(PALETTE, "PNG", transparency=3),
     "png turned": by_pillow(COLOR, "PNG", exif=TURNED),
     "ppm": by_pillow(COLOR, "PPM"),
@@ -233,7 +236,7 @@ def lies(big):
     yield tiff
     yield webp[:21] + b"\\xff" * 4 + webp[25:]
     for kind, data in FORMATS.items():
-        if kind not in ("pgm 15", "gif film"):
+        if kind != "pgm 15" and "film" not in kind:
             yield data[: len(data) // 2]
 
 for big in (65_000, 9_000):  # beyond the limit, and within it
@@ -251,7 +254,7 @@ def test_a_header_that_lies_takes_no_memory():
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 * (7 + len(FORMATS) - 2) + 1, lines
+    assert len(lines) == 2 * (7 + len(FORMATS) - 3) + 1, lines
     assert all(re.match(r"image lie \d+ cannot be decoded: ", line) for line in lines)
 
 
@@ -272,6 +275,22 @@ def test_much_after_a_jpegs_end_is_no_fault(after, progressive):
             images.decode(cut, 3)
         with pytest.raises(UserError, match=r"some/file\.jpg cannot be decoded"):
             images.decode_window(cut, 3, lambda h, w: Window(0, 0, 8, w))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_cut_file_is_refused_or_gives_all_pixels(name):
+    data, whole = FORMATS[name], decoded(FORMATS[name])
+    for end in {*(len(data) * np.arange(1, 20) // 20), len(data) - 1}:
+        with contextlib.suppress(UserError):
+            np.testing.assert_array_equal(decoded(data[:end]), whole)
+
+
+def test_damage_in_a_film_of_png_is_noticed():
+    data = bytearray(FORMATS["png film"])
+    data[data.index(b"IDAT") + 100] ^= 0xFF
+    with pytest.raises(UserError, match=r"it is damaged"):
+        decoded(bytes(data))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
