@@ -299,7 +299,7 @@ def _begin(
             _check_done(progress, sources)
             done = progress["done"].items()
             kept = {name: entry for name, entry in done if (folder / name).exists()}
-            return progress | {"done": kept}
+            return progress | {"settings": settings, "done": kept}
     others = sorted(entry.name for entry in folder.iterdir())
     if others:
         raise UserError(

@@ -690,6 +690,7 @@ SHARD = "splits/train/shards/0"
         (SHARD, "x", r"shard 0 of split train is 'x', not an object"),
         (f"{SHARD}/examples", -9, r"examples of shard 0 of split train is -9, below 0"),
         (f"{SHARD}/file", "../x", r"file of shard 0 .* is '\.\./x', not the name of"),
+        (f"{SHARD}/file", "\ud800", r"not the name of a file"),
         (f"{SHARD}/file", "test-00000-of-00002.array_record", r"names test-0.* twice"),
         (f"{SHARD}/sha256", "abc", r"sha256 of shard 0 of split train is 'abc'"),
     ],

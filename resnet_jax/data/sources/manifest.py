@@ -19,7 +19,7 @@ FORMAT = "resnet_jax images"
 VERSION = 1
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_FILE_NAME = re.compile(r"[^/\\\0]+")
+_FILE_NAME = re.compile(r"[^/\\\0\ud800-\udfff]+")
 
 
 class FieldError(ValueError):
