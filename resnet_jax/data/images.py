@@ -108,11 +108,11 @@ def _faults(name: str) -> Iterator[None]:
 
 
 def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
+    _refuse_cut(data)
     reason = ""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         _refuse_huge(height, width, max_pixels)
-        _refuse_cut(data)
         # Pillow converts CMYK as other readers do.
         if colorspace != "CMYK":
             return simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB")
@@ -133,8 +133,7 @@ def _decode_png(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
     _refuse_huge(height, width, max_pixels)
     color = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     flags = color | cv2.IMREAD_IGNORE_ORIENTATION
-    still = np.frombuffer(_still_png(data), np.uint8)
-    pixels = cv2.imdecode(still, flags)
+    pixels = cv2.imdecode(np.frombuffer(_still_png(data), np.uint8), flags)
     if pixels is None:
         raise _BrokenError("it is damaged")
     return pixels
@@ -195,7 +194,7 @@ def _refuse_cut(data: bytes) -> None:
     """Refuses a JPEG without its end: libjpeg would fill the missing part with grey."""
     if data.endswith(_JPEG_END):
         return
-    # Some cameras write more after the end, such as a film. So follow the markers.
+    # Cameras may write more after the end, such as a film: follow the markers.
     position = len(_JPEG_START)
     while marker := _JPEG_MARKER.search(data, position):
         if marker[0] == _JPEG_END:

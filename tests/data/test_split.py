@@ -37,6 +37,13 @@ def test_the_limit_of_pixels_is_the_configs():
         split_of(OneImage(20, 30), max_image_pixels=0)
 
 
+def test_notes_of_the_source_reach_the_start_of_a_run():
+    source = OneImage(4, 4)
+    assert split_of(source).notes == ()
+    source.notes = ("here: ignored 1 file: 1 .txt",)
+    assert split_of(source).notes == source.notes
+
+
 def test_a_line_of_pixels_is_not_resized_beyond_the_limit():
     line = OneImage(1, 40_000)
     split = split_of(line, image_size=64, normalization="none")

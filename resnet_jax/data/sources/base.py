@@ -169,6 +169,8 @@ def read_bytes(path: str, start: int, size: int, name: str) -> bytes:
             return file.read(size)
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}") from error
+    except MemoryError as error:
+        raise UserError(f"{name} is larger than the memory") from error
 
 
 def refuse_special(path: str | os.PathLike[str]) -> None:

@@ -97,16 +97,16 @@ class FolderSource:
       names: of the files, relative to the folder.
       labels: int32 (n,).
       class_names: in the order of the labels.
-      notes: on the files that were ignored.
       channels: 3; grey images are read as colour.
+      notes: on the files that were ignored.
     """
 
     folder: str
     names: Names
     labels: np.ndarray
     class_names: Sequence[str]
-    notes: tuple[str, ...] = ()
     channels: int = 3
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -144,7 +144,7 @@ def open_folders(root: Path, classes_of: str = "train") -> Collection:
         else:
             names, labels = _list_flat(root, split, class_names, ignored)
         notes = ignored_note(folder, ignored)
-        return FolderSource(str(folder), names, labels, class_names, notes)
+        return FolderSource(str(folder), names, labels, class_names, notes=notes)
 
     counts = Counts(splits, lambda split: len(open_split(split)))
     return Collection(Description(str(root), class_names, 3, counts), open_split)

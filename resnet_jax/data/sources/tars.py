@@ -54,8 +54,8 @@ class TarSource:
       places: int64 (n, 2), first byte in the outer tar and size of each image.
       labels: int32 (n,).
       class_names: in the order of the labels.
-      notes: on the files that were ignored.
       channels: 3; grey images are read as colour.
+      notes: on the files that were ignored.
     """
 
     path: str
@@ -63,8 +63,8 @@ class TarSource:
     places: np.ndarray
     labels: np.ndarray
     class_names: Sequence[str]
-    notes: tuple[str, ...] = ()
     channels: int = 3
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,8 +113,9 @@ def open_tars(tars: Mapping[str, Path]) -> Collection:
         files = [name for name, *_ in outer]
         labels = listed_labels(path.parent, split, files, class_names, str(path))
         places = np.array([place for _, *place in outer])
-        notes = ignored_note(path, ignored[split])
-        return TarSource(str(path), Names(files), places, labels, class_names, notes)
+        source = TarSource(str(path), Names(files), places, labels, class_names)
+        source.notes = ignored_note(path, ignored[split])
+        return source
 
     description = Description(
         name=", ".join(map(str, tars.values())),
@@ -144,9 +145,9 @@ def _index_classes(
     with _tar_errors(path):
         found = Names(names())
     labels = np.repeat(labels, list(map(len, places)))
-    notes = ignored_note(path, ignored)
-    offsets = np.concatenate(places)
-    return TarSource(str(path), found, offsets, labels, class_names, notes)
+    source = TarSource(str(path), found, np.concatenate(places), labels, class_names)
+    source.notes = ignored_note(path, ignored)
+    return source
 
 
 def _is_nested(outer: list[_Member]) -> bool:
