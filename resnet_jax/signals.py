@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from resnet_jax.errors import printable
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that ask a run to save and end."""
 
@@ -78,7 +80,7 @@ def exit_now(sentence: str, status: int) -> NoReturn:
     with contextlib.suppress(Exception):
         sys.stdout.write(_SHOW_CURSOR if sys.stdout.isatty() else "")
         sys.stdout.flush()
-        print(f"resnet-jax: {sentence}", file=sys.stderr, flush=True)
+        print(f"resnet-jax: {printable(sentence)}", file=sys.stderr, flush=True)
     for file in list(temporary_files):
         with contextlib.suppress(OSError):
             file.unlink()

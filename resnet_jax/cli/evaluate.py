@@ -3,8 +3,10 @@
 import argparse
 from typing import Any
 
+from resnet_jax.cli.arguments import whole
 from resnet_jax.cli.overrides import parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
+from resnet_jax.config.schema import MOST_BATCH, MOST_STEPS
 
 _DESCRIPTION = """Evaluate a checkpoint of a run on a whole split.
 
@@ -41,13 +43,13 @@ def add_parser(commands: Any) -> None:
     )
     add(
         "--batch-size",
-        type=int,
+        type=whole(1, MOST_BATCH),
         metavar="N",
         help="examples per batch (default: the config's); changes no result",
     )
     add(
         "--precise-batches",
-        type=int,
+        type=whole(1, MOST_STEPS),
         metavar="N",
         help="first recompute the batch statistics over N batches of the training set "
         "(default: use the checkpoint's)",
@@ -59,7 +61,7 @@ def add_parser(commands: Any) -> None:
 def _checkpoint(text: str) -> int | str:
     if text in ("last", "best"):
         return text
-    if text.isdecimal():
+    if text.isascii() and text.isdecimal() and len(text) < 11:
         return int(text)
     raise argparse.ArgumentTypeError(f"last, best or a step, not {text!r}")
 

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from resnet_jax.cli.arguments import MOST_COUNT, MOST_THREADS, whole
-from resnet_jax.config.schema import MOST_PIXELS
+from resnet_jax.config.schema import MAX_IMAGE_PIXELS, MOST_PIXELS
 from resnet_jax.errors import UserError
 
 _DESCRIPTION = """Write a data set as shards of ArrayRecord, which training reads fast.
@@ -43,6 +43,10 @@ _OPTIONS = (
         "approximate size of a shard (default: 512)",
     ),
     (
+        *("--max-image-pixels", whole(1, 2**40), "N"),
+        "an image whose header states more is broken (default: 89,478,485)",
+    ),
+    (
         *("--threads", whole(1, MOST_THREADS), "N"),
         "shards written at once (default: one per processor)",
     ),
@@ -79,7 +83,8 @@ def add_parser(commands: Any) -> None:
         choices=("stop", "skip"),
         help="at a broken image, stop, or leave it out and list it (default: stop)",
     )
-    parser.set_defaults(shard_mib=512, run=_run, takes_overrides=True)
+    parser.set_defaults(shard_mib=512, max_image_pixels=MAX_IMAGE_PIXELS)
+    parser.set_defaults(run=_run, takes_overrides=True)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -109,5 +114,6 @@ def _run(options: argparse.Namespace) -> None:
         num_shards=options.shards,
         shard_mib=options.shard_mib,
         threads=options.threads,
+        max_image_pixels=options.max_image_pixels,
         on_error=options.on_error,
     )

@@ -40,6 +40,8 @@ MOST_BATCH = 2**20
 MOST_RATE = 1e38
 """The range of float32: a rate may be absurd, to see a run diverge."""
 MOST_SEEDS = 10_000
+MAX_IMAGE_PIXELS = 89_478_485
+"""Pillow's limit too: 256 MiB of RGB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +165,13 @@ class DataConfig:
         "stop",
         "at a broken image: stop the run, or skip it: use another and report it",
         choices=ON_ERROR,
+        operational=True,
+    )
+    max_image_pixels: int = option(
+        MAX_IMAGE_PIXELS,
+        "an image whose header states more pixels is broken; bounds the memory",
+        at_least=1,
+        at_most=2**40,
         operational=True,
     )
 

@@ -1,13 +1,17 @@
 """Decode stored bytes to uint8 pixels on the host; convert to Pillow and back."""
 
+import contextlib
 import io
-from collections.abc import Callable
+import re
+import struct
+from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
 
+from resnet_jax.config.schema import MAX_IMAGE_PIXELS
 from resnet_jax.data import partial_jpeg
 from resnet_jax.data.crops import Window
 from resnet_jax.data.sources import Example
@@ -16,89 +20,192 @@ from resnet_jax.errors import UserError
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
-_TRAILER = 4096  # some cameras write a few bytes after a JPEG's end
+# In compressed data, FF is followed by 0 or by a restart marker.
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+
+_PILLOW_FORMATS = ("BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
 
 _LOST_DATA = ("premature end", "bad Huffman code", "found marker", "Unsupported marker")
 """libjpeg's warnings of lost pixels; its other warnings are harmless."""
 
 
-def decode(example: Example, channels: int) -> np.ndarray:
+def decode(
+    example: Example, channels: int, max_pixels: int = MAX_IMAGE_PIXELS
+) -> np.ndarray:
     """The image of an example as uint8 (h, w, channels); grey or RGB.
 
-    The bytes decide the format, not the file's name. An EXIF rotation is not applied,
-    as in other readers, since labels and boxes were made without it. Transparency is
-    dropped, and 16 bits are reduced to the upper eight.
+    The bytes decide the format, not the file's name. A rotation in EXIF or TIFF is not
+    applied, as in other readers, since labels and boxes were made without it.
+    Transparency is dropped, and 16 bits are reduced to the upper eight. An animation
+    gives its first image.
 
     Raises:
-      UserError: the image is broken; names its file.
+      UserError: the image is broken, or its header states more than ``max_pixels``;
+        names its file.
     """
     image = example.image
     if isinstance(image, np.ndarray):
         return image
-    if image.startswith(_JPEG_START):
-        return _decode_jpeg(image, channels, example.name)
-    color = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-    flags = color | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), flags) if image else None
-    if pixels is None:
-        raise _broken(example.name, "it is damaged or not an image")
-    return pixels.reshape(*pixels.shape[:2], channels)
+    with _faults(example.name):
+        if image.startswith(_JPEG_START):
+            pixels = _decode_jpeg(image, channels, max_pixels)
+        elif image.startswith(_PNG_START):
+            pixels = _decode_png(image, channels, max_pixels)
+        else:
+            pixels = _decode_by_pillow(image, channels, max_pixels, _PILLOW_FORMATS)
+        return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def decode_window(
-    example: Example, channels: int, choose: Callable[[int, int], Window]
+    example: Example,
+    channels: int,
+    choose: Callable[[int, int], Window],
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> np.ndarray:
     """A window of an example's image: the pixels of ``decode``, but faster.
 
     ``choose`` returns the window for the image's height and width.
 
     Raises:
-      UserError: the image is broken; names its file. Damage outside the window may go
-        unnoticed.
+      UserError: as in ``decode``. Damage outside the window may go unnoticed, unless
+        the file is cut short.
     """
     data = example.image
     decoder = partial_jpeg.decoder()
     if decoder and isinstance(data, bytes) and data.startswith(_JPEG_START):
-        _refuse_cut(data, example.name)
-        size = decoder.size(data)
-        if size is not None:
-            window = choose(*size)
-            pixels = decoder.window(data, *window, channels)
-            if pixels is None:  # decoding the whole image finds the fault
-                pixels = window.of(decode(example, channels))
-            return pixels
-    image = decode(example, channels)
+        with _faults(example.name):
+            size = decoder.size(data)
+            if size is not None:
+                _refuse_huge(*size, max_pixels)
+                _refuse_cut(data)
+                window = choose(*size)
+                pixels = decoder.window(data, *window, channels)
+                if pixels is None:  # decoding the whole image finds the fault
+                    pixels = window.of(decode(example, channels, max_pixels))
+                return pixels
+    image = decode(example, channels, max_pixels)
     return choose(*image.shape[:2]).of(image)
 
 
-def _decode_jpeg(data: bytes, channels: int, name: str) -> np.ndarray:
-    _refuse_cut(data, name)
+@contextlib.contextmanager
+def _faults(name: str) -> Iterator[None]:
+    """Raises UserError for any error of a decoder; each has its own kinds."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(getattr(error, "err", error)) or type(error).__name__
+        if not isinstance(error, _BrokenError):
+            reason = f"it is damaged ({reason})"
+        if isinstance(error, MemoryError):
+            reason = "there is too little memory"
+        raise UserError(
+            f"image {name} cannot be decoded: {' '.join(reason.split())}; replace or "
+            "remove it"
+        ) from error
+
+
+def _decode_jpeg(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
+    _refuse_cut(data)
     reason = ""
     try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _refuse_huge(height, width, max_pixels)
         # Pillow converts CMYK as other readers do.
-        if simplejpeg.decode_jpeg_header(data)[2] != "CMYK":
+        if colorspace != "CMYK":
             return simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB")
+    except _BrokenError:
+        raise
     except ValueError as error:
         reason = str(error)
     if any(sign in reason for sign in _LOST_DATA):
-        raise _broken(name, reason)
+        raise _BrokenError(reason)
     # Formats unknown to libjpeg's fast interface, and harmless warnings.
-    try:
-        with Image.open(io.BytesIO(data)) as opened:
-            pixels = np.asarray(opened.convert("L" if channels == 1 else "RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _broken(name, str(error)) from error
-    return pixels.reshape(*pixels.shape[:2], channels)
+    return _decode_by_pillow(data, channels, max_pixels, ("JPEG",))
 
 
-def _refuse_cut(data: bytes, name: str) -> None:
-    if _JPEG_END not in data[-_TRAILER:]:
-        # libjpeg would silently fill the missing part with grey.
-        raise UserError(f"image {name} is cut short; replace or remove it")
+def _decode_png(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
+    if data[12:16] != b"IHDR":
+        raise _BrokenError("it has no header")
+    width, height = struct.unpack_from(">II", data, 16)
+    _refuse_huge(height, width, max_pixels)
+    color = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
+    flags = color | cv2.IMREAD_IGNORE_ORIENTATION
+    pixels = cv2.imdecode(np.frombuffer(_still_png(data), np.uint8), flags)
+    if pixels is None:
+        raise _BrokenError("it is damaged")
+    return pixels
 
 
-def _broken(name: str, reason: str) -> UserError:
-    return UserError(f"image {name} cannot be decoded: {reason}; replace or remove it")
+def _still_png(data: bytes) -> bytes:
+    """A PNG without its animation, which OpenCV decodes to black if it is damaged.
+
+    Refuses chunks beyond the end, since OpenCV allocates what they state.
+    """
+    chunk = struct.Struct(">I4s")
+    position, kind = len(_PNG_START), b""
+    kept = [_PNG_START]
+    while kind != b"IEND" and position + chunk.size <= len(data):
+        length, kind = chunk.unpack_from(data, position)
+        end = position + chunk.size + length + 4  # and a checksum
+        if end - 4 > len(data):
+            raise _BrokenError("it is damaged or cut short")
+        if kind not in (b"acTL", b"fcTL", b"fdAT"):
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept) if b"acTL" in data[: data.find(b"IDAT")] else data
+
+
+def _decode_by_pillow(
+    data: bytes, channels: int, max_pixels: int, formats: tuple[str, ...]
+) -> np.ndarray:
+    """Decodes the formats whose pixels OpenCV changes: by alpha, palette or range."""
+    Image.init()
+    for name in formats:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory and accept and accept(data[:16]) is True:
+            break
+    else:
+        raise _BrokenError("it is damaged or not an image")
+    # Image.open would apply Pillow's global limit of pixels, and not ours.
+    with factory(io.BytesIO(data), "") as opened:
+        _refuse_huge(opened.height, opened.width, max_pixels)
+        if opened.mode.startswith("I;16") or (opened.mode, name) == ("I", "PPM"):
+            upper = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+            return np.asarray(upper.convert("L" if channels == 1 else "RGB"))
+        if opened.mode in ("I", "F"):
+            raise _BrokenError("its pixels have 32 bits")
+        plain = {"RGBa": "RGBA", "La": "LA"}.get(opened.mode)
+        image = opened.convert(plain) if plain else opened
+        return np.asarray(image.convert("L" if channels == 1 else "RGB"))
+
+
+def _refuse_huge(height: int, width: int, max_pixels: int) -> None:
+    if height * width > max_pixels:
+        raise _BrokenError(
+            f"it states a size of {width} x {height}, beyond the limit "
+            f"max_image_pixels={max_pixels}, which you may raise"
+        )
+
+
+def _refuse_cut(data: bytes) -> None:
+    """Refuses a JPEG without its end: libjpeg would fill the missing part with grey."""
+    if data.endswith(_JPEG_END):
+        return
+    # Cameras may write more after the end, such as a film: follow the markers.
+    position = len(_JPEG_START)
+    while marker := _JPEG_MARKER.search(data, position):
+        if marker[0] == _JPEG_END:
+            return
+        length = int.from_bytes(data[marker.end() : marker.end() + 2])
+        position = marker.end() + length
+    raise _BrokenError("it is cut short")
+
+
+class _BrokenError(ValueError):
+    """A fault that was found here and not by a decoder."""
 
 
 def to_pillow(image: np.ndarray) -> Image.Image:

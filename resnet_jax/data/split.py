@@ -6,8 +6,8 @@ import numpy as np
 
 from resnet_jax.config.schema import AugmentationConfig, DataConfig
 from resnet_jax.data import crops, images, order, policies, protocols
-from resnet_jax.data.sources import Source
-from resnet_jax.data.sources.base import take
+from resnet_jax.data.sources import Example, Source
+from resnet_jax.data.sources.base import notes, take
 from resnet_jax.data.transforms import MAX_PIXEL, PixelStatistics
 from resnet_jax.errors import UserError
 
@@ -34,7 +34,7 @@ class Split:
         self.name, self._source, self._data = name, source, data
         self._kept: tuple[np.ndarray, np.ndarray] | None = None
         if data.image_size is None:
-            self.image_shape = images.decode(source[0], source.channels).shape
+            self.image_shape = self._decoded(source[0]).shape
             self.training_shape = self.image_shape
         else:
             size = data.eval_image_size or data.image_size
@@ -43,6 +43,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the data for the start of a run."""
+        return notes(self._source)
 
     @property
     def nbytes(self) -> int:
@@ -58,10 +63,11 @@ class Split:
         if self._kept is not None:
             return self._kept[0][index], int(self._kept[1][index])
         example = self._source[index]
-        image = images.decode(example, self._source.channels)
+        image = self._decoded(example)
         data, size = self._data, self.image_shape[0]
         if data.image_size is not None:
             side = data.eval_shorter_side or size
+            self._refuse_narrow(image, side, example.name)
             image = protocols.center_crop(image, side, size, data.eval_interpolation)
         elif image.shape != self.image_shape:
             raise UserError(
@@ -70,6 +76,20 @@ class Split:
                 "set data.image_size"
             )
         return image, example.label
+
+    def _refuse_narrow(self, image: np.ndarray, side: int, name: str) -> None:
+        """A line of pixels is small, but not at a shorter side of ``side``."""
+        height, width = image.shape[:2]
+        limit = self._data.max_image_pixels
+        if side * side * max(height, width) > limit * min(height, width):
+            raise UserError(
+                f"image {name} is {width} x {height}: resized to a shorter side of "
+                f"{side}, it exceeds data.max_image_pixels={limit}; replace it"
+            )
+
+    def _decoded(self, example: Example) -> np.ndarray:
+        limit = self._data.max_image_pixels
+        return images.decode(example, self._source.channels, limit)
 
     def training_example(
         self,
@@ -98,7 +118,9 @@ class Split:
                 aspect = augmentation.crop_aspect
                 return crops.inception_window(height, width, area, aspect, rng)
 
-            window = images.decode_window(example, self._source.channels, choose)
+            window = images.decode_window(
+                example, self._source.channels, choose, self._data.max_image_pixels
+            )
             crops.resize(window, out)
             label = example.label
         if augmentation.on_host and augmentation.flip and rng.random() < 0.5:

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,34 @@ import numpy as np
 import rich.console
 from etils import epath
 
+from resnet_jax.config.schema import MAX_IMAGE_PIXELS
 from resnet_jax.console import say
 from resnet_jax.data.order import epoch_order
 from resnet_jax.data.sources import Collection, Source, open_path, records
+from resnet_jax.data.sources.base import notes
+from resnet_jax.data.sources.manifest import (
+    check,
+    check_left_out,
+    check_shard,
+    field,
+)
 from resnet_jax.data.sources.tars import find_tars, open_tars
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.prepare import shards
 from resnet_jax.prepare.encoding import Encoding
 from resnet_jax.prepare.progress import in_threads
-from resnet_jax.storage import locked, replacing, storage_of
+from resnet_jax.storage import (
+    delete_leftovers,
+    expand,
+    locked,
+    read_text,
+    replacing,
+    storage_of,
+)
 
 PROGRESS = "progress.json"
 _ORDER_SEED = 2  # of the random order of the examples
 _SAMPLE = 64  # examples of a split that are encoded to estimate its size
-_LEFTOVERS = ".????????????????.part"  # files of ``replacing`` after a kill
 
 
 def prepare_dataset(
@@ -54,6 +68,7 @@ def prepare_dataset(
     shard_mib: int = 512,
     threads: int | None = None,
     on_error: str = "stop",
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
     console: rich.console.Console | None = None,
 ) -> dict[str, Any]:
     """Writes a data set as shards of ArrayRecord; continues an interrupted run.
@@ -71,6 +86,7 @@ def prepare_dataset(
       shard_mib: approximate size of a shard in MiB.
       threads: shards to write at once; None means one per processor.
       on_error: "stop" at a broken image, or "skip" it and list it in the manifest.
+      max_image_pixels: an image whose header states more pixels is broken.
       console: where to show progress.
 
     Returns:
@@ -84,16 +100,18 @@ def prepare_dataset(
         raise UserError(f"on_error is stop or skip, not {on_error!r}")
     if quality is not None and not 1 <= quality <= 100:
         raise UserError(f"quality is a number from 1 to 100, not {quality}")
-    numbers = (shorter_side, num_shards, shard_mib, threads)
-    names = ("shorter-side", "shards", "shard-mib", "threads")
+    numbers = (shorter_side, num_shards, shard_mib, threads, max_image_pixels)
+    names = ("shorter-side", "shards", "shard-mib", "threads", "max-image-pixels")
     for name, value in zip(names, numbers, strict=True):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
     console = console or rich.console.Console()
     folder = _output_folder(source, output)
     collection = open_source(source, data_dir)
-    encoding = Encoding(shorter_side, quality)
+    encoding = Encoding(shorter_side, quality, max_image_pixels)
     sources = _open_splits(collection, splits)
+    for note in (note for source in sources.values() for note in notes(source)):
+        say(console, note)
     settings = _settings(collection, sources, encoding, num_shards, shard_mib)
     run = functools.partial(in_threads, threads=threads, console=console)
     busy = f"output {folder} is being prepared by another process; wait for it"
@@ -143,7 +161,7 @@ def verify(
     Raises:
       UserError: shards are missing or damaged; names the first and counts them.
     """
-    folder = Path(output).expanduser()
+    folder = expand(output)
     manifest = records.read_manifest(epath.Path(folder))
     if manifest is None:
         raise UserError(
@@ -174,7 +192,7 @@ def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collect
         if builder.is_prepared() and builder.info.file_format.value == "tfrecord":
             return open_tfrecords(builder)
         return open_tfds(name, data_dir)
-    path = Path(given).expanduser()
+    path = expand(given)
     if not path.exists():
         raise UserError(
             f"source {path} does not exist; give a folder, a tar or "
@@ -194,8 +212,7 @@ def _output_folder(
             f"output {output} is not a folder of this machine; prepare into a folder "
             "and copy it to the store"
         )
-    folder = Path(output).expanduser().absolute()
-    around = Path(source).expanduser().absolute()
+    folder, around = expand(output).absolute(), expand(source).absolute()
     if around == folder or around in folder.parents:
         raise UserError(f"output {folder} is inside the source; give another folder")
     try:
@@ -278,17 +295,15 @@ def _begin(
 ) -> dict[str, Any]:
     """The progress of an interrupted run, or the plan of a new one."""
     file = folder / PROGRESS
-    for leftover in folder.glob(_LEFTOVERS):
-        leftover.unlink()
-    if file.exists():
-        try:
-            progress: dict[str, Any] = json.loads(file.read_text())
+    delete_leftovers(folder)
+    with _progress_errors(file):
+        if (text := read_text(file)) is not None:
+            progress = _read_progress(text)
             _refuse_other_settings(folder, progress["settings"], settings)
+            _check_done(progress, sources)
             done = progress["done"].items()
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{file} is damaged; empty {folder}") from error
-        kept = {name: entry for name, entry in done if (folder / name).is_file()}
-        return progress | {"done": kept}
+            kept = {name: entry for name, entry in done if (folder / name).exists()}
+            return progress | {"settings": settings, "done": kept}
     others = sorted(entry.name for entry in folder.iterdir())
     if others:
         raise UserError(
@@ -311,6 +326,44 @@ def _begin(
     }
     _write_json(file, progress)
     return progress
+
+
+@contextlib.contextmanager
+def _progress_errors(file: Path) -> Iterator[None]:
+    """Raises UserError for errors of reading ``progress.json``."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file} is damaged: {reason}; empty {file.parent}") from error
+
+
+def _read_progress(text: str) -> dict[str, Any]:
+    """The content of ``progress.json``; raises ValueError if it has other fields."""
+    progress = json.loads(text)
+    check(isinstance(progress, dict), "it is not an object")
+    kinds = {"created": str, "source": str, "settings": dict, "guessed_bytes": int}
+    for name, kind in (kinds | {"num_shards": dict, "done": dict}).items():
+        field(progress, name, kind, "it")
+    for name, entry in progress["done"].items():
+        check_shard(entry, name)
+        check(entry["file"] == name, f"{name} lists the file {entry['file']}")
+        check_left_out(field(entry, "left_out", list, name), name)
+    return progress
+
+
+def _check_done(progress: dict[str, Any], sources: dict[str, Source]) -> None:
+    """Raises ValueError unless the shards that are done are shards of the sources."""
+    for split, source in sources.items():
+        count = field(progress["num_shards"], split, int, "num_shards")
+        check(1 <= count <= len(source), f"num_shards of {split} is {count}")
+    expected = {job.file: len(job.indices) for job in _jobs(progress, sources)}
+    for name, entry in progress["done"].items():
+        found = entry["examples"] + len(entry["left_out"])
+        check(
+            expected.get(name) == found,
+            f"{name} has {found} examples instead of {expected.get(name)}",
+        )
 
 
 def _mean_size(source: Source, encoding: Encoding) -> float:

@@ -5,6 +5,7 @@ import dataclasses
 import cv2
 import numpy as np
 
+from resnet_jax.config.schema import MAX_IMAGE_PIXELS
 from resnet_jax.data import images
 from resnet_jax.data.sources import Example
 
@@ -20,10 +21,12 @@ class Encoding:
         stored as JPEG. None reduces no image.
       quality: JPEG quality, 1 to 100, of reduced images, and of all others whose file
         shrinks by it. None gives reduced images 95 and keeps the bytes of the others.
+      max_image_pixels: an image whose header states more pixels is broken.
     """
 
     shorter_side: int | None = None
     quality: int | None = None
+    max_image_pixels: int = MAX_IMAGE_PIXELS
 
     @property
     def changes(self) -> bool:
@@ -37,7 +40,7 @@ class Encoding:
           UserError: the image is broken.
         """
         # Every image is decoded, to find broken ones now and not in training.
-        pixels = images.decode(example, channels)
+        pixels = images.decode(example, channels, self.max_image_pixels)
         stored = example.image
         if self.shorter_side is not None and min(pixels.shape[:2]) > self.shorter_side:
             return _jpeg(_reduced(pixels, self.shorter_side), self.quality)

@@ -135,3 +135,7 @@ def print_start(
     shape = "x".join(map(str, dataset.image_shape))
     classes = f"{dataset.num_classes} classes"
     say(console, f"{config.data.name}: {counts}; {shape}, {classes}")
+    for note in dict.fromkeys(
+        note for split in splits if split for note in split.notes
+    ):
+        say(console, note)

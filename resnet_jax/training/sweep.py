@@ -8,13 +8,14 @@ from typing import Any
 
 import rich.console
 import rich.table
+import rich.text
 
 from resnet_jax.analysis import pages
 from resnet_jax.analysis.plots import error_by_setting
 from resnet_jax.config import Config, load_config
 from resnet_jax.console import describe_seconds, make_console, say
 from resnet_jax.environment import command_line, environment
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, printable
 from resnet_jax.training.runs import (
     Outcome,
     Spread,
@@ -200,6 +201,6 @@ def _print(console: rich.console.Console, rows: Sequence[dict[str, Any]]) -> Non
     header, lines = _table(rows)
     table = rich.table.Table(*header, box=None, padding=(0, 2, 0, 0))
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*(rich.text.Text(printable(cell)) for cell in line))
     console.print()
     console.print(table, highlight=False)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from resnet_jax.errors import UserError, nearest
-from resnet_jax.storage import replacing
+from resnet_jax.storage import expand, replacing
 
 HUB_PREFIX = "hf-hub:"
 TORCHVISION_PREFIX = "torchvision:"
@@ -73,14 +73,14 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
       UserError: there is no such file or name, or the download fails.
     """
     name = os.fspath(path_or_name)
-    path = Path(os.path.expanduser(name))
-    if name and path.is_file():
+    path = expand(name)
+    if path.is_file():
         return path
     if name.startswith(HUB_PREFIX):
         return _from_hub(name)
     if name.startswith(TORCHVISION_PREFIX):
         return _from_torchvision(name)
-    if name and path.is_dir():
+    if path.is_dir():
         raise UserError(f"weights {name} is a folder; give the path of a file in it")
     model = name.partition(".")[0]
     if model in TORCHVISION_FILES:

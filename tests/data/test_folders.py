@@ -2,10 +2,11 @@ import os
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from resnet_jax.data.sources import imagenet, open_path
+from resnet_jax.data.sources import Subset, imagenet, open_path
 from resnet_jax.data.sources.folders import Names
 from resnet_jax.errors import UserError
 
@@ -55,6 +56,37 @@ def test_hidden_files_and_folders_are_no_images(tmp_path):
     assert contents(open_path(tmp_path).source("train")) == ["a/1.jpg"]
 
 
+def test_leftovers_of_systems_are_no_classes_and_no_images(tmp_path):
+    touch(tmp_path / "train", "a/1.jpg", "b/2.jpg", "b/Thumbs.db", "desktop.ini")
+    for folder in ("@eaDir", "__MACOSX", "lost+found", "$RECYCLE.BIN", "#recycle"):
+        touch(tmp_path / "train", f"{folder}/1.jpg", f"a/{folder}/1.jpg")
+        touch(tmp_path, f"{folder}/a/1.jpg")
+    collection = open_path(tmp_path)
+    source = collection.source("train")
+    assert collection.description.splits == ("train",)
+    assert source.class_names == ("a", "b")
+    assert contents(source) == ["a/1.jpg", "b/2.jpg"]
+    assert source.notes == ()
+
+
+def test_every_ending_of_an_image_counts_and_others_are_reported(tmp_path):
+    ends = ("jpg", "JFIF", "jpe", "gif", "pbm", "pnm", "webp")
+    touch(tmp_path / "train", *(f"a/{i}.{end}" for i, end in enumerate(ends)))
+    touch(tmp_path / "train", "a/b/x.TXT", "a/y.txt", "a/none", "loose.jpg")
+    touch(tmp_path, "test/a/1.jpg", "test/a/x.heic")
+    collection = open_path(tmp_path)
+    train = collection.source("train")
+    assert len(train) == len(ends)
+    (note,) = train.notes
+    assert note.endswith(
+        "train: ignored 4 files: 2 .txt, 1 without an ending, 1 .jpg beside the class "
+        "folders"
+    )
+    both = collection.source("train[:50%]+test+train[60%:]")
+    assert both.notes == (note, f"{tmp_path}/test: ignored 1 file: 1 .heic")
+    assert Subset(both, np.arange(2)).notes == both.notes
+
+
 def test_parts_of_splits_are_read(tmp_path):
     touch(tmp_path / "train", *(f"a/{i}.jpg" for i in range(10)))
     collection = open_path(tmp_path)
@@ -93,6 +125,21 @@ def test_an_image_that_has_gone_is_named(tmp_path):
         source[0]
 
 
+def test_what_is_no_regular_file_is_named(tmp_path):
+    touch(tmp_path, "train/a/1.jpg", "val/1.jpg")
+    os.mkfifo(tmp_path / "train" / "a" / "2.jpg")
+    (tmp_path / "train" / "a" / "3.jpg").symlink_to("/dev/zero")
+    (tmp_path / "val.txt").symlink_to("/dev/zero")
+    source = open_path(tmp_path).source("train")
+    for i in (1, 2):
+        with pytest.raises(UserError, match=rf"{i + 1}\.jpg cannot be read: it is not"):
+            source[i]
+    with pytest.raises(
+        UserError, match=r"val\.txt cannot be read: it is not a regular"
+    ):
+        open_path(tmp_path).source("val")
+
+
 def test_names_take_little_more_than_their_letters():
     listed = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(100_000)]
     names = Names(listed)
@@ -127,6 +174,36 @@ def test_a_list_of_ones_own_gives_the_labels(extracted, as_number):
     assert labels(open_path(extracted)) == expected
 
 
+@pytest.mark.parametrize(
+    ("classes", "given", "expected"),
+    [
+        ("123", "012", [0, 1, 2]),  # numbers, since 0 is no class
+        ("123", "321", [2, 1, 0]),  # names, since 3 is no number of a class
+        ("12", "11", [0, 0]),  # either is possible: names
+        (("0", "1", "10", "2"), ("10", "2", "1", "0"), [2, 3, 1, 0]),
+        ("abc", ("002", "0", "01"), [2, 0, 1]),
+    ],
+)
+def test_a_list_is_read_in_one_way(tmp_path, classes, given, expected):
+    touch(tmp_path / "train", *(f"{name}/1.jpg" for name in classes))
+    touch(tmp_path / "val", *(f"{i}.jpg" for i in range(len(given))))
+    lines = [f"{i}.jpg {label}\n" for i, label in enumerate(given)]
+    (tmp_path / "val.txt").write_text("".join(lines), "utf-8-sig")
+    assert labels(open_path(tmp_path)) == expected
+
+
+def test_a_list_that_mixes_names_and_numbers_is_refused(tmp_path):
+    touch(tmp_path, *(f"train/{i}/1.jpg" for i in (1, 2, 3)))
+    touch(tmp_path, *(f"val/{i}.jpg" for i in range(3)))
+    (tmp_path / "val.txt").write_text("0.jpg 1\n1.jpg 0\n2.jpg 3\n")
+    with pytest.raises(
+        UserError,
+        match=r"mixes numbers and names: the label 0 in line 2 is .*, and 3 in "
+        r"line 3 is no number from 0 to 2; give the names",
+    ):
+        open_path(tmp_path).source("val")
+
+
 def test_kaggles_list_is_found_where_its_archive_has_it(extracted):
     deep = extracted / "ILSVRC" / "Data" / "CLS-LOC"
     deep.mkdir(parents=True)
@@ -156,7 +233,7 @@ def test_the_validation_labels_are_those_of_tfds(tmp_path, monkeypatch):
     every = range(1, 50_001)
     monkeypatch.setattr(
         "resnet_jax.data.sources.folders._images_below",
-        lambda folder: list(map(imagenet.VALIDATION_NAME.format, every)),
+        lambda folder, ignored: list(map(imagenet.VALIDATION_NAME.format, every)),
     )
     (tmp_path / "val").mkdir()
     source = open_path(tmp_path).source("val")
@@ -172,6 +249,8 @@ def test_the_validation_labels_are_those_of_tfds(tmp_path, monkeypatch):
     [
         ("{0} 0\n{1}", r"val\.txt, line 2 is .*; expected FILE LABEL, such as"),
         ("{0} 3", r"line 1 has the label 3, which is neither .* number from 0 to 2"),
+        ("{0} 9{0}", r"line 1 has the label 9ILSVRC"),
+        ("{0} " + 5000 * "9", r"line 1 has the label 999"),
         ("{0} n99", r"line 1 has the label n99"),
         ("{0} 0\n{0} 0", r"line 2 names ILSVRC2012_val_00000001.JPEG again, after li"),
         ("no.JPEG 0", r"line 1 names no.JPEG, which .*val lacks: it holds 5 images"),

@@ -1,7 +1,9 @@
 import gzip
+import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -160,10 +162,12 @@ def test_cifar_binary(tmp_path):
         planes = RNG.integers(0, 256, (7, 3, 32, 32), dtype=np.uint8)
         np.concatenate([label, planes.reshape(7, -1)], axis=1).tofile(tmp_path / name)
         images_of[name] = label[:, 0], planes
-    (tmp_path / "batches.meta.txt").write_text("airplane\nautomobile\n\n")
+    (tmp_path / "batches.meta.txt").write_text(
+        "airplane\nautomobile\n" + "\n".join("23456789") + "\n\n", "utf-8-sig"
+    )
     train, test = sources(path=str(tmp_path))
     assert (len(train), len(test)) == (35, 7)
-    assert train.class_names[1] == "automobile"
+    assert train.class_names[:2] == ["airplane", "automobile"]
     label, planes = images_of["data_batch_3.bin"]
     np.testing.assert_array_equal(labels(train)[14:21], label)
     # Red, green and blue planes one after another, each by rows.
@@ -174,6 +178,50 @@ def test_cifar_binary(tmp_path):
     (tmp_path / "data_batch_2.bin").unlink()
     with pytest.raises(UserError, match=r"data_batch_2\.bin is missing"):
         sources(path=str(tmp_path))
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """CIFAR-10 with two images in each file."""
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        np.zeros((2, 3073), np.uint8).tofile(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (b"a\nb\n", r"batches\.meta\.txt has 2 names of classes"),
+        (b"\n".join(b"abcdefghijk"[i : i + 1] for i in range(11)), r"has 11 names"),
+        (b"a\n" * 10, r"has 10 names of classes, 1 of them different; expected 10"),
+        (b"\x80\x04", r"batches\.meta\.txt is not a text in UTF-8"),
+    ],
+)
+def test_faults_in_cifars_names_are_named(cifar, names, sentence):
+    (cifar / "batches.meta.txt").write_bytes(names)
+    with pytest.raises(UserError, match=sentence):
+        sources(path=str(cifar))
+
+
+def test_a_label_out_of_range_is_named(cifar):
+    rows = np.zeros((4, 3073), np.uint8)
+    rows[2:, 0] = 10
+    rows.tofile(cifar / "data_batch_4.bin")
+    with pytest.raises(
+        UserError,
+        match=r"image 2 of .*data_batch_4\.bin has the label 10, but the 10 classes",
+    ):
+        sources(path=str(cifar))
+
+
+@pytest.mark.parametrize(
+    "name", ["data_batch_3.bin", "test_batch.bin", "batches.meta.txt", "manifest.json"]
+)
+def test_a_pipe_in_place_of_a_file_is_named(cifar, name):
+    (cifar / name).unlink(missing_ok=True)
+    os.mkfifo(cifar / name)
+    with pytest.raises(UserError, match=rf"{name} .*it is not a regular file"):
+        sources(path=str(cifar))
 
 
 def test_cifar100_binary_takes_the_fine_label(tmp_path):
@@ -212,6 +260,55 @@ def test_idx_files_gzipped_or_not(tmp_path):
     (tmp_path / "t10k-images-idx3-ubyte").unlink()
     with pytest.raises(UserError, match=r"is missing among the idx files"):
         sources(path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (
+            "t10k-labels-idx1-ubyte",
+            [0, 5],
+            r"image 1 of .*t10k-labels.* the label 5, b",
+        ),
+        (
+            "train-images-idx3-ubyte",
+            np.zeros((2, 0, 4)),
+            r"its shape \(2, 0, 4\) is em",
+        ),
+        ("train-labels-idx1-ubyte", [], r"its shape \(0,\) is empty"),
+        ("train-images-idx3-ubyte", np.zeros((2, 4)), r"bytes in 3 dimensions"),
+        ("train-labels-idx1-ubyte", np.zeros((2, 1)), r"bytes in 1 dimensions"),
+        ("train-labels-idx1-ubyte", [0, 1, 1], r"has 2 images and 3 labels"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03" + b"\xff" * 12, r"the \d+ bytes"),
+        ("train-images-idx3-ubyte", b"\0\0\x08\x03", r"not an idx file"),
+        ("train-images-idx3-ubyte", None, r"not a regular file"),
+        # 64 MiB of zeros after what the header says.
+        ("train-images-idx3-ubyte.gz", "bomb", r"does not hold the 32 bytes"),
+    ],
+)
+def test_faults_of_idx_files_are_named(tmp_path, name, content, sentence):
+    for split in ("train", "t10k"):
+        images_of = np.zeros((2, 4, 4), np.uint8)
+        write_idx(tmp_path / f"{split}-images-idx3-ubyte", images_of)
+        write_idx(tmp_path / f"{split}-labels-idx1-ubyte", np.array([0, 1], np.uint8))
+    file = tmp_path / name
+    (tmp_path / name.removesuffix(".gz")).unlink()
+    if content is None:
+        file.symlink_to("/dev/zero")
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    elif isinstance(content, str):
+        with gzip.open(file, "wb", compresslevel=1) as opened:
+            opened.write(struct.pack(">HBBIII", 0, 8, 3, 2, 4, 4))
+            for _ in range(64):
+                opened.write(bytes(2**20))
+    else:
+        write_idx(file, np.array(content, np.uint8))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=sentence):
+        sources(path=str(tmp_path))
+    assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    tracemalloc.stop()
 
 
 PREPARE_SHAPES = """
@@ -269,6 +366,15 @@ def test_a_prepared_tfds_data_set_is_read_by_its_name_without_its_code(shapes_di
             for image, label in zip(pixels(train), labels(train))
         }
         assert found == {0: 0, 10: 1, 20: 0, 30: 1}
+
+
+@pytest.mark.parametrize("file", ["features.json", "tiny_shapes-train.array_record*"])
+def test_a_pipe_in_a_tfds_data_set_is_named(shapes_dir, file):
+    (path,) = (shapes_dir / "tiny_shapes" / "2.0.0").glob(file)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=rf"{path.name} is not a regular file"):
+        sources(name="tiny_shapes", data_dir=str(shapes_dir), test_split="validation")
 
 
 def test_a_tfds_data_set_prepared_as_tfrecord_says_what_to_do(shapes_dir):

@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import io
 import json
@@ -242,6 +243,25 @@ def test_tars_give_the_same_shards_as_the_extracted_folders(extracted, tmp_path)
     assert list(single["splits"]) == ["train"]
 
 
+def test_ignored_files_are_reported(extracted, tmp_path):
+    (extracted / "train" / CLASSES[0] / "boxes.txt").write_text("")
+    (extracted / "val" / "NOTES").write_text("")
+    (extracted / "val" / "._1.JPEG").write_text("")
+    (tmp_path / "tars").mkdir()
+    write_tars(tmp_path / "tars", extracted, "val")
+    (tmp_path / "tars" / "val.txt").write_text((extracted / "val.txt").read_text())
+    for source in (extracted, tmp_path / "tars"):
+        console = make_console()
+        output = tmp_path / f"{source.name}-out"
+        resnet_jax.prepare_dataset(
+            source, output, splits=("train", "val"), console=console
+        )
+        told = console.file.getvalue()
+        assert re.search(r"train(\.tar)?: ignored 1 file: 1 \.txt\n", told)
+        assert re.search(r"val(\.tar)?: ignored 1 file: 1 without an ending\n", told)
+        assert told.count(": ignored ") == 2
+
+
 def test_sources_are_read_by_many_threads_and_sent_to_processes(extracted, tmp_path):
     (tmp_path / "tars").mkdir()
     write_tars(tmp_path / "tars", extracted, "val")
@@ -280,7 +300,32 @@ def test_damaged_tars_are_refused(extracted, tmp_path):
             prepare(path, tmp_path / "out")
 
 
-def write_tfrecords(folder, per_shard):
+@pytest.mark.parametrize(
+    ("size", "kind", "sentence"),
+    [
+        (256**12 - 512, b"0", r"damaged at byte 512"),  # it would end where it begins
+        (256**12 - 512, b"x", r"is not a tar, or it is damaged"),
+        (128 * 256**11 + 2**50, b"0", r"is cut short in b\.jpg"),
+        (128 * 256**11 + 2**50, b"L", r"damaged"),
+    ],
+)
+def test_a_size_in_a_tar_that_lies_is_refused(tmp_path, size, kind, sentence):
+    def header(name, size):
+        fields = bytearray(tarfile.TarInfo(name).tobuf())
+        fields[124:136] = size.to_bytes(12, "big")
+        fields[156:157] = kind
+        fields[148:156] = b" " * 8
+        fields[148:156] = b"%06o\0 " % sum(fields)
+        return bytes(fields)
+
+    path = tmp_path / "train.tar"
+    first = tarfile.TarInfo("a.jpg").tobuf()
+    path.write_bytes(first + header("b.jpg", size) + bytes(1024))
+    with pytest.raises(UserError, match=sentence):
+        open_tars({"train": path})
+
+
+def write_tfrecords(folder, per_shard, labels=(0, 1)):
     """A tfds data set as TFRecord, its frames written here; returns its images."""
     info = folder / "tiny_shapes" / "1.0.0"
     info.mkdir(parents=True)
@@ -297,7 +342,7 @@ def write_tfrecords(folder, per_shard):
         with open(info / name, "wb") as file:
             for _ in range(count):
                 content = encoded(photo(40, 30, len(expected)))
-                label = len(expected) % 2
+                label = labels[len(expected) % len(labels)]
                 expected.append((content, label))
                 example = features.serialize_example(
                     features.encode_example(
@@ -601,6 +646,134 @@ def test_a_damaged_manifest_is_refused(prepared):
             open_path(prepared)
 
 
+def set_field(content, path, value):
+    """Sets a field such as splits/train/examples; deletes it if the value is None."""
+    *outer, last = path.split("/")
+    for key in outer:
+        content = content[int(key) if isinstance(content, list) else key]
+    last = int(last) if isinstance(content, list) else last
+    if value is None:
+        del content[last]
+    else:
+        content[last] = value
+
+
+SHARD = "splits/train/shards/0"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("version", "1", r"version of it is '1', not int"),
+        ("version", True, r"version of it is True, not int"),
+        ("class_names", None, r"it lacks class_names"),
+        ("class_names", [], r"class_names is empty"),
+        ("class_names", ["a", 1], r"class_names holds other types"),
+        ("class_names", ["a", "a"], r"class_names holds a name twice"),
+        ("channels", 2, r"channels is 2, not 1 or 3"),
+        (
+            "image_shape",
+            [8, 8, 1],
+            r"image_shape is \[8, 8, 1\], not \[height, width, 3",
+        ),
+        ("image_shape", [0, 8, 3], r"image_shape is"),
+        ("image_shape", "8x8", r"image_shape is"),
+        ("settings", None, r"it lacks settings"),
+        ("source", [], r"source of it is \[\], not dict"),
+        ("splits", {}, r"splits is empty"),
+        ("splits/train", [], r"split train is \[\], not an object"),
+        ("splits/train/examples", -18, r"examples of split train is -18, below 0"),
+        ("splits/train/examples", 17, r"states 17 examples, but its shards hold 18"),
+        ("splits/train/bytes", 1.5, r"bytes of split train is 1\.5, not int"),
+        ("splits/train/shards", [], r"states 18 examples, but its shards hold 0"),
+        ("splits/train/left_out", [{"index": -1}], r"index of left_out .* is -1"),
+        (SHARD, "x", r"shard 0 of split train is 'x', not an object"),
+        (f"{SHARD}/examples", -9, r"examples of shard 0 of split train is -9, below 0"),
+        (f"{SHARD}/file", "../x", r"file of shard 0 .* is '\.\./x', not the name of"),
+        (f"{SHARD}/file", "\ud800", r"not the name of a file"),
+        (f"{SHARD}/file", "test-00000-of-00002.array_record", r"names test-0.* twice"),
+        (f"{SHARD}/sha256", "abc", r"sha256 of shard 0 of split train is 'abc'"),
+    ],
+)
+def test_every_field_of_a_manifest_is_checked(prepared, path, value, sentence):
+    file = prepared / "manifest.json"
+    manifest = json.loads(file.read_text())
+    set_field(manifest, path, value)
+    file.write_text(json.dumps(manifest))
+    for read in (open_path, functools.partial(verify, console=make_console())):
+        with pytest.raises(UserError, match=rf"manifest\.json is damaged .*{sentence}"):
+            read(prepared)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("settings", None, r"it lacks settings"),
+        ("guessed_bytes", "5", r"guessed_bytes of it is '5', not int"),
+        ("num_shards/train", 0, r"num_shards of train is 0"),
+        ("num_shards/test", None, r"num_shards lacks test"),
+        ("done", [], r"done of it is \[\], not dict"),
+        ("done/FIRST/examples", 2, r"has 2 examples instead of 3"),
+        ("done/FIRST/examples", -3, r"examples of .* is -3, below 0"),
+        ("done/FIRST/file", "other", r"lists the file other"),
+        ("done/FIRST/left_out", None, r"lacks left_out"),
+        ("done/FIRST/sha256", None, r"lacks sha256"),
+    ],
+)
+def test_every_field_of_the_progress_is_checked(
+    folder, tmp_path, path, value, sentence
+):
+    output = tmp_path / "out"
+    stopped_half_way(folder, output)
+    file = output / "progress.json"
+    progress = json.loads(file.read_text())
+    first = "train-00000-of-00006.array_record"
+    set_field(progress, path.replace("FIRST", first), value)
+    file.write_text(json.dumps(progress))
+    with pytest.raises(UserError, match=rf"progress\.json is damaged: .*{sentence}"):
+        prepare(folder, output, num_shards=6)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match=r"progress\.json .* not a regular file"):
+        prepare(folder, output, num_shards=6)
+
+
+def test_a_record_with_a_label_of_no_class_is_named(prepared):
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    manifest["class_names"].pop()
+    (prepared / "manifest.json").write_text(json.dumps(manifest))
+    source = open_path(prepared).source("train")
+    with pytest.raises(
+        UserError,
+        match=r"train-0000\d.* damaged at example \d+: cat/\d\.png has the label 2, ",
+    ):
+        [source[i] for i in range(len(source))]
+
+
+def test_a_pipe_in_place_of_a_shard_or_tar_is_named(prepared, tmp_path):
+    (shard, *_) = sorted(prepared.glob("train-*"))
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(UserError, match=rf"{shard.name} is not a regular file"):
+        open_path(prepared).source("train")
+    with pytest.raises(UserError, match=rf"{shard.name} is not a regular file"):
+        verify(prepared, console=make_console())
+    os.mkfifo(tmp_path / "ILSVRC2012_img_train.tar")
+    with pytest.raises(UserError, match=r"train\.tar cannot be read: it is not a reg"):
+        prepare(tmp_path / "ILSVRC2012_img_train.tar", tmp_path / "new")
+
+
+def test_more_pixels_than_the_limit_are_left_out(folder, tmp_path):
+    large = encoded(photo(90, 90), "PNG")
+    (folder / "train" / "ant" / "large.png").write_bytes(large)
+    limit = {"num_shards": 1, "max_image_pixels": 90 * 90 - 1}
+    with pytest.raises(UserError, match=r"ant/large\.png .* max_image_pixels=8099"):
+        prepare(folder, tmp_path / "out", **limit)
+    manifest = prepare(folder, tmp_path / "out", on_error="skip", **limit)
+    (left_out,) = manifest["splits"]["train"]["left_out"]
+    assert left_out["name"] == "ant/large.png"
+
+
 def test_broken_images_stop_or_are_left_out_and_listed(folder, tmp_path):
     good = (folder / "train" / "ant" / "0.png").read_bytes()
     jpeg = encoded(photo(30, 30))
@@ -645,18 +818,15 @@ def test_file_names_that_are_not_utf8_are_kept(tmp_path):
     assert os.fsencode(left_out["name"]) == b"a/\xff.png"
 
 
-def test_examples_without_a_label_are_refused(tmp_path, monkeypatch):
-    expected = write_tfrecords(tmp_path / "tfds", per_shard=(2,))
-    given = TfRecordSource.__getitem__
-
-    def unlabelled(source, index):
-        example = given(source, index)
-        return type(example)(example.image, -1, example.name)
-
-    monkeypatch.setattr(TfRecordSource, "__getitem__", unlabelled)
-    assert len(expected) == 2
-    with pytest.raises(UserError, match=r"has no label \(-1\)"):
-        prepare("tfds:tiny_shapes", tmp_path / "out", data_dir=tmp_path / "tfds")
+def test_examples_without_a_label_are_refused(tmp_path):
+    write_tfrecords(tmp_path / "tfds", per_shard=(2,), labels=(0, -1))
+    options = {"data_dir": tmp_path / "tfds"}
+    with pytest.raises(
+        UserError, match=r"tfrecord-00000-of-00001\[1\] has the label -1"
+    ):
+        prepare("tfds:tiny_shapes", tmp_path / "out", **options)
+    manifest = prepare("tfds:tiny_shapes", tmp_path / "out", on_error="skip", **options)
+    assert manifest["splits"]["train"]["examples"] == 1
 
 
 def test_a_store_that_cannot_be_reached_is_one_sentence(monkeypatch):

@@ -1,6 +1,7 @@
 """Small data sets of raw pixels: CIFAR's binary version and idx files."""
 
 import gzip
+import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -8,9 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from resnet_jax.data.sources.base import Description, Example
+from resnet_jax.data.sources.base import (
+    Description,
+    Example,
+    check_label,
+    read_bytes,
+    read_text,
+)
 from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
+from resnet_jax.storage import open_regular
 
 
 class ArraySource:
@@ -75,26 +83,39 @@ def open_cifar(root: Path) -> Collection | None:
     """
     for folder in (root, root / "cifar-10-batches-bin", root / "cifar-100-binary"):
         for train_files, test_file, names_file, label_bytes, classes in _CIFAR_LAYOUTS:
-            if not (folder / test_file).is_file():
+            if not (folder / test_file).exists():
                 continue
-            names = [str(label) for label in range(classes)]
-            if (folder / names_file).is_file():
-                names = (folder / names_file).read_text().split()
+            names = _cifar_names(folder / names_file, classes)
             sources = {}
             for split, files in (("train", train_files), ("test", [test_file])):
-                parts = [_read_cifar(folder / file, label_bytes) for file in files]
+                parts = [_read_cifar(folder / f, label_bytes, names) for f in files]
                 images, labels = map(np.concatenate, zip(*parts, strict=True))
                 sources[split] = ArraySource(images, labels, names, f"{folder}/{split}")
             return array_collection(folder, "CIFAR binary files", sources)
     return None
 
 
-def _read_cifar(file: Path, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+def _cifar_names(file: Path, classes: int) -> list[str]:
+    """The names of the classes, one a line; their numbers without the file."""
+    if not file.exists():
+        return [str(label) for label in range(classes)]
+    names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if len(names) != classes or len(set(names)) != classes:
+        raise UserError(
+            f"{file} has {len(names)} names of classes, {len(set(names))} of them "
+            f"different; expected {classes}, one a line"
+        )
+    return names
+
+
+def _read_cifar(
+    file: Path, label_bytes: int, class_names: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, 32, 32, 3) and labels; the last label byte is the fine class."""
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"{file} is missing among the CIFAR binary files")
     record = label_bytes + 32 * 32 * 3
-    raw = np.fromfile(file, np.uint8)
+    raw = np.frombuffer(read_bytes(str(file), 0, -1, str(file)), np.uint8)
     if not raw.size or raw.size % record:
         raise UserError(
             f"{file} has {raw.size} bytes, which is not a multiple of {record}: it is "
@@ -102,7 +123,15 @@ def _read_cifar(file: Path, label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
         )
     rows = raw.reshape(-1, record)
     images = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(images), rows[:, label_bytes - 1]
+    labels = rows[:, label_bytes - 1]
+    _check_labels(labels, len(class_names), file)
+    return np.ascontiguousarray(images), labels
+
+
+def _check_labels(labels: np.ndarray, num_classes: int, file: Path) -> None:
+    """Raises UserError for the first label that is not the label of a class."""
+    index = int(np.argmax(labels >= num_classes))
+    check_label(int(labels[index]), num_classes, f"image {index} of {file}")
 
 
 def open_idx(root: Path) -> Collection | None:
@@ -111,38 +140,54 @@ def open_idx(root: Path) -> Collection | None:
     Raises:
       UserError: files are missing or damaged.
     """
-    arrays: list[np.ndarray] = []
+    found: list[tuple[Path, np.ndarray]] = []
     for split in ("train", "t10k"):
-        for content in ("images-idx3", "labels-idx1"):
+        for content, ndim in (("images-idx3", 3), ("labels-idx1", 1)):
             stems = (
                 f"{split}-{content}-ubyte",
                 f"{split}-{content}".replace("-idx", ".idx"),
             )
             candidates = [root / (stem + end) for stem in stems for end in ("", ".gz")]
-            file = next((path for path in candidates if path.is_file()), None)
+            file = next((path for path in candidates if path.exists()), None)
             if file is None:
-                if not arrays:
+                if not found:
                     return None
                 raise UserError(f"{candidates[0]} is missing among the idx files")
-            arrays.append(_read_idx(file))
-    highest = max(int(labels.max()) for labels in arrays[1::2])
-    names = [str(label) for label in range(highest + 1)]
-    train = ArraySource(arrays[0][..., None], arrays[1], names, f"{root}/train")
-    test = ArraySource(arrays[2][..., None], arrays[3], names, f"{root}/t10k")
-    return array_collection(root, "idx files", {"train": train, "test": test})
+            found.append((file, _read_idx(file, ndim)))
+    # As in folders, the training split has all classes.
+    names = [str(label) for label in range(int(found[1][1].max()) + 1)]
+    sources = {}
+    for split, stem, part in (
+        ("train", "train", found[:2]),
+        ("test", "t10k", found[2:]),
+    ):
+        (_, images), (file, labels) = part
+        _check_labels(labels, len(names), file)
+        sources[split] = ArraySource(images[..., None], labels, names, f"{root}/{stem}")
+    return array_collection(root, "idx files", sources)
 
 
-def _read_idx(file: Path) -> np.ndarray:
-    """An idx file of unsigned bytes."""
+def _read_idx(file: Path, ndim: int) -> np.ndarray:
+    """The unsigned bytes of an idx file with ``ndim`` dimensions."""
     try:
-        raw = file.read_bytes()
-        if file.suffix == ".gz":
-            raw = gzip.decompress(raw)
-        zeros, dtype_code, ndim = struct.unpack_from(">HBB", raw)
-        shape = struct.unpack_from(f">{ndim}I", raw, 4)
-        values = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim)
-        if zeros or dtype_code != 8:
-            raise ValueError("not an idx file of unsigned bytes")
-        return values.reshape(shape)
+        with open_regular(file) as stored:
+            opened = gzip.GzipFile(fileobj=stored) if file.suffix == ".gz" else stored
+            magic, *shape = struct.unpack(f">I{ndim}I", opened.read(4 + 4 * ndim))
+            if magic != 0x800 + ndim:
+                raise ValueError(
+                    f"it does not hold unsigned bytes in {ndim} dimensions"
+                )
+            if 0 in shape:
+                raise ValueError(f"its shape {tuple(shape)} is empty")
+            # In pieces, since a header may state any size and an archive hold any.
+            raw, size = bytearray(), math.prod(shape)
+            while len(raw) <= size and (piece := opened.read(2**20)):
+                raw += piece
+        if len(raw) != size:
+            raise ValueError(f"it does not hold the {size} bytes that it states")
     except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise UserError(f"{file} is damaged or not an idx file: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file} is damaged or not an idx file: {reason}") from error
+    except MemoryError as error:
+        raise UserError(f"{file} is larger than the memory") from error
+    return np.frombuffer(raw, np.uint8).reshape(shape)

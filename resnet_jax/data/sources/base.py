@@ -1,12 +1,15 @@
 """What every source shares: examples, descriptions, subsets."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from resnet_jax.errors import UserError
+from resnet_jax.storage import open_regular
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Subset:
     def __init__(self, source: Source, indices: np.ndarray):
         self._source, self._indices = source, indices
         self.class_names, self.channels = source.class_names, source.channels
+        self.notes = notes(source)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -142,6 +146,11 @@ def take(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] |
     return None if at_once is None else at_once(indices)
 
 
+def notes(source: Source) -> tuple[str, ...]:
+    """Sentences for the start of a run, such as on files that a source ignored."""
+    return getattr(source, "notes", ())
+
+
 def class_labels(
     found: Sequence[str], class_names: Sequence[str], where: object
 ) -> np.ndarray:
@@ -160,15 +169,50 @@ def class_labels(
     return np.array([label_of[name] for name in found], np.int32)
 
 
+def check_label(label: int, num_classes: int, name: str) -> int:
+    """The label of the example ``name``.
+
+    Raises:
+      UserError: it is not the label of a class.
+    """
+    if not 0 <= label < num_classes:
+        raise UserError(
+            f"{name} has the label {label}, but the {num_classes} classes have the "
+            f"labels 0 to {num_classes - 1}: it is unlabelled or damaged"
+        )
+    return label
+
+
 def read_bytes(path: str, start: int, size: int, name: str) -> bytes:
-    """Up to ``size`` bytes of a file.
+    """Up to ``size`` bytes of a file; -1 means all from ``start`` on.
 
     Raises:
       UserError: the file cannot be read; calls it ``name``.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(start)
             return file.read(size)
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}") from error
+    except MemoryError as error:
+        raise UserError(f"{name} is larger than the memory") from error
+
+
+def refuse_special(path: str | os.PathLike[str]) -> None:
+    """Raises UserError for devices and pipes, which libraries would wait for."""
+    given = os.fspath(path)
+    if "://" not in given and os.path.exists(given) and not os.path.isfile(given):
+        raise UserError(f"{given} is not a regular file; replace it")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, in UTF-8 and without a byte-order mark.
+
+    Raises:
+      UserError: it cannot be read, or is not text.
+    """
+    try:
+        return read_bytes(str(path), 0, -1, str(path)).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text in UTF-8: {error}") from error

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,19 +12,55 @@ from pathlib import Path
 import numpy as np
 
 from resnet_jax.data.sources import imagenet
-from resnet_jax.data.sources.base import Counts, Description, Example, class_labels
+from resnet_jax.data.sources.base import (
+    Counts,
+    Description,
+    Example,
+    class_labels,
+    read_bytes,
+)
 from resnet_jax.data.sources.label_lists import has_annotations, listed_labels
 from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"),
+    *(".jpe", ".jfif", ".gif", ".pbm", ".pnm"),
+)
+
+# Files and folders of systems, file servers and archives; so are hidden ones.
+_LEFTOVERS = {
+    *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx"),
+    *("$recycle.bin", "recycler", "system volume information", "lost+found"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+}
 
 _LISTING_THREADS = 8  # network disks are slow, but answer many requests at once
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name ends like an image's; hidden files do not count."""
-    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+    """Whether a file name ends like an image's."""
+    return name.lower().endswith(_SUFFIXES)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that systems leave among others."""
+    return name.startswith(".") or name.lower() in _LEFTOVERS
+
+
+def ending(name: str) -> str:
+    """The ending of a file name, for reports."""
+    return os.path.splitext(name)[1].lower() or "without an ending"
+
+
+def ignored_note(where: object, ignored: Counter[str]) -> tuple[str, ...]:
+    """A sentence on the files that were ignored in a folder or tar, if any were."""
+    if not ignored:
+        return ()
+    kinds = [f"{count} {kind}" for kind, count in ignored.most_common(5)]
+    more = ", ..." if len(ignored) > 5 else ""
+    files = "1 file" if ignored.total() == 1 else f"{ignored.total()} files"
+    return (f"{where}: ignored {files}: {', '.join(kinds)}{more}",)
 
 
 class Names:
@@ -61,6 +98,7 @@ class FolderSource:
       labels: int32 (n,).
       class_names: in the order of the labels.
       channels: 3; grey images are read as colour.
+      notes: on the files that were ignored.
     """
 
     folder: str
@@ -68,17 +106,15 @@ class FolderSource:
     labels: np.ndarray
     class_names: Sequence[str]
     channels: int = 3
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Example:
         file = os.path.join(self.folder, self.names[index])
-        try:
-            with open(file, "rb") as opened:
-                return Example(opened.read(), int(self.labels[index]), file)
-        except OSError as error:
-            raise UserError(f"image {file} cannot be read: {error.strerror}") from error
+        image = read_bytes(file, 0, -1, f"image {file}")
+        return Example(image, int(self.labels[index]), file)
 
 
 def open_folders(root: Path, classes_of: str = "train") -> Collection:
@@ -102,12 +138,13 @@ def open_folders(root: Path, classes_of: str = "train") -> Collection:
     @functools.cache
     def open_split(split: str) -> FolderSource:
         folder = root / split
-        found = subfolders(folder)
+        found, ignored = subfolders(folder), Counter[str]()
         if found and not has_annotations(root, split):
-            names, labels = _list_classes(folder, found, class_names)
+            names, labels = _list_classes(folder, found, class_names, ignored)
         else:
-            names, labels = _list_flat(root, split, class_names)
-        return FolderSource(str(folder), names, labels, class_names)
+            names, labels = _list_flat(root, split, class_names, ignored)
+        notes = ignored_note(folder, ignored)
+        return FolderSource(str(folder), names, labels, class_names, notes=notes)
 
     counts = Counts(splits, lambda split: len(open_split(split)))
     description = Description(str(root), class_names, 3, counts, kind="class folders")
@@ -115,25 +152,31 @@ def open_folders(root: Path, classes_of: str = "train") -> Collection:
 
 
 def _list_classes(
-    folder: Path, found: list[str], class_names: Sequence[str]
+    folder: Path, found: list[str], class_names: Sequence[str], ignored: Counter[str]
 ) -> tuple[Names, np.ndarray]:
     labels = class_labels(found, class_names, folder)
     counts: list[int] = []
-    names = Names(_names_below(folder, found, counts))
+    names = Names(_names_below(folder, found, counts, ignored))
     if 0 in counts:
         empty = folder / found[counts.index(0)]
         raise UserError(
             f"class folder {empty} holds no images ({', '.join(_SUFFIXES)}); add them "
             "or remove it"
         )
+    with os.scandir(folder) as entries:
+        ignored.update(
+            f"{ending(entry.name)} beside the class folders"
+            for entry in entries
+            if not entry.is_dir() and not is_leftover(entry.name)
+        )
     return names, np.repeat(labels, counts)
 
 
 def _list_flat(
-    root: Path, split: str, class_names: Sequence[str]
+    root: Path, split: str, class_names: Sequence[str], ignored: Counter[str]
 ) -> tuple[Names, np.ndarray]:
     folder = root / split
-    files = _images_below(folder)
+    files = _images_below(folder, ignored)
     if not files:
         raise UserError(
             f"{folder} has no class folders; expected {folder}/CLASS/IMAGE.jpg"
@@ -143,7 +186,7 @@ def _list_flat(
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones.
+    """Names of the folders in a folder, sorted, without those that systems leave.
 
     Raises:
       UserError: it cannot be read.
@@ -153,26 +196,34 @@ def subfolders(folder: Path) -> list[str]:
             return sorted(
                 entry.name
                 for entry in entries
-                if entry.is_dir() and not entry.name.startswith(".")
+                if entry.is_dir() and not is_leftover(entry.name)
             )
     except OSError as error:
         raise UserError(f"folder {folder} cannot be read: {error.strerror}") from error
 
 
-def _names_below(folder: Path, classes: list[str], counts: list[int]) -> Iterator[str]:
+def _names_below(
+    folder: Path, classes: list[str], counts: list[int], ignored: Counter[str]
+) -> Iterator[str]:
     """Names of the images of all classes; appends each class's number to ``counts``."""
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         # A few classes at a time, since Python strings take three times the memory.
         for start in range(0, len(classes), 4 * _LISTING_THREADS):
             some = classes[start : start + 4 * _LISTING_THREADS]
-            listed = pool.map(lambda name: _images_below(folder / name), some)
-            for name, files in zip(some, listed, strict=True):
+            others = [Counter[str]() for _ in some]
+            inside = [folder / name for name in some]
+            listed = pool.map(_images_below, inside, others)
+            for name, files, other in zip(some, listed, others, strict=True):
                 counts.append(len(files))
+                ignored.update(other)
                 yield from (f"{name}/{file}" for file in files)
 
 
-def _images_below(folder: Path) -> list[str]:
-    """Images at any depth, relative to ``folder``, sorted by folder and then name."""
+def _images_below(folder: Path, ignored: Counter[str]) -> list[str]:
+    """Images at any depth, relative to ``folder``, sorted by folder and then name.
+
+    Counts other files by their ending in ``ignored``.
+    """
     found: dict[str, list[str]] = {}
     waiting = [""]
     while waiting:
@@ -181,10 +232,14 @@ def _images_below(folder: Path) -> list[str]:
         try:
             with os.scandir(folder / inner) as entries:
                 for entry in entries:
-                    if is_image_name(entry.name) and not entry.is_dir():
-                        found[inner].append(entry.name)
-                    elif entry.is_dir() and not entry.name.startswith("."):
+                    if is_leftover(entry.name):
+                        continue
+                    if entry.is_dir():
                         waiting.append(f"{inner}{entry.name}/")
+                    elif is_image_name(entry.name):
+                        found[inner].append(entry.name)
+                    else:
+                        ignored[ending(entry.name)] += 1
         except OSError as error:
             raise UserError(
                 f"folder {folder / inner} cannot be read: {error.strerror}"

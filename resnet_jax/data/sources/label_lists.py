@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from resnet_jax.data.sources import imagenet
+from resnet_jax.data.sources.base import read_text
 from resnet_jax.errors import UserError
 
 # The files that list labels, with a pattern and a description of their lines. Their
@@ -33,7 +34,7 @@ _Entry = tuple[int, str, str]  # line number, file, label: a class name or a num
 
 def has_annotations(root: Path, split: str) -> bool:
     """Whether a split's folder has Tiny-ImageNet's list, and so no class folders."""
-    return (root / _TINY_IMAGENET[0].format(split=split)).is_file()
+    return (root / _TINY_IMAGENET[0].format(split=split)).exists()
 
 
 def listed_labels(
@@ -54,17 +55,17 @@ def listed_labels(
       where: the images' folder or archive, for errors.
 
     Raises:
-      UserError: there is no list, a line is malformed, list and files do not match, or
-        a label is not a class.
+      UserError: there is no list, a line is malformed, list and files do not match, a
+        label is not a class, or some labels are names and others numbers.
     """
     path, entries = _find_list(root, split, files, where)
-    label_of = {name: label for label, name in enumerate(class_names)}
-    place_of = {name: place for place, name in enumerate(files)}
     # Kaggle's list names images without a suffix.
-    place_of |= {PurePosixPath(name).stem: p for p, name in enumerate(files)}
+    place_of = {PurePosixPath(name).stem: place for place, name in enumerate(files)}
+    place_of |= {name: place for place, name in enumerate(files)}
     labels = np.full(len(files), -1, np.int32)
     line_of: dict[int, int] = {}
-    for line, file, text in entries:
+    read = _labels_of(path, entries, class_names)
+    for (line, file, _), label in zip(entries, read, strict=True):
         place = place_of.get(PurePosixPath(file).name)
         if place is None:
             raise UserError(
@@ -77,13 +78,6 @@ def listed_labels(
                 f"{path}, line {line} names {file} again, after line {line_of[place]}; "
                 "remove one of the lines"
             )
-        number = int(text) if text.isascii() and text.isdecimal() else -1
-        label = label_of.get(text, number)
-        if not 0 <= label < len(class_names):
-            raise UserError(
-                f"{path}, line {line} has the label {text}, which is neither a class "
-                f"of the training split nor a number from 0 to {len(class_names) - 1}"
-            )
         line_of[place], labels[place] = line, label
     if len(line_of) < len(files):
         raise UserError(
@@ -91,6 +85,35 @@ def listed_labels(
             f"name: there are {len(files)} images, and the list names {len(entries)}"
         )
     return labels
+
+
+def _labels_of(
+    path: Path, entries: Sequence[_Entry], class_names: Sequence[str]
+) -> list[int]:
+    """The labels of a list: all of them names of classes, or all of them numbers.
+
+    If both are possible, as with classes named by numbers, they are names.
+    """
+    by_name = {name: label for label, name in enumerate(class_names)}
+    by_number = {str(label): label for label in range(len(class_names))}
+    named = [by_name.get(text) for *_, text in entries]
+    numbered = [by_number.get(text.lstrip("0") or "0") for *_, text in entries]
+    for (line, _, text), *readings in zip(entries, named, numbered, strict=True):
+        if readings == [None, None]:
+            raise UserError(
+                f"{path}, line {line} has the label {text}, which is neither a class "
+                f"of the training split nor a number from 0 to {len(class_names) - 1}"
+            )
+    for found in (named, numbered):
+        labels = [label for label in found if label is not None]
+        if len(labels) == len(found):
+            return labels
+    number, name = (entries[found.index(None)] for found in (named, numbered))
+    raise UserError(
+        f"{path} mixes numbers and names: the label {number[2]} in line {number[0]} is "
+        f"the name of no class, and {name[2]} in line {name[0]} is no number from 0 to "
+        f"{len(class_names) - 1}; give the names in all lines"
+    )
 
 
 def _find_list(
@@ -102,12 +125,12 @@ def _find_list(
     candidates += [(folder, _KAGGLE) for folder in (root, *above)]
     for folder, (name, pattern, expected) in candidates:
         path = folder / name.format(split=split)
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             entries = _read(path, pattern, expected)
             return path, entries[1:] if name == _KAGGLE[0] else entries  # a header
     if files[0].startswith(imagenet.VALIDATION_NAME[:15]):
         path = imagenet.validation_list()
-        lines = enumerate(path.read_text().split(), 1)
+        lines = enumerate(read_text(path).split(), 1)
         return path, [
             (i, imagenet.VALIDATION_NAME.format(i), wnid) for i, wnid in lines
         ]
@@ -119,12 +142,8 @@ def _find_list(
 
 
 def _read(path: Path, pattern: re.Pattern[str], expected: str) -> list[_Entry]:
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"list {path} cannot be read: {error}") from error
     entries = []
-    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+    for number, line in enumerate(map(str.strip, read_text(path).splitlines()), 1):
         match = pattern.fullmatch(line)
         if match:
             entries.append((number, match[1], match[2]))

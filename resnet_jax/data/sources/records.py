@@ -13,7 +13,6 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -21,14 +20,30 @@ from typing import Any
 
 from etils import epath
 
-from resnet_jax.data.sources.base import Description, Example
+from resnet_jax.data.sources.base import (
+    Description,
+    Example,
+    check_label,
+    refuse_special,
+)
+from resnet_jax.data.sources.manifest import FORMAT, MANIFEST, VERSION, read_manifest
 from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
 
+__all__ = [
+    "FORMAT",
+    "MANIFEST",
+    "VERSION",
+    "WRITER_OPTIONS",
+    "RecordsSource",
+    "open_records",
+    "pack",
+    "read_manifest",
+    "shard_name",
+    "unpack",
+]
+
 WRITER_OPTIONS = "group_size:1,uncompressed"
-MANIFEST = "manifest.json"
-FORMAT = "resnet_jax images"
-VERSION = 1
 
 _HEADER = struct.Struct("<iI")
 
@@ -57,35 +72,6 @@ def unpack(record: bytes) -> Example:
 def shard_name(split: str, index: int, count: int) -> str:
     """File name of shard ``index`` of ``count``."""
     return f"{split}-{index:05d}-of-{count:05d}.array_record"
-
-
-def read_manifest(folder: epath.Path) -> dict[str, Any] | None:
-    """The manifest of a prepared data set; None if there is none.
-
-    Raises:
-      UserError: it is damaged, or has a later version.
-    """
-    file = folder / MANIFEST
-    if not file.exists():
-        return None
-    try:
-        manifest = json.loads(file.read_text())
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"its format is {manifest['format']!r}")
-        version = manifest["version"]
-        for split in manifest["splits"].values():
-            for shard in split["shards"]:
-                shard["file"], shard["examples"], shard["bytes"], shard["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file} is damaged or not a manifest of resnet-jax prepare: {error}"
-        ) from error
-    if version > VERSION:
-        raise UserError(
-            f"{file} has version {version} of the layout, but this resnet_jax reads up "
-            f"to {VERSION}; update it"
-        )
-    return manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +109,16 @@ class RecordsSource:
 
     def __getitem__(self, index: int) -> Example:
         try:
-            return unpack(self._records[index])
+            example = unpack(self._records[index])
+            check_label(example.label, len(self.class_names), example.name)
+            return example
         except (UserError, ValueError, RuntimeError, OSError, IndexError) as error:
             if not 0 <= index < len(self):
                 raise IndexError(f"example {index} of {len(self)}") from error
             file = self._files[bisect.bisect_right(self._ends, index)]
+            why = f": {error}" if isinstance(error, UserError) else ""
             raise UserError(
-                f"shard {file} is missing or damaged at example {index}; run "
+                f"shard {file} is missing or damaged at example {index}{why}; run "
                 f"resnet-jax prepare --verify {os.path.dirname(file)}"
             ) from error
 
@@ -144,7 +133,11 @@ def _checksum(splits: Mapping[str, Any]) -> str:
 
 
 def open_records(folder: epath.Path, manifest: Mapping[str, Any]) -> Collection:
-    """A prepared data set, in a folder or below a gs:// URL; opens no shard."""
+    """A prepared data set, in a folder or below a gs:// URL; opens no shard.
+
+    Raises:
+      UserError: on opening a split, a shard is a device or a pipe.
+    """
     splits, shape = manifest["splits"], manifest.get("image_shape")
     described = Description(
         name=str(folder),
@@ -159,8 +152,11 @@ def open_records(folder: epath.Path, manifest: Mapping[str, Any]) -> Collection:
 
     def open_split(split: str) -> RecordsSource:
         shards = splits[split]["shards"]
+        files = [os.fspath(folder / shard["file"]) for shard in shards]
+        for file in files:
+            refuse_special(file)
         return RecordsSource(
-            [os.fspath(folder / shard["file"]) for shard in shards],
+            files,
             [shard["examples"] for shard in shards],
             described.class_names,
             described.channels,

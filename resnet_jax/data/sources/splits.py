@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from resnet_jax.data.sources.base import Description, Example, Source
+from resnet_jax.data.sources.base import Description, Example, Source, notes
 from resnet_jax.errors import UserError
 
 _BOUND = r"-?\d+(?:\.\d+)?%|-?\d+"
@@ -142,6 +142,8 @@ class Parts:
         self._ends = list(itertools.accumulate(len(part) for part in parts))
         self.class_names = sources[0].class_names
         self.channels = sources[0].channels
+        every = (note for source in sources for note in notes(source))
+        self.notes = tuple(dict.fromkeys(every))
 
     def __len__(self) -> int:
         return self._ends[-1]

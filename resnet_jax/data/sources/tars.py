@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -25,10 +26,17 @@ from resnet_jax.data.sources.base import (
     class_labels,
     read_bytes,
 )
-from resnet_jax.data.sources.folders import Names, is_image_name
+from resnet_jax.data.sources.folders import (
+    Names,
+    ending,
+    ignored_note,
+    is_image_name,
+    is_leftover,
+)
 from resnet_jax.data.sources.label_lists import listed_labels
 from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
+from resnet_jax.storage import open_regular
 
 _DISTRIBUTED = re.compile(r"ILSVRC2012_img_(train|val|test)(_v\d+)?")
 
@@ -47,6 +55,7 @@ class TarSource:
       labels: int32 (n,).
       class_names: in the order of the labels.
       channels: 3; grey images are read as colour.
+      notes: on the files that were ignored.
     """
 
     path: str
@@ -55,6 +64,7 @@ class TarSource:
     labels: np.ndarray
     class_names: Sequence[str]
     channels: int = 3
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,7 +93,10 @@ def open_tars(tars: Mapping[str, Path]) -> Collection:
     A tar of tars defines the classes; without one they are ImageNet's. The images of a
     split are indexed on demand.
     """
-    members = {split: _outer_members(path) for split, path in tars.items()}
+    ignored = {split: Counter[str]() for split in tars}
+    members = {
+        split: _outer_members(path, ignored[split]) for split, path in tars.items()
+    }
     nested = [found for found in members.values() if _is_nested(found)]
     class_names = tuple(map(_class_of, nested[0])) if nested else imagenet.class_ids()
 
@@ -96,11 +109,13 @@ def open_tars(tars: Mapping[str, Path]) -> Collection:
                 "of ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar"
             )
         if _is_nested(outer):
-            return _index_classes(path, outer, class_names)
+            return _index_classes(path, outer, class_names, ignored[split])
         files = [name for name, *_ in outer]
         labels = listed_labels(path.parent, split, files, class_names, str(path))
         places = np.array([place for _, *place in outer])
-        return TarSource(str(path), Names(files), places, labels, class_names)
+        source = TarSource(str(path), Names(files), places, labels, class_names)
+        source.notes = ignored_note(path, ignored[split])
+        return source
 
     description = Description(
         name=", ".join(map(str, tars.values())),
@@ -113,22 +128,27 @@ def open_tars(tars: Mapping[str, Path]) -> Collection:
 
 
 def _index_classes(
-    path: Path, outer: list[_Member], class_names: Sequence[str]
+    path: Path,
+    outer: list[_Member],
+    class_names: Sequence[str],
+    ignored: Counter[str],
 ) -> TarSource:
     labels = class_labels([_class_of(tar) for tar in outer], class_names, path)
     places: list[np.ndarray] = []
 
     def names() -> Iterator[str]:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             for tar in outer:
-                images = _images(file, tar, path)
+                images = _images(file, tar, path, ignored)
                 places.append(np.array([place for _, *place in images]))
                 yield from (f"{_class_of(tar)}/{name}" for name, *_ in images)
 
     with _tar_errors(path):
         found = Names(names())
     labels = np.repeat(labels, list(map(len, places)))
-    return TarSource(str(path), found, np.concatenate(places), labels, class_names)
+    source = TarSource(str(path), found, np.concatenate(places), labels, class_names)
+    source.notes = ignored_note(path, ignored)
+    return source
 
 
 def _is_nested(outer: list[_Member]) -> bool:
@@ -139,22 +159,31 @@ def _class_of(tar: _Member) -> str:
     return tar[0].removesuffix(".tar")
 
 
-def _outer_members(path: Path) -> list[_Member]:
-    """The tars in a tar, or else its images, sorted by name."""
-    with _tar_errors(path), open(path, "rb") as file:
+def _outer_members(path: Path, ignored: Counter[str]) -> list[_Member]:
+    """The tars in a tar, or else its images, sorted by name; counts what it ignores."""
+    with _tar_errors(path), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         found = sorted(_members(file, 0, size, str(path)))
     tars = [member for member in found if member[0].endswith(".tar")]
-    return tars or [member for member in found if is_image_name(member[0])]
+    chosen = tars or [member for member in found if is_image_name(member[0])]
+    ignored.update(_endings(found) - _endings(chosen))
+    return chosen
 
 
-def _images(file: BinaryIO, tar: _Member, path: Path) -> list[_Member]:
+def _images(
+    file: BinaryIO, tar: _Member, path: Path, ignored: Counter[str]
+) -> list[_Member]:
     name, start, size = tar
-    inner = _members(file, start, start + size, f"{path}/{name}")
-    images = sorted(member for member in inner if is_image_name(member[0]))
+    inner = sorted(_members(file, start, start + size, f"{path}/{name}"))
+    images = [member for member in inner if is_image_name(member[0])]
     if not images:
         raise UserError(f"{path}: {name} holds no images; it is damaged")
+    ignored.update(_endings(inner) - _endings(images))
     return images
+
+
+def _endings(members: Sequence[_Member]) -> Counter[str]:
+    return Counter(ending(name) for name, *_ in members)
 
 
 @contextlib.contextmanager
@@ -164,9 +193,10 @@ def _tar_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
+        reason = str(error) or type(error).__name__
         raise UserError(
-            f"{path} is not a tar, or it is damaged or compressed: {error}; give an "
+            f"{path} is not a tar, or it is damaged or compressed: {reason}; give an "
             "uncompressed tar"
         ) from error
 
@@ -176,10 +206,13 @@ def _members(file: BinaryIO, start: int, end: int, name: str) -> Iterator[_Membe
     file.seek(start)
     tar = tarfile.TarFile(fileobj=file)
     while (member := tar.next()) is not None:
+        if member.size < 0:  # or it would be read again and again
+            raise UserError(f"{name} is damaged at byte {member.offset}; copy it again")
         if member.offset_data + member.size > end:
             raise UserError(f"{name} is cut short in {member.name}; copy it again")
-        if member.isfile():
-            yield PurePosixPath(member.name).name, member.offset_data, member.size
+        path = PurePosixPath(member.name)
+        if member.isfile() and not any(map(is_leftover, path.parts)):
+            yield path.name, member.offset_data, member.size
         tar.members = []  # type: ignore[attr-defined] # or it keeps them all
     # tarfile stops at a damaged header too; only a block of zeros is the end.
     file.seek(tar.offset)

@@ -8,11 +8,18 @@ import io
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from resnet_jax.data.sources.base import Description, Example
+from resnet_jax.data.sources.base import (
+    Description,
+    Example,
+    check_label,
+    refuse_special,
+)
 from resnet_jax.data.sources.splits import Collection
 from resnet_jax.errors import UserError
+from resnet_jax.storage import locate
 
 
 class TfdsFeatures:
@@ -59,8 +66,14 @@ class TfdsFeatures:
         return self._features.deserialize_example_np(record, decoders=self.decoders)
 
     def example(self, record: Mapping[str, Any], name: str) -> Example:
-        """The example of a record's features."""
-        return Example(record[self._image], int(record[self._label]), name)
+        """The example of a record's features.
+
+        Raises:
+          UserError: it has no label.
+        """
+        count = self._features[self._label].num_classes
+        label = check_label(int(record[self._label]), count, f"image {name}")
+        return Example(record[self._image], label, name)
 
 
 @dataclasses.dataclass(eq=False)
@@ -94,6 +107,8 @@ def open_tfds(name: str, data_dir: str | None) -> Collection:
     described = features.describe(builder)
 
     def open_split(split: str) -> TfdsSource:
+        for file in builder.info.splits[split].filepaths:
+            refuse_special(file)
         return TfdsSource(
             builder.as_data_source(split=split, decoders=features.decoders),
             features,
@@ -119,7 +134,11 @@ def find_builder(name: str, data_dir: str | None) -> Any:
     # tfds warns of every unprepared data set.
     quiet = min(absl.logging.get_verbosity(), absl.logging.ERROR)
     absl.logging.set_verbosity(quiet)
-    where = None if data_dir is None else os.path.expanduser(data_dir)
+    where = None if data_dir is None else os.fspath(locate(data_dir))
+    # tfds opens these by their path.
+    folder = Path(where or Path.home() / "tensorflow_datasets", name.partition(":")[0])
+    for file in folder.glob("**/*.json"):
+        refuse_special(file)
     try:
         return tfds.builder(name, data_dir=where)
     except tfds.core.DatasetNotFoundError:

@@ -22,6 +22,7 @@ from resnet_jax.data.sources.base import Example, read_bytes
 from resnet_jax.data.sources.splits import Collection
 from resnet_jax.data.sources.tfds import TfdsFeatures
 from resnet_jax.errors import UserError
+from resnet_jax.storage import open_regular
 
 _LENGTH = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
@@ -107,7 +108,7 @@ def open_tfrecords(builder: Any) -> Collection:
 def _frames(path: str) -> Iterator[tuple[int, int]]:
     """Start and size of the data of each record."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             end = os.fstat(file.fileno()).st_size
             position = 0
             while position < end:
