@@ -47,6 +47,7 @@ _ANY_RESULT = {
 _RESULT = _ANY_RESULT | dict.fromkeys(
     ("test_errors", "seed", "training_examples", "global_batch_size"), _NUMBER
 )
+_HOLDOUT = ("holdout_error", "holdout_errors", "holdout_count")
 _RESULT_OF_SEEDS = _ANY_RESULT | {
     "summary": "a text",
     "runs": "an object",
@@ -247,11 +248,11 @@ class Workdir:
             return None
         where, runs = str(self.path / "result.json"), result.get("runs")
         if runs is None:
-            _check(where, result, _RESULT)
-        else:
-            _check(where, result, _RESULT_OF_SEEDS)
-            for name, run in runs.items():
-                _check(f"{name} in {where}", run, _RESULT)
+            _check_run(where, result)
+            return result
+        _check(where, result, _RESULT_OF_SEEDS)
+        for name, run in runs.items():
+            _check_run(f"{name} in {where}", run)
         return result
 
     def write_failure(self, sentence: str) -> None:
@@ -304,6 +305,17 @@ def _parse(where: str, text: str, expected: Mapping[str, str]) -> dict[str, Any]
         raise UserError(f"{where} is damaged: {error}; {_RESTORE}") from error
     _check(where, content, expected)
     return content
+
+
+def _check_run(where: str, result: Any) -> None:
+    """Checks the result of one run, with the figures that only some runs have."""
+    _check(where, result, _RESULT)
+    some = {"test_top5_error", "train_skipped"} & result.keys()
+    if result.get("images_per_second") is not None:
+        some.add("images_per_second")
+    if not result.keys().isdisjoint(_HOLDOUT):
+        some.update(_HOLDOUT)
+    _check(where, result, dict.fromkeys(some, _NUMBER))
 
 
 def _check(where: str, content: Any, expected: Mapping[str, str]) -> None:

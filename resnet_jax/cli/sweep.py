@@ -1,13 +1,10 @@
 """``resnet-jax sweep``."""
 
 import argparse
-import math
 from typing import Any
 
-from resnet_jax.cli.arguments import MOST_COUNT
 from resnet_jax.cli.overrides import fields_help, parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
-from resnet_jax.errors import UserError
 
 _DESCRIPTION = """Train every combination of values of some fields.
 
@@ -52,11 +49,6 @@ def _run(options: argparse.Namespace) -> None:
 
     overrides = parse_overrides(options.rest)
     grid = parse_grid(options.grid)
-    combinations = math.prod(map(len, grid.values()))
-    if combinations > MOST_COUNT:
-        raise UserError(
-            f"the --grid has {combinations:,} combinations; give at most {MOST_COUNT:,}"
-        )
     timeout = load_config(options.config, overrides).parallel.peer_timeout_seconds
     with connected(options, timeout):
         sweep(options.config, grid, options.workdir, overrides=overrides)

@@ -288,9 +288,7 @@ A residual or pre-activation depth of the form 9n+2 but not 6n+2 also means bott
 with bottlenecks; use the longer names for other depths.
 """
 
-_FAMILY = re.compile(
-    r"cifar_([a-z_]+)(0|[1-9][0-9]{0,3})(?:_(b|c|[1-9][0-9]{0,2}))?"
-)
+_FAMILY = re.compile(r"cifar_([a-z_]+)(0|[1-9][0-9]{0,3})(?:_(b|c|[1-9][0-9]{0,2}))?")
 
 _MAKERS: dict[tuple[str, int], Any] = {
     ("resnet", 6): _cifar,

@@ -86,7 +86,7 @@ def _facts(result: dict[str, Any]) -> dict[str, str]:
     if "holdout_error" in result:
         counts = f" ({result['holdout_errors']} of {result['holdout_count']})"
         facts["held-out error"] += counts
-    if result["images_per_second"] is not None:
+    if result.get("images_per_second") is not None:
         facts["speed"] = f"{result['images_per_second']:,.0f} images/s (median)"
     if result.get("train_skipped"):
         facts["skipped"] = f"{result['train_skipped']:,} broken images replaced"
@@ -119,8 +119,8 @@ def report(
             f"workdir {folder.path} holds no finished run (no result.json); train one "
             "with resnet-jax train"
         )
-    rows = folder.read_rows()
     if "runs" not in result:
+        rows = folder.read_rows()
         write_report(folder, result, rows)
     elif figure is None:
         write_seeds_report(folder, result)

@@ -1,6 +1,7 @@
 """A sweep: one run for every combination of values, or one per seed."""
 
 import itertools
+import math
 import os
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from resnet_jax.training.runs import (
 )
 from resnet_jax.training.train import train_one
 from resnet_jax.workdir import Workdir
+
+_MOST_COMBINATIONS = 10_000
 
 _ABOUT = (
     "Mean and standard deviation (n - 1) over seeds, each at its last checkpoint on "
@@ -130,6 +133,10 @@ def _points(
         raise UserError(f"{twice[0]} is both in the grid and overridden; give it once")
     if "seed" in grid or "seeds" in grid:
         raise UserError("seeds do not belong in the grid; give --config.seeds=N")
+    if (count := math.prod(map(len, grid.values()))) > _MOST_COMBINATIONS:
+        raise UserError(
+            f"the grid has {count:,} combinations; give at most {_MOST_COMBINATIONS:,}"
+        )
     combinations = itertools.product(*grid.values())
     points = [dict(zip(grid, values, strict=True)) for values in combinations]
     return [(fields, load_config(spec, {**overrides, **fields})) for fields in points]

@@ -113,18 +113,20 @@ def train_one(
         StopSignal(tell) as stop,
         folder.compiled_programs(config.compilation_cache),
     ):
-        # 2. Open the data; build net, optimizer and schedule; write config.json.
+        # 2. Open the data; build net, optimizer and schedule.
         dataset = datasets.open(config) if datasets else open_dataset(config)
         if distributed.is_primary():
             folder.refuse_other_data(dataset.identity, folder.read_data())
         learner = learner_for(config, dataset)
         check_precise_statistics(config, learner.abstract_state().batch_stats)
         folder.check_shared()
-        folder.write_config(config, command_line(), learner.derived, dataset.identity)
         print_start(console, learner, dataset)
         with Checkpoints(folder.checkpoints, config.checkpoint, True) as checkpoints:
-            # 3. Restore the newest whole checkpoint, or make the first state.
+            # 3. Restore the newest whole checkpoint, or make the first state. Only then
+            # write config.json: a start that fails can be repeated in other ways.
             state, start = _first_state(learner, dataset, checkpoints, folder, console)
+            identity = dataset.identity
+            folder.write_config(config, command_line(), learner.derived, identity)
             # 4. Run the steps that are left.
             rows = start.rows
             if int(state.step) < learner.derived.steps or start.row_is_due:
