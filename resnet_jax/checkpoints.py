@@ -68,6 +68,7 @@ class Checkpoints:
         self._directory = directory
         self._keeps_best = config.best
         self._holdout_errors: dict[int, float] = {}
+        self._unknown: dict[int, DamagedError] = {}
         self._manager = ocp.CheckpointManager(
             directory,
             options=ocp.CheckpointManagerOptions(
@@ -148,7 +149,13 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step with the lowest held-out error, if the config keeps it."""
+        """The step with the lowest held-out error, if the config keeps it.
+
+        Raises:
+          DamagedError: a checkpoint is, so its error is not known.
+        """
+        for error in self._unknown.values():
+            raise error
         return self.best_of(self.steps()) if self._keeps_best else None
 
     def best_of(self, steps: Iterable[int]) -> int | None:
@@ -162,15 +169,19 @@ class Checkpoints:
         self._read_holdout_errors()
 
     def _read_holdout_errors(self) -> None:
-        self._holdout_errors = {}
+        self._holdout_errors, self._unknown = {}, {}
         for step in self.steps() if self._keeps_best else ():
-            with contextlib.suppress(DamagedError):
+            try:
                 content, _ = self._read_meta(step)
-                rows = content.get("rows") or [{}]  # of version 0.1.0
-                last = rows[-1] if rows[-1].get("step") == step else {}
-                error = content.get("holdout_error", last.get("holdout_error"))
-                if error is not None:
-                    self._holdout_errors[step] = error
+            except DamagedError as error:
+                if (self._directory / str(step)).exists():
+                    self._unknown[step] = error
+                continue
+            rows = content.get("rows") or [{}]  # of version 0.1.0
+            last = rows[-1] if rows[-1].get("step") == step else {}
+            holdout_error = content.get("holdout_error", last.get("holdout_error"))
+            if holdout_error is not None:
+                self._holdout_errors[step] = holdout_error
 
     def shapes(self, step: int) -> Any:
         """Shapes and dtypes of the saved state, as nested dictionaries.

@@ -103,12 +103,15 @@ def test_keeps_what_the_config_says(tmp_path, setup, config, kept):
         assert checkpoints.best_step() == (3 if config.get("best") else None)
 
 
-def test_a_damaged_checkpoint_is_never_the_best(tmp_path, setup):
-    save_steps(tmp_path, setup, [1, 2, 3], [0.3, 0.1, 0.2], keep_last=3, best=True)
+def test_a_damaged_error_chooses_no_best_checkpoint(tmp_path, setup):
+    save_steps(tmp_path, setup, [1, 2, 3], [0.3, 0.2, 0.1], keep_last=3, best=True)
     file = tmp_path / "2" / "meta" / "metadata"
-    file.write_text(file.read_text().replace("0.1", "0.0"))
-    with Checkpoints(tmp_path, CheckpointConfig(best=True)) as checkpoints:
-        assert checkpoints.best_step() == 3
+    file.write_text(file.read_text().replace("0.2", "0.0"))
+    with (
+        Checkpoints(tmp_path, CheckpointConfig(best=True)) as checkpoints,
+        pytest.raises(UserError, match="2 is damaged: its content differs"),
+    ):
+        checkpoints.best_step()
 
 
 def largest_file(folder):

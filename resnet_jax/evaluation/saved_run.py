@@ -115,19 +115,42 @@ def load_run(
         is not in ``DATA_FIELDS``.
     """
     folder = Workdir(workdir)
+    config = _config_of(folder, overrides or {})
+    mesh = parallel.data_mesh()
+    with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
+        step, model, state, content = _restore(
+            checkpoints, checkpoint, folder, config, mesh
+        )
+    variables = state.get("ema") or {
+        name: state[name] for name in ("params", "batch_stats")
+    }
+    return SavedRun(
+        config,
+        mesh,
+        model,
+        variables,
+        PixelStatistics(**state["statistics"]),
+        state["rng"],
+        step,
+        trained_on=content.get("data") and Identity.from_json(content["data"]),
+        other_data=any(name in _WHICH_DATA for name in overrides or ()),
+    )
+
+
+def _config_of(folder: Workdir, overrides: Mapping[str, str]) -> Config:
+    """The config of a run that has checkpoints, with fields of the data replaced."""
     config = folder.read_config()
     if config is None:
         raise UserError(
             f"workdir {folder.path} holds no run (no config.json); train one with "
             "resnet-jax train"
         )
-    for name in overrides or ():
+    for name in overrides:
         if name not in DATA_FIELDS:
             raise UserError(
                 f"{name} cannot be changed for a trained net; only "
                 f"{', '.join(DATA_FIELDS)} can"
             )
-    config = override(config, overrides or {})
     if config.seeds > 1:
         raise UserError(
             f"workdir {folder.path} holds runs of {config.seeds} seeds; give one of "
@@ -135,40 +158,34 @@ def load_run(
         )
     if not folder.checkpoints.is_dir():
         raise UserError(f"workdir {folder.path} holds no checkpoint yet")
-    mesh = parallel.data_mesh()
-    with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
-        while True:
-            step = _find_step(checkpoints, checkpoint, folder)
-            try:
-                saved = checkpoints.shapes(step)
-                model, wanted = _abstract_variables(config, saved, mesh)
-                state, content = checkpoints.restore(step, wanted)
-                break
-            except DamagedError as error:
-                # A running training may have replaced it by a newer one.
-                checkpoints.reload()
-                steps = checkpoints.steps()
-                if step in steps:
-                    others = ", ".join(str(other) for other in steps if other != step)
-                    raise UserError(
-                        f"{error}; other checkpoints: {others or 'none'}"
-                    ) from error
-    variables = state.get("ema") or {
-        name: state[name] for name in ("params", "batch_stats")
-    }
-    statistics = PixelStatistics(**state["statistics"])
-    trained_on = content.get("data") and Identity.from_json(content["data"])
-    return SavedRun(
-        config,
-        mesh,
-        model,
-        variables,
-        statistics,
-        state["rng"],
-        step,
-        trained_on,
-        other_data=any(name in _WHICH_DATA for name in overrides or ()),
-    )
+    return override(config, overrides)
+
+
+def _restore(
+    checkpoints: Checkpoints,
+    which: int | str,
+    folder: Workdir,
+    config: Config,
+    mesh: Mesh,
+) -> tuple[int, nn.Module, Any, dict[str, Any]]:
+    """The step of a checkpoint, its net, the state that evaluation needs, and content.
+
+    A running training may replace a checkpoint while it is read; then the newer one is.
+    """
+    while True:
+        step = _find_step(checkpoints, which, folder)
+        try:
+            saved = checkpoints.shapes(step)
+            model, wanted = _abstract_variables(config, saved, mesh)
+            return step, model, *checkpoints.restore(step, wanted)
+        except DamagedError as error:
+            checkpoints.reload()
+            steps = checkpoints.steps()
+            if step in steps:
+                others = ", ".join(str(other) for other in steps if other != step)
+                raise UserError(
+                    f"{error}; other checkpoints: {others or 'none'}"
+                ) from error
 
 
 def _find_step(checkpoints: Checkpoints, wanted: int | str, folder: Workdir) -> int:

@@ -268,7 +268,7 @@ def test_epsilon_option(variables):
         return features(model, variables, images_of((1, 8, 8, 3)))[0].array
 
     # With a running variance of 1 the map is divided by sqrt(1 + epsilon).
-    np.testing.assert_allclose(2 * stem_map(3.0), stem_map(0.0), rtol=1e-6)
+    np.testing.assert_allclose(1.25 * stem_map(0.5625), stem_map(0.0), rtol=1e-6)
 
 
 def test_no_statistics_move_where_the_momentum_is_one(variables):

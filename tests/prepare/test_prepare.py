@@ -482,8 +482,8 @@ def slowly(*arguments):
     time.sleep(0.01)
     return decode(*arguments)
 images.decode = slowly
-from resnet_jax.cli import main
-sys.exit(main(sys.argv[1:]))
+from resnet_jax.__main__ import run
+sys.exit(run())
 """
 
 

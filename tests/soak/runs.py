@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from resnet_jax.workdir import Workdir
+from tests.conftest import heed_ctrl_c
 from tests.training.helpers import final_state
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -49,6 +50,8 @@ class Process:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=REPOSITORY,
+                # A soak may run in the background, where Ctrl-C is ignored.
+                preexec_fn=heed_ctrl_c,
             )
 
     @property

@@ -321,22 +321,24 @@ def broken_host(soak: Soak) -> Iterator[str]:
 
 
 def terminations(soak: Soak) -> Iterator[str]:
-    """SIGTERM at any moment from a run's first line on, and in a save."""
+    """SIGTERM or Ctrl-C at any moment from a run's first line on, and in a save."""
     workdir, count = soak.root / "terminated-0", 0
     while count < soak.options.terminations:
         before = len(runs.rows_of(workdir))
         process = soak.start(workdir)
         has_printed(process)
         when = moment_to_terminate(soak, process, workdir, count)
-        process.popen.send_signal(signal.SIGTERM)
+        number, status = ((signal.SIGTERM, 0), (signal.SIGINT, 130))[count // 4 % 2]
+        process.popen.send_signal(number)
         if (workdir / "result.json").exists():
             process.popen.wait()
             runs.same_end(workdir, soak.undisturbed())
             workdir = soak.root / f"terminated-{count + 1}"
             continue
-        output = " ".join(process.ends(0).split())
+        ended = process.popen.wait(runs.LONGEST_SECONDS)
         finished = (workdir / "result.json").exists()
-        if "stopped by SIGTERM" not in output and not finished:
+        output = " ".join(process.ends(ended if finished else status).split())
+        if f"stopped by {number.name}" not in output and not finished:
             raise Failed(f"{when}: no sentence: {runs.tail(output)}")
         rows = runs.rows_of(workdir)
         newest = max(runs.steps_of(workdir), default=0)

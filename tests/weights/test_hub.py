@@ -106,10 +106,13 @@ def test_the_path_of_a_file_is_itself(tmp_path, monkeypatch):
 def test_what_is_neither_a_file_nor_a_name(tmp_path):
     assert "is a folder; give the path of a file in it" in complaint(tmp_path)
     forms = "hf-hub:OWNER/NAME[@REVISION] or torchvision:MODEL[.WEIGHTS]"
-    for name in ("nowhere.pth", "", "timm:resnet50", "~nobody/x", "a\0b"):
+    for name in ("nowhere.pth", "timm:resnet50"):
         sentence = complaint(name)
         assert repr(name) in sentence
         assert forms in sentence
+    assert "must not be empty" in complaint("")
+    assert "NUL character" in complaint("a\0b")
+    assert "knows no home folder" in complaint("~nobody-here/x")
     assert "did you mean torchvision:resnet50?" in complaint("resnet50")
     name = "resnet50.IMAGENET1K_V2"
     assert f"did you mean torchvision:{name}?" in complaint(name)
