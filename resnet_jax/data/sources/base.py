@@ -120,6 +120,7 @@ class Relabelled:
 
     def __init__(self, source: Source, class_names: Sequence[str]):
         """``class_names`` are the source's, in the order of the new labels."""
+        self.notes = notes(source)
         self._source, self.channels = source, source.channels
         self.class_names = class_names
         self._labels = class_labels(source.class_names, class_names, source)
