@@ -2,7 +2,6 @@
 
 import io
 import os
-import signal
 from pathlib import Path
 
 import cv2
@@ -59,6 +58,10 @@ def tiny_config(tfds_dir):
     return make_tiny_config(tfds_dir)
 
 
+HEED_CTRL_C = ("env", "--default-signal=INT")
+"""Begins a command. Tests may run in the background, where Ctrl-C is ignored."""
+
+
 def make_tiny_config(tfds_dir):
     config = default_config()
     config.model.name = "cifar_resnet8"
@@ -71,11 +74,6 @@ def make_tiny_config(tfds_dir):
     config.evaluation.every_steps = 6
     config.checkpoint.every_steps = 4
     return config
-
-
-def heed_ctrl_c():
-    """For ``preexec_fn``: tests may run in the background, where it is ignored."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_console():

@@ -227,7 +227,11 @@ def test_flags_that_do_not_fit_together_are_refused(flags, sentence):
     [
         (["--processes=2"], {}, "go together"),
         (["--distributed", "--process-id=0"], {}, "but not both"),
-        ([], {"JAX_NUM_PROCESSES": "two"}, "must be an integer from 1 to 1,000,000, not 'two'"),
+        (
+            [],
+            {"JAX_NUM_PROCESSES": "two"},
+            "from 1 to 1,000,000, not 'two'",
+        ),
         (["--distributed"], {}, "cannot be connected"),
     ],
 )

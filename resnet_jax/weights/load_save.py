@@ -453,7 +453,8 @@ def _prefix_advice(
         if fits or names:
             net = "this model" if fits else f"a {' or '.join(names)}"
             fitting.setdefault(net, []).append(prefix)
-    for net in sorted(fitting, key=lambda net: net != "this model"):
+    if fitting:
+        net = "this model" if "this model" in fitting else min(fitting)
         return (
             f"{seen}: save the arrays of {shown(fitting[net], ' or ')} alone, without "
             f"the prefix, and they fit {net}"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.conftest import REPOSITORY, heed_ctrl_c
+from tests.conftest import HEED_CTRL_C, REPOSITORY
 
 CHATTY = """
 import sys
@@ -39,12 +39,11 @@ def test_output_that_cannot_be_written_ends_no_run(reader):
 @pytest.mark.parametrize("seconds", [0.2, 0.6])
 def test_ctrl_c_among_the_imports_prints_no_traceback(seconds):
     process = subprocess.Popen(
-        [sys.executable, "-m", "resnet_jax", "summary", "resnet152"],
+        [*HEED_CTRL_C, sys.executable, "-m", "resnet_jax", "summary", "resnet152"],
         env=dict(os.environ, PYTHONPATH=str(REPOSITORY)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=heed_ctrl_c,
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from resnet_jax.workdir import Workdir
-from tests.conftest import heed_ctrl_c
+from tests.conftest import HEED_CTRL_C
 from tests.training.helpers import final_state
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -45,13 +45,11 @@ class Process:
         self._log = log
         with log.open("wb") as file:
             self.popen = subprocess.Popen(
-                command,
+                [*HEED_CTRL_C, *command],
                 env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 cwd=REPOSITORY,
-                # A soak may run in the background, where Ctrl-C is ignored.
-                preexec_fn=heed_ctrl_c,
             )
 
     @property
@@ -195,7 +193,9 @@ def saves_of(workdir: Path) -> int:
 
 def rows_of(workdir: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl; a line that a kill has cut is left out."""
-    return Workdir(workdir).read_rows()
+    file = workdir / "metrics.jsonl"
+    has_rows = file.exists() and b"\n" in file.read_bytes()
+    return Workdir(workdir).read_rows() if has_rows else []
 
 
 def same_end(workdir: Path, reference: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import resnet_jax
 from resnet_jax.errors import Preempted
 from resnet_jax.training.stopping import StopSignal
-from tests.conftest import REPOSITORY, heed_ctrl_c, make_console, make_tiny_config
+from tests.conftest import HEED_CTRL_C, REPOSITORY, make_console, make_tiny_config
 from tests.test_checkpoints import same
 from tests.training.helpers import final_state
 from tests.training.test_train import rows_of
@@ -103,7 +103,7 @@ def start_process(workdir, tfds_dir, folder, steps=100_000):
         "    config.checkpoint.every_steps = 100000\n"
         "    return config\n"
     )
-    command = [sys.executable, "-m", "resnet_jax", "train"]
+    command = [*HEED_CTRL_C, sys.executable, "-m", "resnet_jax", "train"]
     command += ["--config", str(config_file), "--workdir", str(workdir)]
     return subprocess.Popen(
         command,
@@ -111,7 +111,6 @@ def start_process(workdir, tfds_dir, folder, steps=100_000):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=heed_ctrl_c,
     )
 
 
