@@ -3,6 +3,7 @@
 import collections
 import math
 import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -13,6 +14,7 @@ from resnet_jax.errors import UserError
 
 Tree = TypeVar("Tree")
 
+_MARKS = 8  # of ``InFlight``, at most
 SMALL_LEAF = 2**12
 """Arrays with fewer elements are always replicated."""
 
@@ -94,23 +96,33 @@ class InFlight:
 
     def __init__(self, seconds: float = 0.5):
         self._seconds = seconds
-        self._marks: collections.deque[jax.Array] = collections.deque()
-        self._depth, self._done_at = 1, 0.0
+        # Results, each with the number of programs since the one before.
+        self._marks: collections.deque[tuple[jax.Array, int]] = collections.deque()
+        self._unmarked, self._stride, self._depth = 0, 1, 1
+        self._done_at = 0.0
 
-    def add(self, result: jax.Array) -> None:
+    def add(self, mark: Callable[[], jax.Array]) -> None:
         """Counts a dispatched program; waits for an earlier one if too many wait.
 
         Args:
-          result: of the program, small, and not donated to the next one.
+          mark: returns a small result of the program that is not donated to the next
+            one. It is not called for each of many quick programs.
         """
-        self._marks.append(result)
+        self._unmarked += 1
+        if self._unmarked < self._stride:
+            return
+        self._marks.append((mark(), self._unmarked))
+        self._unmarked = 0
         while len(self._marks) > self._depth:
-            self._marks.popleft().block_until_ready()
-            # A steady loop ends one program for each that it dispatches.
+            result, count = self._marks.popleft()
+            result.block_until_ready()
+            # A steady loop ends as many programs as it dispatches.
             between = time.perf_counter() - self._done_at
             self._done_at += between
-            wanted = int(self._seconds / max(between, 1e-4))
-            self._depth = max(1, min(2 * self._depth, wanted))
+            programs = int(self._seconds * count / max(between, 1e-6))
+            programs = min(programs, 2 * self._depth * self._stride)
+            self._stride = max(1, programs // _MARKS)
+            self._depth = max(1, min(_MARKS, programs // self._stride))
 
 
 def check_divides(

@@ -19,19 +19,23 @@ def test_at_most_about_a_second_of_work_waits_on_the_devices(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
 
     class Step:
+        def __init__(self):
+            self.number = dispatched
+
         def block_until_ready(self):
             nonlocal clock, done
-            clock, done = clock + seconds, done + 1
+            clock, done = clock + seconds * (self.number - done), self.number
 
     in_flight, waiting = parallel.InFlight(seconds=0.5), []
     for dispatched in range(1, 201):
         if dispatched == 101:
             seconds = 0.01
-        in_flight.add(Step())
+        in_flight.add(Step)
         waiting.append(dispatched - done)
     assert waiting[0] == 1
     assert max(waiting[:100]) == waiting[99] == 5
-    assert max(waiting) == waiting[199] == 50
+    # Only some of the quick steps are waited for.
+    assert 40 <= waiting[199] <= max(waiting) <= 60
 
 
 @pytest.mark.parametrize(

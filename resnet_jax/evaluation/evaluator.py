@@ -105,7 +105,7 @@ class Evaluator:
         for batch in feed.evaluation_batches(batch_size):
             sums = self.step(variables, statistics, feed.resident, batch)
             total = total + parallel.settled(sums)
-            in_flight.add(total.count)
+            in_flight.add(functools.partial(getattr, total, "count"))
             if interrupted():
                 raise Interrupted
         summary = total.summary()

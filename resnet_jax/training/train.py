@@ -314,7 +314,7 @@ class _Run:
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                     state = train(state, feed.resident, batch)
                     parallel.settled(state)
-                    in_flight.add(_copy(state.step))
+                    in_flight.add(functools.partial(_copy, state.step))
                 step += length
                 if length in compiled:
                     self.throughput.count(length * batch_size)
