@@ -1,6 +1,7 @@
 import pytest
 
 from resnet_jax.cli import main
+from tests.conftest import REPOSITORY
 
 PLAN = ["plan", "--config", "none.py"]
 PAPER = ["paper", "run", "figure6", "--workdir", "runs"]
@@ -74,9 +75,10 @@ def test_a_grid_of_too_many_combinations_is_refused(capsys):
     values = ",".join(map(str, range(1, 1001)))
     grid = [
         f"--grid={name}={values}"
-        for name in ("seed", "model.block_convs", "training.steps")
+        for name in ("data.num_threads", "model.block_convs", "training.steps")
     ]
-    assert main(["sweep", "--config", "none.py", "--workdir", "runs", *grid]) == 1
+    config = str(REPOSITORY / "configs" / "digits.py")
+    assert main(["sweep", "--config", config, "--workdir", "runs", *grid]) == 1
     assert "1,000,000,000 combinations; give at most" in capsys.readouterr().err
 
 
