@@ -23,40 +23,17 @@ from resnet_jax import distributed, storage
 from resnet_jax.config import Config, Derived, fields, flatten, resolve
 from resnet_jax.errors import UserError
 from resnet_jax.identity import Identity
-
-_RESTORE = "restore it from a copy, or give another --workdir"
-
-_HUGE = 1e300
-_NUMBER, _COUNT = "a number", "a number above 0"
-_TYPES: dict[str, Any] = {
-    _NUMBER: (int, float),
-    _COUNT: (int, float),
-    "a text": str,
-    "a list": list,
-    "an object": dict,
-}
-_CONFIG = {"config": "an object"}
-_IDENTITY = {"kind": "a text", "class_names": "a list", "counts": "an object"}
-_ANY_RESULT = {
-    **dict.fromkeys(("model", "data", "command", "finished"), "a text"),
-    **dict.fromkeys(("test_error", "train_error", "seconds", "epoch"), _NUMBER),
-    **dict.fromkeys(("step", "parameters", "multiply_adds"), _NUMBER),
-    "test_count": _COUNT,
-    "environment": "an object",
-}
-_RESULT = _ANY_RESULT | dict.fromkeys(
-    ("test_errors", "seed", "training_examples", "global_batch_size"), _NUMBER
+from resnet_jax.run_files import (
+    ANY_RESULT,
+    CONFIG,
+    IDENTITY,
+    NUMBER,
+    RESTORE,
+    ROW,
+    check,
+    check_result,
+    parse,
 )
-_HOLDOUT = ("holdout_error", "holdout_errors", "holdout_count")
-_RESULT_OF_SEEDS = _ANY_RESULT | {
-    "summary": "a text",
-    "runs": "an object",
-    "failures": "an object",
-}
-_ROW = dict.fromkeys(
-    ("step", "epoch", "learning_rate", "train_loss", "train_error", "seconds"), _NUMBER
-)
-"""What the files of a run must hold for their readers."""
 
 
 class Workdir:
@@ -146,7 +123,7 @@ class Workdir:
 
     def read_config(self) -> Config | None:
         """The config of the run that is here, or None."""
-        saved = self._read_json("config.json", _CONFIG)
+        saved = self._read_json("config.json", CONFIG)
         if saved is None:
             return None
         try:
@@ -199,10 +176,10 @@ class Workdir:
 
     def read_data(self) -> Identity | None:
         """The data of the run that is here; None if config.json does not say."""
-        saved = (self._read_json("config.json", _CONFIG) or {}).get("data")
+        saved = (self._read_json("config.json", CONFIG) or {}).get("data")
         if saved is None:
             return None
-        _check(f"data in {self.path / 'config.json'}", saved, _IDENTITY)
+        check(f"data in {self.path / 'config.json'}", saved, IDENTITY)
         return Identity.from_json(saved)
 
     def refuse_other_data(self, found: Identity, trained_on: Identity | None) -> None:
@@ -231,10 +208,10 @@ class Workdir:
         for number, line in enumerate(text.split("\n")[:-1], 1):
             if line.strip():
                 where = f"{self._metrics}, line {number}"
-                rows.append(_parse(where, line, _ROW))
-                _check(where, rows[-1], dict.fromkeys(rows[-1], _NUMBER))
+                rows.append(parse(where, line, ROW))
+                check(where, rows[-1], dict.fromkeys(rows[-1], NUMBER))
         if not rows:
-            raise UserError(f"{self._metrics} holds no row; {_RESTORE}")
+            raise UserError(f"{self._metrics} holds no row; {RESTORE}")
         return rows
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -243,16 +220,10 @@ class Workdir:
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""
-        result = self._read_json("result.json", _ANY_RESULT)
+        result = self._read_json("result.json", ANY_RESULT)
         if result is None:
             return None
-        where, runs = str(self.path / "result.json"), result.get("runs")
-        if runs is None:
-            _check_run(where, result)
-            return result
-        _check(where, result, _RESULT_OF_SEEDS)
-        for name, run in runs.items():
-            _check_run(f"{name} in {where}", run)
+        check_result(str(self.path / "result.json"), result)
         return result
 
     def write_failure(self, sentence: str) -> None:
@@ -283,55 +254,14 @@ class Workdir:
     ) -> dict[str, Any] | None:
         path = self.path / name
         text = self._read(path)
-        return None if text is None else _parse(str(path), text, expected)
+        return None if text is None else parse(str(path), text, expected)
 
     def _read(self, path: Path) -> str | None:
         try:
             return storage.read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(f"{path} cannot be read: {reason}; {_RESTORE}") from error
-
-
-def _parse(where: str, text: str, expected: Mapping[str, str]) -> dict[str, Any]:
-    """A JSON object that holds what its readers expect.
-
-    Raises:
-      UserError: it is damaged; ``where`` names it.
-    """
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is damaged: {error}; {_RESTORE}") from error
-    _check(where, content, expected)
-    return content
-
-
-def _check_run(where: str, result: Any) -> None:
-    """Checks the result of one run, with the figures that only some runs have."""
-    _check(where, result, _RESULT)
-    some = {"test_top5_error", "train_skipped"} & result.keys()
-    if result.get("images_per_second") is not None:
-        some.add("images_per_second")
-    if not result.keys().isdisjoint(_HOLDOUT):
-        some.update(_HOLDOUT)
-    _check(where, result, dict.fromkeys(some, _NUMBER))
-
-
-def _check(where: str, content: Any, expected: Mapping[str, str]) -> None:
-    if not isinstance(content, dict):
-        raise UserError(f"{where} is damaged: it is not a JSON object; {_RESTORE}")
-    for name, kind in expected.items():
-        value: Any = content.get(name)
-        fits = isinstance(value, _TYPES[kind]) and not isinstance(value, bool)
-        if fits and kind in (_NUMBER, _COUNT):
-            low = 0 if kind == _COUNT else -_HUGE
-            fits = low < value < _HUGE
-        if not fits:
-            found = f"{value!r:.40}" if name in content else "missing"
-            raise UserError(
-                f"{where} is damaged: {name} is {found}, expected {kind}; {_RESTORE}"
-            )
+            raise UserError(f"{path} cannot be read: {reason}; {RESTORE}") from error
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def test_public_names_are_there():
 
 
 ROOMS = (
-    ("errors", "signals", "identity"),
+    ("errors", "signals", "identity", "run_files"),
     ("environment", "distributed", "storage", "parallel", "console"),
     ("models",),
     ("config",),
