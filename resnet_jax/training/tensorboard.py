@@ -95,7 +95,10 @@ class TensorBoard:
         try:
             write()
         except OSError as error:
-            self._writer = None
+            writer, self._writer = self._writer, None
+            # Python would write once more when it frees the file, and print the error.
+            with contextlib.suppress(OSError, AttributeError):
+                writer._py_recordio_writer.close()  # type: ignore[union-attr]
             self._warn(
                 "warning: no more curves for TensorBoard: "
                 f"{self._workdir.tensorboard} cannot be written ({error.strerror}); "

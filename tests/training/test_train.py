@@ -327,6 +327,7 @@ def test_a_second_run_in_one_workdir_is_refused(tiny_config, tmp_path, console):
     assert list(workdir.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_disk_too_full_for_tensorboard_costs_its_curves_alone(
     tiny_config, finished, tmp_path, console, monkeypatch
 ):
