@@ -59,7 +59,7 @@ _EXCLUSIVE = (
 
 
 _MOST_BATCH_PIXELS = 2**38
-"""Most pixels of a batch: those of 2**20 images of 512 x 512."""
+"""Most pixels of a batch, as of 2**20 images of 512 x 512."""
 
 
 def refuse_contradictions(config: Config) -> None:
