@@ -137,7 +137,8 @@ def adaptive_average_pool(
         start, stop = places * length // size, -(-(places + 1) * length // size)
         pixels = jnp.arange(x.shape[axis])
         belongs = (start[..., None] <= pixels) & (pixels < stop[..., None])
-        shares = belongs / (stop - start)[..., None].astype(pooled.dtype)
+        counts = (stop - start)[..., None].astype(pooled.dtype)
+        shares = belongs.astype(pooled.dtype) / counts
         shares = jnp.broadcast_to(shares, (len(x), *shares.shape[1:]))
         pooled = jnp.einsum(
             "nbp,np...->nb...",
