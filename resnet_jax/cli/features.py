@@ -1,0 +1,75 @@
+"""``resnet-jax features``."""
+
+import argparse
+from typing import Any
+
+from resnet_jax.cli.arguments import output_file, whole
+from resnet_jax.cli.nets import add_net_flags, net_options
+from resnet_jax.config.schema import MOST_BATCH, ON_ERROR
+
+_DESCRIPTION = """Write the features of images: what a net gives to its classifier.
+
+  resnet-jax features --weights torchvision:resnet50 /data/mine/train \\
+      --out train.safetensors
+  resnet-jax features --weights runs/r56 tfds:cifar10 --split test --out test.npz
+
+The file holds features (n, c), labels (n,) and the names of the files. docs/finetune.md
+shows how to train a classifier on two such files.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand to the parser of ``resnet-jax``."""
+    parser = commands.add_parser(
+        "features",
+        help="write the features that a net computes for images",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "data",
+        metavar="DATA",
+        help="a folder of images or of class folders; with --split, a data set as "
+        "prepare takes it: a path, or tfds:NAME",
+    )
+    add("--out", required=True, type=output_file, help=".safetensors or .npz file")
+    add_net_flags(parser)
+    add("--split", help="of the data set, or a part: 'train[:10%%]'")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="where tfds data sets are prepared (default: ~/tensorflow_datasets)",
+    )
+    add(
+        "--batch-size",
+        default=64,
+        type=whole(1, MOST_BATCH),
+        metavar="N",
+        help="images per batch (default: 64); changes no result",
+    )
+    add(
+        "--on-error",
+        default="stop",
+        choices=ON_ERROR,
+        help="at a broken image: stop (default), or skip: leave it out and name it",
+    )
+    add("--force", action="store_true", help="replace the file if it exists")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from resnet_jax.evaluation.features import extract_features
+    from resnet_jax.evaluation.nets import load_net
+
+    extract_features(
+        load_net(options.weights, **net_options(options)),
+        options.data,
+        split=options.split,
+        data_dir=options.data_dir,
+        batch_size=options.batch_size,
+        on_error=options.on_error,
+        out=options.out,
+        force=options.force,
+    )
