@@ -130,7 +130,8 @@ def _open(
             f"{folder} is not a folder of images; for a data set, give its split too"
         )
     inside = subfolders(folder)
-    splits = [name for name in _SPLITS if name in inside]
+    # A class may be called "train", but then it holds images.
+    splits = [s for s in _SPLITS if s in inside and subfolders(folder / s)]
     if splits:
         raise UserError(
             f"{folder} has splits and not classes: give one, such as {splits[0]}"
@@ -166,18 +167,22 @@ def _collected(
     )
     ahead = max(data.threads, 2 * batch_size)
     reading = read_ahead(reader, len(source), ahead, data)
-    rows, labels, names = [], [], []
+    features = np.empty((0, 0), np.float32)
+    labels: list[int] = []
+    names: list[str] = []
     try:
         for batch, values in _computed(net, reading, batch_size, on_fault):
-            rows.append(values)
+            if not names:
+                features = np.empty((len(source), values.shape[1]), np.float32)
+            features[len(names) : len(names) + len(batch)] = values
             labels += [found["label"] for found in batch]
             names += [found["name"] for found in batch]
     finally:
         reading.close()
-    if not rows:
+    if not names:
         raise UserError("no image can be decoded")
     return Features(
-        features=np.concatenate(rows),
+        features=features[: len(names)],
         labels=np.array(labels, np.int32),
         names=tuple(names),
         class_names=tuple(source.class_names),

@@ -65,6 +65,12 @@ def test_features_of_class_folders_are_the_nets_in_their_order(net, image_folder
     assert again.names == tuple(f"train/{name}" for name in found.names)
 
 
+def test_a_class_may_be_called_train(net, image_folder):
+    folder = image_folder / "train"
+    (folder / "ant").rename(folder / "train")
+    assert extract_features(net, folder).class_names == ("bee", "cat", "train")
+
+
 def test_the_classifier_of_features_gives_the_nets_logits(net, image_folder):
     found = extract_features(net, image_folder, split="test")
     head = jax.device_get(net.variables["params"]["head"])
