@@ -1,4 +1,4 @@
-"""A trained net, fine-tuned on your own images: a folder of class folders.
+"""Published or own weights, fine-tuned on your images: a folder of class folders.
 
 resnet-jax train --config configs/finetune.py:torchvision:resnet50 \
     --workdir runs/mine --config.data.path=/data/mine --config.data.name=mine
@@ -27,7 +27,7 @@ from resnet_jax.config import default_config
 
 
 def get_config(source="torchvision:resnet50"):
-    """The config of a run; ``source`` names weights of the web, or a net."""
+    """The config of a run; ``source`` names published weights, or a net."""
     hub, _, name = source.rpartition(":")
     config = default_config()
     # hf-hub:timm/resnet50.a1_in1k@main and torchvision:resnet50.IMAGENET1K_V2
