@@ -135,9 +135,9 @@ def adaptive_average_pool(
     # Bins are rectangles: averaging rows, then columns, averages the pixels.
     for axis in (1, 2):
         length = sizes[:, axis - 1, None]
-        places = jnp.arange(size, dtype=sizes.dtype)
+        places = jnp.arange(size, dtype=sizes.dtype)[None]
         start, stop = places * length // size, -(-(places + 1) * length // size)
-        pixels = jnp.arange(x.shape[axis], dtype=sizes.dtype)
+        pixels = jnp.arange(x.shape[axis], dtype=sizes.dtype)[None, None]
         belongs = (start[..., None] <= pixels) & (pixels < stop[..., None])
         counts = (stop - start)[..., None].astype(pooled.dtype)
         shares = belongs.astype(pooled.dtype) / counts
