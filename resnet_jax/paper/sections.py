@@ -10,9 +10,10 @@ from typing import Any
 from resnet_jax import storage
 from resnet_jax.config import fields
 from resnet_jax.errors import UserError
+from resnet_jax.evaluation.figures import Spread
 from resnet_jax.paper.entries import Experiment, PaperRun, TableRow
 from resnet_jax.paper.settings import SCALES, Setting
-from resnet_jax.training.runs import Outcome, Spread
+from resnet_jax.training.runs import Outcome
 from resnet_jax.workdir import Workdir
 
 
