@@ -1,13 +1,16 @@
 """The experiments name nets and configs that exist, and numbers that were published."""
 
+import dataclasses
+import re
+
 import pytest
 
-from resnet_jax.config import derive
+from resnet_jax.config import derive, load_config
 from resnet_jax.errors import UserError
 from resnet_jax.models import create_model
 from resnet_jax.paper.entries import Published
 from resnet_jax.paper.experiments import EXPERIMENTS, choose_runs, find_experiment
-from resnet_jax.paper.settings import Setting
+from resnet_jax.paper.settings import Setting, config_folder
 
 RUNS = [(e.name, run) for e in EXPERIMENTS.values() for run in e.runs()]
 
@@ -66,16 +69,34 @@ def test_tables_2_and_3_are_the_papers():
     assert errors["ResNet-152"] == 21.43
 
 
-def test_the_recipe_is_64k_steps_and_110_warms_up():
-    runs = {run.name: run for _, run in RUNS if run.config.startswith("cifar10.py")}
-    for run in runs.values():
-        config = Setting().config(run)
-        derived = derive(config, 50_000)
-        assert (derived.steps, derived.boundaries) == (64_000, (32_000, 48_000))
-        warms_up = config.schedule.warmup_until_error == 0.8
-        net = config.model.name
-        deep = any(depth in net for depth in ("110", "164", "1001"))
-        assert warms_up == deep, run.name
+CIFAR_RUNS = {run.name: run for _, run in RUNS if run.config.startswith("cifar10.py")}
+
+
+@pytest.mark.parametrize("name", CIFAR_RUNS)
+def test_train_and_paper_run_train_a_net_alike(name):
+    """The experiments change the net alone; its recipe is the config file's."""
+    run = CIFAR_RUNS[name]
+    assert {field.split(".")[0] for field in run.overrides} <= {"model"}
+    trained = load_config(str(config_folder() / run.config), run.overrides)
+    config = Setting().config(run)
+    for field in ("evaluation", "checkpoint"):  # only how often
+        assert dataclasses.replace(getattr(config, field), every_steps=None) == getattr(
+            trained, field
+        )
+        config = dataclasses.replace(config, **{field: getattr(trained, field)})
+    assert config == trained
+
+
+@pytest.mark.parametrize("name", CIFAR_RUNS)
+def test_the_recipe_is_64k_steps_and_published_depths_warm_up(name):
+    config = Setting().config(CIFAR_RUNS[name])
+    derived = derive(config, 50_000)
+    assert (derived.steps, derived.boundaries) == (64_000, (32_000, 48_000))
+    layers = re.search("[0-9]+", config.model.name)[0]
+    schedule = config.schedule
+    assert (schedule.warmup_learning_rate, schedule.warmup_until_error) == (
+        (0.01, 0.8) if layers in ("110", "164", "1001") else (None, None)
+    )
 
 
 def test_blocks_of_any_length_have_equal_depth():
