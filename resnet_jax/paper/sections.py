@@ -29,8 +29,8 @@ class Measured:
         return [o.result for o in self.outcomes if o.result is not None]
 
     def spread(self, metric: str) -> Spread | None:
-        """A metric over the finished seeds; None if there are none."""
-        values = [result[metric] for result in self.results]
+        """A metric over the finished seeds; None if none has it."""
+        values = [result[metric] for result in self.results if metric in result]
         return Spread.of(values) if values else None
 
     @property

@@ -61,12 +61,57 @@ def test_table_6_is_the_papers():
     assert seeds["cifar_resnet110"] == 5
 
 
-def test_tables_2_and_3_are_the_papers():
-    errors = {label: number.error for label, number in published("table2").items()}
-    assert list(errors.values()) == [27.94, 28.54, 27.88, 25.03]
-    errors = {label: number.error for label, number in published("table3").items()}
-    assert errors["ResNet-34 C"] == 24.19
-    assert errors["ResNet-152"] == 21.43
+def test_tables_2_to_5_are_the_papers():
+    # He et al. 2015: top-1 and top-5 errors.
+    errors = {
+        name: [
+            (label, number.error, number.top5)
+            for label, number in published(name).items()
+        ]
+        for name in ("table2", "table3", "table4", "table5")
+    }
+    assert errors["table2"] == [
+        ("plain-18", 27.94, None),
+        ("plain-34", 28.54, None),
+        ("ResNet-18", 27.88, None),
+        ("ResNet-34", 25.03, None),
+    ]
+    assert errors["table3"] == [
+        ("VGG-16", 28.07, 9.33),
+        ("GoogLeNet", None, 9.15),
+        ("PReLU-net", 24.27, 7.38),
+        ("plain-34", 28.54, 10.02),
+        ("ResNet-34 A", 25.03, 7.76),
+        ("ResNet-34 B", 24.52, 7.46),
+        ("ResNet-34 C", 24.19, 7.40),
+        ("ResNet-50", 22.85, 6.71),
+        ("ResNet-101", 21.75, 6.05),
+        ("ResNet-152", 21.43, 5.71),
+    ]
+    assert errors["table4"] == [
+        ("VGG-16", None, 8.43),
+        ("GoogLeNet", None, 7.89),
+        ("VGG v5", 24.4, 7.1),
+        ("PReLU-net", 21.59, 5.71),
+        ("BN-inception", 21.99, 5.81),
+        ("ResNet-34 B", 21.84, 5.71),
+        ("ResNet-34 C", 21.53, 5.60),
+        ("ResNet-50", 20.74, 5.25),
+        ("ResNet-101", 19.87, 4.60),
+        ("ResNet-152", 19.38, 4.49),
+    ]
+    top5 = [number for _, _, number in errors["table5"]]
+    assert top5 == [7.32, 6.66, 6.8, 4.94, 4.82, 3.57]
+    assert {error for _, error, _ in errors["table5"]} == {None}
+
+
+def test_a_note_stands_beside_the_number_it_explains():
+    number = Published(top5=3.57, note="six models")
+    assert (str(number), number.top5_text) == ("", "3.57 (six models)")
+    number = Published(24.4, top5=7.1, note="one net")
+    assert (str(number), number.top5_text) == ("24.40 (one net)", "7.10")
+    number = Published(note="above 20 %")
+    assert (str(number), number.top5_text) == ("(above 20 %)", "")
 
 
 CIFAR_RUNS = {run.name: run for _, run in RUNS if run.config.startswith("cifar10.py")}

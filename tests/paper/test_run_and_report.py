@@ -83,6 +83,18 @@ def test_the_report_sets_measured_beside_published(finished):
     assert (folder / "figures" / "digits-tiny-figure1.png").stat().st_size > 1000
 
 
+def test_tables_with_top_5_errors_show_them(finished, tmp_path):
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
+    report(copy, only=["table2", "table3"], console=make_console())
+    table2, table3 = (copy / "report.md").read_text().split("### Table 3")
+    assert "top-5" not in table2
+    assert "| published top-5 (%) | measured top-5 (%) |" in table3
+    assert "| VGG-16 | 28.07 |  |  | 9.33 |  |" in table3
+    assert "| GoogLeNet |  |  |  | 9.15 |  |" in table3
+    blank = "not measured"
+    assert f"| ResNet-50 | 22.85 | {blank} |  | 6.71 | {blank} |" in table3
+
+
 def test_what_is_finished_is_not_run_again(finished, setting, monkeypatch):
     folder, _ = finished
 
