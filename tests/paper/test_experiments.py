@@ -105,6 +105,25 @@ def test_tables_2_to_5_are_the_papers():
     assert {error for _, error, _ in errors["table5"]} == {None}
 
 
+def test_other_shortcuts_are_the_follow_ups():
+    # He et al. 2016, Table 1.
+    shown = {
+        label: str(number) for label, number in published("shortcut_variants").items()
+    }
+    assert shown == {
+        "identity": "6.61",
+        "scaled by 0.5": "(above 20 %)",
+        "both scaled by 0.5": "12.35",
+        "exclusive gate, bias 0": "(above 20 %)",
+        "exclusive gate, bias -6": "8.70",
+        "exclusive gate, bias -7": "9.81",
+        "gate on the shortcut alone, bias 0": "12.86",
+        "gate on the shortcut alone, bias -6": "6.91",
+        "1x1 convolution": "12.22",
+        "dropout 0.5": "(above 20 %)",
+    }
+
+
 def test_a_note_stands_beside_the_number_it_explains():
     number = Published(top5=3.57, note="six models")
     assert (str(number), number.top5_text) == ("", "3.57 (six models)")
