@@ -49,6 +49,14 @@ DEEPENED_HEADER = (
 )
 """Columns for trained nets deepened by identity layers."""
 
+LAYERS_HEADER = ("layers", "first", "last", "smallest", "mean", "largest")
+"""Columns for the values of a net's layers; the first column names what they are."""
+
+_QUANTITIES = {
+    "responses": "standard deviation of responses",
+    "gradients": "gradient norm",
+}
+
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 _TITLE = "Deep residual learning: published and measured"
@@ -102,6 +110,8 @@ def report(
                 tables.append(_errors(measured))
             if experiment.analysis == "deepened":
                 tables.append((DEEPENED_HEADER, _deepened(experiment, section)))
+            if experiment.analysis in _QUANTITIES:
+                tables.append(_layers(experiment.analysis, section, measured))
             remarks = _remarks(measured) if experiment.trains else []
             figure = draw(experiment, section, measured)
             html += _html(experiment, tables, remarks, figure)
@@ -190,6 +200,21 @@ def _deepened(experiment: Experiment, section: Section) -> list[list[str]]:
                 cells += [str(found[f"blocks_{when}"]), share]
             rows.append([*cells, str(outcome.seed)])
     return rows
+
+
+def _layers(kind: str, section: Section, measured: Sequence[Measured]) -> Table:
+    """The figure's layers in numbers: a row for each net that was analysed."""
+    rows = []
+    for item in measured:
+        values = [value for _, value in section.layers(kind, item) or ()]
+        if values:
+            shown = (
+                *(values[0], values[-1]),
+                *(min(values), statistics.fmean(values), max(values)),
+            )
+            cells = [f"{value:.3g}" for value in shown]
+            rows.append([item.entry.label, str(len(values)), *cells])
+    return (_QUANTITIES[kind], *LAYERS_HEADER), rows
 
 
 def _remarks(measured: Sequence[Measured]) -> list[str]:

@@ -144,6 +144,18 @@ class Section:
         text = storage.read_text(analysis_file(self.path, kind, run.name, seed))
         return None if text is None else json.loads(text)
 
+    def layers(self, kind: str, measured: Measured) -> list[tuple[str, float]] | None:
+        """Name and value of each layer, of the first seed that was analysed, or None.
+
+        Args:
+          kind: "responses" or "gradients".
+          measured: the outcomes of a row.
+        """
+        # The gradients are of fresh nets, which leave no outcome.
+        seeds = [outcome.seed for outcome in measured.outcomes] or [0]
+        found = (self.analysis(kind, measured.entry.run, seed) for seed in seeds)
+        return next(filter(None, found), None)
+
 
 def analysis_file(section: Path, kind: str, run: str, seed: int) -> Path:
     """The file of an analysis of a run."""

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 
 from resnet_jax.cli import main
@@ -184,7 +185,7 @@ def test_identity_layers_change_no_answer(setting, tmp_path):
 
 
 def test_layers_are_analysed_in_order(finished, setting, tmp_path):
-    folder, _ = finished
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
     options = {"only": ["cifar_plain20"], "seeds": 1, "setting": setting}
     run_experiment("figure7", folder, console=make_console(), **options)
     run_experiment("gradients", folder, console=make_console(), **options)
@@ -198,6 +199,15 @@ def test_layers_are_analysed_in_order(finished, setting, tmp_path):
     assert layers["responses"][0][0] == layers["gradients"][0][0] == "stem/conv"
     report(folder, only=["figure7", "gradients"], console=make_console())
     assert (folder / "report.html").read_text().count("<svg") == 2
+    text = (folder / "report.md").read_text()
+    for label, found in (
+        ("plain-20", layers["responses"]),
+        ("plain-20, BN, He", layers["gradients"]),
+    ):
+        x = np.array([value for _, value in found])
+        numbers = (x[0], x[-1], x.min(), x.mean(), x.max())
+        shown = " | ".join(f"{number:.3g}" for number in numbers)
+        assert f"| {label} | 7 | {shown} |" in text
 
 
 def test_wrong_use_is_told(tmp_path, setting):
