@@ -7,9 +7,14 @@ import pytest
 
 from resnet_jax.config import derive, load_config
 from resnet_jax.errors import UserError
-from resnet_jax.models import create_model
+from resnet_jax.models import blocks, create_model
 from resnet_jax.paper.entries import Published
-from resnet_jax.paper.experiments import EXPERIMENTS, choose_runs, find_experiment
+from resnet_jax.paper.experiments import (
+    ELSEWHERE,
+    EXPERIMENTS,
+    choose_runs,
+    find_experiment,
+)
 from resnet_jax.paper.settings import Setting, config_folder
 
 RUNS = [(e.name, run) for e in EXPERIMENTS.values() for run in e.runs()]
@@ -185,3 +190,20 @@ def test_wrong_names_are_refused():
         choose_runs(experiment, ["resnet20"])
     chosen = choose_runs(experiment, ["cifar_plain20", "cifar_resnet20"])
     assert [run.name for run in chosen] == ["cifar_resnet20", "cifar_plain20"]
+
+
+def test_every_table_and_figure_of_the_paper_is_listed():
+    listed = {
+        match.group()
+        for experiment in EXPERIMENTS.values()
+        if experiment.source == "He et al. 2015"
+        and (match := re.match(r"(Table|Figure) [0-9]+", experiment.title))
+    }
+    listed |= {name for name in ELSEWHERE if name != "Tables 7 to 14"}
+    figures, tables = range(1, 8), range(1, 7)
+    assert listed == {f"Figure {n}" for n in figures} | {f"Table {n}" for n in tables}
+    for where in ELSEWHERE.values():
+        if where.startswith("resnet-jax summary "):
+            for name in where.removesuffix(" --blocks").split()[2:]:
+                create_model(name)
+    assert hasattr(blocks, ELSEWHERE["Figure 2"].split()[0])
