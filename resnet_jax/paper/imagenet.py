@@ -1,6 +1,7 @@
 """The paper's experiments on ImageNet: Tables 2 to 5 and Figure 4.
 
-Their data are given by `--config.data.path=FOLDER --config.data.test_split=val`.
+Their data are given by `--config.data.path=FOLDER --config.data.test_split=val`;
+`--dataset tiny-imagenet` trains on smaller data.
 Published errors are in percent, top-1 unless they say top-5.
 """
 
@@ -8,8 +9,8 @@ from resnet_jax.paper.entries import Experiment, Panel, PaperRun, row
 
 _HE2015 = "He et al. 2015"
 _CENTRE = (
-    "Measured here: the centre crop of 224 pixels, shorter side 256, at the last "
-    "checkpoint."
+    "Measured here: the centre crop at the last checkpoint (on ImageNet 224 pixels, "
+    "shorter side 256)."
 )
 
 
