@@ -1,13 +1,14 @@
 """``resnet-jax convert``: weights of a file or a run, to a file in either layout."""
 
 import argparse
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
 from resnet_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from resnet_jax.weights.load_save import NamedModel, WeightsLayout
+    from resnet_jax.weights.load_save import WeightsLayout
 
 _DESCRIPTION = """Write weights in another layout, torch's or Flax's.
 
@@ -85,6 +86,7 @@ def convert_weights(
     import rich.console
 
     from resnet_jax.console import say
+    from resnet_jax.evaluation.nets import PREPROCESSING, load_net
     from resnet_jax.storage import expand, is_remote
     from resnet_jax.weights import save_weights, shapes
     from resnet_jax.weights.load_save import check_suffix, load_named_model
@@ -94,37 +96,27 @@ def convert_weights(
     if target.exists() and not force:
         raise UserError(f"{target} exists; give another path, or --force")
     if is_remote(source) or expand(source).is_dir():
-        named = _from_run(source, model)
+        if model is not None:
+            raise UserError(f"workdir {source} knows its model; leave --model out")
+        net: Any = load_net(source)
+        metadata = {PREPROCESSING: json.dumps(net.preprocessing())}
         layout = layout or "flax"
     else:
-        named, found = load_named_model(source, model)
-        layout = layout or ("flax" if found == "torch" else "torch")
+        net = load_named_model(source, model)
+        kept = net.metadata.keys() & {PREPROCESSING}
+        metadata = {key: net.metadata[key] for key in kept}
+        layout = layout or ("flax" if net.layout == "torch" else "torch")
     written = save_weights(
         target,
-        named.variables,
-        named.model,
+        net.variables,
+        net.model,
         layout=layout,
-        name=named.name,
-        options=named.options,
+        name=net.name,
+        options=net.options,
+        metadata=metadata,
     )
     say(
         rich.console.Console(),
         f"wrote {target}: {len(written)} arrays, "
         f"{shapes.count_parameters(written):,} parameters, {layout} layout",
     )
-
-
-def _from_run(folder: str | os.PathLike[str], model: str | None) -> "NamedModel":
-    """The model of a run's last checkpoint; the data need not exist."""
-    from resnet_jax.config import model_options
-    from resnet_jax.evaluation.saved_run import load_run
-    from resnet_jax.weights.load_save import KEPT_OPTIONS, NamedModel
-
-    run = load_run(folder)
-    config = run.config.model
-    if model is not None:
-        raise UserError(f"workdir {folder} holds a {config.name}; leave --model out")
-    options = model_options(config)
-    kept = {name: options[name] for name in options if name in KEPT_OPTIONS}
-    variables = {key: tree for key, tree in run.variables.items() if tree}
-    return NamedModel(config.name, kept, run.model, variables)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from resnet_jax.config.schema import AugmentationConfig, DataConfig
-from resnet_jax.data import crops, images, order, policies, protocols
+from resnet_jax.data import crops, images, order, policies, views
 from resnet_jax.data.sources import Example, Source
 from resnet_jax.data.sources.base import notes, take
 from resnet_jax.data.transforms import MAX_PIXEL, PixelStatistics
@@ -13,8 +13,8 @@ from resnet_jax.errors import UserError
 
 # Mean and standard deviation of ImageNet's channels in [0, 1]; the values of
 # fb.resnet.torch, which most models use.
-_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 
 class Split:
@@ -67,8 +67,8 @@ class Split:
         data, size = self._data, self.image_shape[0]
         if data.image_size is not None:
             side = data.eval_shorter_side or size
-            self._refuse_narrow(image, side, example.name)
-            image = protocols.center_crop(image, side, size, data.eval_interpolation)
+            views.refuse_narrow(image, side, example.name, data.max_image_pixels)
+            image = views.center_crop(image, side, size, data.eval_interpolation)
         elif image.shape != self.image_shape:
             raise UserError(
                 f"image {example.name} is {image.shape[1]}x{image.shape[0]} and the "
@@ -76,16 +76,6 @@ class Split:
                 "set data.image_size"
             )
         return image, example.label
-
-    def _refuse_narrow(self, image: np.ndarray, side: int, name: str) -> None:
-        """A line of pixels is small, but not at a shorter side of ``side``."""
-        height, width = image.shape[:2]
-        limit = self._data.max_image_pixels
-        if side * side * max(height, width) > limit * min(height, width):
-            raise UserError(
-                f"image {name} is {width} x {height}: resized to a shorter side of "
-                f"{side}, it exceeds data.max_image_pixels={limit}; replace it"
-            )
 
     def _decoded(self, example: Example) -> np.ndarray:
         limit = self._data.max_image_pixels
@@ -184,7 +174,7 @@ class Split:
             return PixelStatistics(np.zeros(shape, np.float32), ones)
         if kind == "imagenet":
             return PixelStatistics(
-                _IMAGENET_MEAN.reshape(shape), _IMAGENET_STD.reshape(shape)
+                IMAGENET_MEAN.reshape(shape), IMAGENET_STD.reshape(shape)
             )
         total, squares, count = self._moments()
         if per_pixel:

@@ -7,12 +7,14 @@
 import contextlib
 import hashlib
 import http.client
+import json
 import os
 import re
 import shutil
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.storage import expand, replacing
@@ -77,7 +79,13 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     if name.startswith(HUB_PREFIX):
-        return _from_hub(name)
+        file = _from_hub(name, _HUB_FILES)
+        if file is None:
+            raise UserError(
+                f"{name} has neither {' nor '.join(_HUB_FILES)}; give a repository "
+                "with weights, or the path of a file"
+            )
+        return file
     if name.startswith(TORCHVISION_PREFIX):
         return _from_torchvision(name)
     if path.is_dir():
@@ -148,8 +156,28 @@ def _download(name: str, address: str, target: Path) -> None:
         ) from error
 
 
-def _from_hub(name: str) -> Path:
-    """The weights of a repository of the Hugging Face Hub, in its own cache."""
+def hub_config(name: str) -> dict[str, Any]:
+    """The config.json beside the weights ``hf-hub:...``; empty if there is none.
+
+    timm writes it: "architecture" and "pretrained_cfg", with sizes and pixel
+    statistics.
+
+    Raises:
+      UserError: the repository cannot be reached.
+    """
+    path = _from_hub(name, ("config.json",))
+    try:
+        content = json.loads(path.read_text("utf-8")) if path else {}
+    except ValueError:
+        content = {}
+    return content if isinstance(content, dict) else {}
+
+
+def _from_hub(name: str, file_names: Sequence[str]) -> Path | None:
+    """The first of some files of a repository of the Hugging Face Hub, in its cache.
+
+    None if it has none of them.
+    """
     repository, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", repository):
         raise UserError(
@@ -160,7 +188,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import errors
 
     unreachable = False
-    for file_name in _HUB_FILES:
+    for file_name in file_names:
         try:
             with _quiet():
                 return Path(
@@ -187,10 +215,7 @@ def _from_hub(name: str) -> Path:
             f"{name} is not in the cache and the Hugging Face Hub cannot be reached; "
             "check the network, or give the path of a file"
         )
-    raise UserError(
-        f"{repository} has neither {' nor '.join(_HUB_FILES)}; give a repository with "
-        "weights, or the path of a file"
-    )
+    return None
 
 
 @contextlib.contextmanager

@@ -69,12 +69,19 @@ KEPT_OPTIONS: dict[str, tuple[type, ...]] = {
 
 
 class NamedModel(NamedTuple):
-    """A model with variables: ``create_model(name, **options)`` makes the model."""
+    """A file's model: ``create_model(name, **options)`` makes it.
+
+    Attributes:
+      layout: of the file.
+      metadata: of the file; empty if it has none.
+    """
 
     name: str
     options: dict[str, Any]
     model: nn.Module
     variables: Mapping[str, Any]
+    layout: WeightsLayout
+    metadata: Mapping[str, str]
 
 
 def load_weights(
@@ -132,6 +139,7 @@ def save_weights(
     layout: WeightsLayout = "flax",
     name: str | None = None,
     options: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
     """Saves a model's variables as a safetensors file, complete or not at all.
 
@@ -146,6 +154,7 @@ def save_weights(
       layout: "flax" or "torch".
       name: the model's name in the catalog, kept for ``resnet-jax convert``.
       options: of ``create_model``, kept with the name; JSON values.
+      metadata: other texts to keep.
 
     Returns:
       The arrays as written, by name.
@@ -177,16 +186,16 @@ def save_weights(
                 f"{path} cannot be written: {key} is not finite; give variables from "
                 "an earlier step"
             )
-    metadata = {"format": _FORMAT, "format_version": _FORMAT_VERSION}
+    texts = {"format": _FORMAT, "format_version": _FORMAT_VERSION}
     if layout == "torch":
         table = torch_layout(model, arrays)
         arrays = {table[key].key: table[key].to_file(arrays[key]) for key in table}
         arrays |= counters(table)
-        metadata = {"format": _TORCH_FORMAT}
+        texts = {"format": _TORCH_FORMAT}
     if name is not None:
-        metadata["model"] = name
-        metadata["model_options"] = json.dumps(dict(options or {}))
-    write_safetensors(path, arrays, metadata)
+        texts["model"] = name
+        texts["model_options"] = json.dumps(dict(options or {}))
+    write_safetensors(path, arrays, {**(metadata or {}), **texts})
     return arrays
 
 
@@ -200,17 +209,17 @@ def check_suffix(path: str) -> None:
 
 
 def load_named_model(
-    source: str | os.PathLike[str], name: str | None = None
-) -> tuple[NamedModel, WeightsLayout]:
+    source: str | os.PathLike[str],
+    name: str | None = None,
+    suggested: str | None = None,
+) -> NamedModel:
     """Loads a file's weights and the model that they belong to.
 
     Args:
       source: a file or a name that ``locate`` knows.
       name: the model's name in the catalog; None means the one in the file's metadata
         or in its torchvision name. The file sets the number of classes and channels.
-
-    Returns:
-      The model with its variables, and the file's layout.
+      suggested: a name for a file that has none.
     """
     text = os.fspath(source)
     arrays, layout, metadata = _read(text)
@@ -219,6 +228,8 @@ def load_named_model(
         name, options = metadata["model"], _kept_options(text, metadata)
     elif name is None and text.startswith(TORCHVISION_PREFIX):
         name = text.removeprefix(TORCHVISION_PREFIX).partition(".")[0]
+    elif name is None and suggested is not None:
+        name = suggested
     elif name is None:
         fitting = _fitting_models(arrays, layout)
         hint = f"; its arrays fit {' or '.join(fitting[:3])}" if fitting else ""
@@ -228,7 +239,7 @@ def load_named_model(
         )
     model = create_model(name, num_classes=shapes.classes(arrays), **options)
     variables = _variables(text, arrays, layout, model)
-    return NamedModel(name, options, model, variables), layout
+    return NamedModel(name, options, model, variables, layout, metadata)
 
 
 def _kept_options(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def test_a_workdir(workdir, tmp_path, monkeypatch, capsys):
 def test_workdirs_without_a_whole_checkpoint(workdir, tmp_path):
     folder, _ = workdir
     target = tmp_path / "out.safetensors"
-    assert "holds a cifar_resnet8; leave --model out" in refusal(
+    assert "knows its model; leave --model out" in refusal(
         folder, target, "--model", NAME
     )
     copy = tmp_path / "copy"

@@ -66,7 +66,7 @@ def test_known_prefixes_are_removed(prefixed, variables, prefix, ending):
 
 
 def test_without_a_model_too(prefixed):
-    named, _ = load_named_model(prefixed("module."), "cifar_resnet8_b")
+    named = load_named_model(prefixed("module."), "cifar_resnet8_b")
     assert named.model.num_classes == 10
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from resnet_jax.config.schema import INTERPOLATIONS
-from resnet_jax.data import protocols
+from resnet_jax.data import views
 from resnet_jax.errors import UserError
 
 FILTERS = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
@@ -58,14 +58,14 @@ def test_bytes_are_those_of_torchvision(shape, side, size, interpolation):
     mode = transforms.InterpolationMode(interpolation)
     resized = transforms.Resize(side, mode)(pillow(image))
     np.testing.assert_array_equal(
-        protocols.full_image(image, side, interpolation), array(resized)
+        views.full_image(image, side, interpolation), array(resized)
     )
     np.testing.assert_array_equal(
-        protocols.center_crop(image, side, size, interpolation),
+        views.center_crop(image, side, size, interpolation),
         array(transforms.CenterCrop(size)(resized)),
     )
     np.testing.assert_array_equal(
-        protocols.ten_crop(image, side, size, interpolation),
+        views.ten_crop(image, side, size, interpolation),
         [array(crop) for crop in transforms.TenCrop(size)(resized)],
     )
 
@@ -90,12 +90,12 @@ BY_HAND = [
 def test_bytes_are_those_of_pillow(shape, side, size, resized, corner, interpolation):
     image = photograph(*shape)
     whole = pillow(image).resize(resized, FILTERS[interpolation])
-    full = protocols.full_image(image, side, interpolation)
+    full = views.full_image(image, side, interpolation)
     np.testing.assert_array_equal(full, array(whole))
     left, top = corner
     middle = whole.crop((left, top, left + size, top + size))
     np.testing.assert_array_equal(
-        protocols.center_crop(image, side, size, interpolation), array(middle)
+        views.center_crop(image, side, size, interpolation), array(middle)
     )
     width, height = resized
     places = [
@@ -112,16 +112,16 @@ def test_bytes_are_those_of_pillow(shape, side, size, resized, corner, interpola
         for x, y in places
     ]
     np.testing.assert_array_equal(
-        protocols.ten_crop(image, side, size, interpolation), crops
+        views.ten_crop(image, side, size, interpolation), crops
     )
 
 
 def test_ten_crops_mirror_each_other():
-    crops = protocols.ten_crop(photograph(90, 131, 3), 64, 48)
+    crops = views.ten_crop(photograph(90, 131, 3), 64, 48)
     for one, other in [(5, 1), (6, 0), (7, 3), (8, 2)]:
         np.testing.assert_array_equal(crops[one], crops[other][:, ::-1])
     # 93 columns: the middle of 48 begins at 22 in the image and in its mirror image.
-    resized = protocols.full_image(photograph(90, 131, 3), 64)
+    resized = views.full_image(photograph(90, 131, 3), 64)
     assert resized.shape == (64, 93, 3)
     np.testing.assert_array_equal(crops[9], resized[8:56, 23:71][:, ::-1])
     np.testing.assert_array_equal(crops[4], resized[8:56, 22:70])
@@ -129,7 +129,7 @@ def test_ten_crops_mirror_each_other():
 
 def test_the_papers_scales_keep_the_aspect():
     image = photograph(56, 68, 3)
-    shapes = [protocols.full_image(image, s).shape for s in protocols.FULL_IMAGE_SCALES]
+    shapes = [views.full_image(image, s).shape for s in views.FULL_IMAGE_SCALES]
     assert shapes == [
         (224, 272, 3),
         (256, 310, 3),
@@ -144,7 +144,7 @@ def test_shrinking_averages_over_all_pixels():
     stripes = np.zeros((256, 256, 1), np.uint8)
     stripes[:, ::2] = 200
     for interpolation in INTERPOLATIONS:
-        small = protocols.full_image(stripes, 32, interpolation)[:, 2:-2]
+        small = views.full_image(stripes, 32, interpolation)[:, 2:-2]
         assert np.abs(small.astype(int) - 100).max() <= 2
 
 
@@ -153,10 +153,10 @@ def test_results_are_contiguous_and_the_input_stays(channels):
     image = photograph(70, 80, channels)[:, ::-1]
     copy = image.copy()
     for result in (
-        protocols.full_image(image, 64),
-        protocols.center_crop(image, 64, 56),
-        protocols.ten_crop(image, 64, 56),
-        protocols.full_image(image, 70),
+        views.full_image(image, 64),
+        views.center_crop(image, 64, 56),
+        views.ten_crop(image, 64, 56),
+        views.full_image(image, 70),
     ):
         assert result.dtype == np.uint8
         assert result.flags.c_contiguous
@@ -165,7 +165,7 @@ def test_results_are_contiguous_and_the_input_stays(channels):
     np.testing.assert_array_equal(image, copy)
 
 
-@pytest.mark.parametrize("crop", [protocols.center_crop, protocols.ten_crop])
+@pytest.mark.parametrize("crop", [views.center_crop, views.ten_crop])
 def test_a_crop_larger_than_the_image_is_refused(crop):
     with pytest.raises(UserError, match="at least 224, not 223"):
         crop(photograph(300, 400, 3), 223, 224)
@@ -173,9 +173,9 @@ def test_a_crop_larger_than_the_image_is_refused(crop):
 
 def test_an_unknown_interpolation_is_refused():
     with pytest.raises(UserError, match="did you mean bicubic"):
-        protocols.center_crop(photograph(30, 40, 3), 20, 20, "bicubik")
+        views.center_crop(photograph(30, 40, 3), 20, 20, "bicubik")
 
 
 def test_other_images_are_refused():
     with pytest.raises(UserError, match=r"expected uint8 \(h, w, 1 or 3\)"):
-        protocols.full_image(np.zeros((8, 8, 4), np.uint8), 8)
+        views.full_image(np.zeros((8, 8, 4), np.uint8), 8)

@@ -79,6 +79,25 @@ def ten_crop(
     return np.stack([*_five(resized, size), *_five(resized[:, ::-1], size)])
 
 
+def refuse_narrow(
+    image: np.ndarray, shorter_side: int, name: str, max_pixels: int
+) -> None:
+    """Raises UserError for a line of pixels, which is huge at a shorter side.
+
+    Args:
+      image: (h, w, c).
+      shorter_side: to which it would be resized, in pixels.
+      name: of the image, for the error.
+      max_pixels: data.max_image_pixels.
+    """
+    height, width = image.shape[:2]
+    if shorter_side**2 * max(height, width) > max_pixels * min(height, width):
+        raise UserError(
+            f"image {name} is {width} x {height}: resized to a shorter side of "
+            f"{shorter_side}, it exceeds data.max_image_pixels={max_pixels}; replace it"
+        )
+
+
 def _resized_for_crops(
     image: np.ndarray, shorter_side: int, size: int, interpolation: str
 ) -> np.ndarray:
