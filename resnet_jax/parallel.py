@@ -37,6 +37,12 @@ def data_mesh(num_devices: int | None = None) -> Mesh:
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
+def local_mesh() -> Mesh:
+    """A mesh like ``data_mesh`` of this process's devices alone."""
+    mine = [d for d in data_mesh().devices if d.process_index == jax.process_index()]
+    return Mesh(np.array(mine), ("data",), axis_types=(AxisType.Auto,))
+
+
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

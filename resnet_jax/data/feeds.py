@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -194,38 +195,59 @@ def host_batches(
     data: DataConfig,
     num_batches: int | None = None,
 ) -> Generator[Chunk]:
-    """This host's part of each batch, in order, read ahead by threads or processes.
+    """This host's part of each batch, in order; see ``read_ahead``.
 
-    Args:
-      chunks: a function of the chunk's number; can be sent to a process.
-      data: its threads, processes and batches ahead.
-      num_batches: None for an endless feed.
-
-    Raises:
-      UserError: an image is broken, or a worker process died.
+    ``num_batches`` is None for an endless feed.
     """
-    import grain  # So that the training step can be imported without grain.
-
     per_batch = chunks.layout.chunks_per_batch
     length = _ENDLESS if num_batches is None else num_batches * per_batch
     ahead = data.prefetch_batches * per_batch
+    return read_ahead(
+        chunks,
+        length,
+        ahead,
+        data,
+        lambda stream: stream.batch(per_batch, batch_fn=join),
+    )
+
+
+def read_ahead(
+    read: Callable[[int], dict[str, Any]],
+    length: int,
+    ahead: int,
+    data: DataConfig,
+    gather: Callable[[Any], Any] = lambda stream: stream,
+) -> Generator[dict[str, Any]]:
+    """``read(0)``, ``read(1)``, ... in order, computed by threads or processes.
+
+    Args:
+      read: can be sent to a process. It may return {"error": sentence}.
+      length: the number of calls.
+      ahead: results that wait at most.
+      data: its threads and processes.
+      gather: a last operation on Grain's stream, such as batching.
+
+    Raises:
+      UserError: an error that was read, or a worker process died.
+    """
+    import grain  # So that the training step can be imported without grain.
+
     processes = data.num_processes
-    read = grain.ReadOptions(
+    options = grain.ReadOptions(
         num_threads=min(data.threads, ahead),
         prefetch_buffer_size=-(-ahead // max(1, processes)),
     )
-    stream = grain.MapDataset.range(length).map(chunks).to_iter_dataset(read)
+    stream = grain.MapDataset.range(length).map(read).to_iter_dataset(options)
     if processes:
         if not flags.FLAGS.is_parsed():  # Grain reads absl's flags; notebooks do not
             flags.FLAGS.mark_as_parsed()
         # When a run is stopped, Python frees the memory that it shared, and warns.
         if _QUIET not in sys.warnoptions:
             sys.warnoptions.append(_QUIET)
-        options = grain.MultiprocessingOptions(processes)
-        stream = stream.mp_prefetch(options, worker_init_fn=_end_with_parent)
-    stream = stream.batch(per_batch, batch_fn=join)
+        workers = grain.MultiprocessingOptions(processes)
+        stream = stream.mp_prefetch(workers, worker_init_fn=_end_with_parent)
     prefetch = grain.experimental.ThreadPrefetchIterDataset
-    iterator = iter(prefetch(stream, prefetch_buffer_size=_READY_BATCHES))
+    iterator = iter(prefetch(gather(stream), prefetch_buffer_size=_READY_BATCHES))
     # Threads and processes inherit the mask: Ctrl-C and SIGTERM, which reach a whole
     # group of processes, are for the run to hear and not for its workers.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -250,8 +272,8 @@ def _end_with_parent(*_: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _checked(batches: Iterator[Chunk]) -> Iterator[Chunk]:
-    """The batches; raises UserError for faults of images and workers."""
+def _checked(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What was read; raises UserError for faults of images and workers."""
     try:
         for batch in batches:
             if "error" in batch:

@@ -38,6 +38,12 @@ class Protocol:
         """The number of views of an image."""
         raise NotImplementedError
 
+    @property
+    def shorter_sides_used(self) -> tuple[int, ...]:
+        """The shorter sides to which an image is resized."""
+        sides = getattr(self, "shorter_sides", None)
+        return sides or tuple(filter(None, [getattr(self, "shorter_side", None)]))
+
     def describe(self) -> str:
         """One line: the kind and all fields, in the form that ``parse`` reads."""
         values = dataclasses.asdict(self)

@@ -6,9 +6,6 @@ import flax.struct
 import jax
 from flax import linen as nn
 
-from resnet_jax.models.fused import widen
-from resnet_jax.models.pooling import apart
-
 
 @flax.struct.dataclass
 class FeatureMap:
@@ -56,14 +53,6 @@ class FeatureNet(nn.Module):
 
     def _maps_and_output(self, images, train):
         raise NotImplementedError
-
-
-def global_average(x: jax.Array) -> jax.Array:
-    """Means over the map: (n, h, w, c) to (n, c), float32 at least.
-
-    A bfloat16 sum would lose small terms.
-    """
-    return widen(apart(x)).mean((1, 2))
 
 
 def check_stages(

@@ -14,9 +14,8 @@ from resnet_jax.models.features import (
     FeatureMap,
     FeatureNet,
     check_stages,
-    global_average,
 )
-from resnet_jax.models.pooling import max_pool
+from resnet_jax.models.pooling import Pool, global_average, max_pool
 from resnet_jax.models.residual import HighwayLayer
 
 
@@ -104,13 +103,13 @@ class HighwayNet(FeatureNet):
         x = dropout(images.astype(self.dtype))
         for index, (size, width) in enumerate(zip(sizes, self.widths, strict=True)):
             if index > 0:
-                x = dropout(max_pool(x, 2))
+                x = dropout(Pool(functools.partial(max_pool, size=2))(x))
             name = f"stage{index + 1}"
             x = HighwayStage(size, width, conv, self.gate_bias, name=name)(x)
             maps.append(FeatureMap(x, f"C{index + 1}", 2**index))
         features = self.bottleneck_features
         x = conv(features, kernel_size=(1, 1), name="bottleneck")(x)
-        output = global_average(nn.relu(x))
+        output = Pool(global_average)(nn.relu(x))
         if self.num_classes is not None:
             head = nn.Dense(self.num_classes, kernel_init=self.kernel_init, name="head")
             output = head(dropout(output))

@@ -1,4 +1,6 @@
-"""Max-pooling: XLA's, and with a gradient by hand for ``BatchNorm.fused``."""
+"""Max-pooling and averages of maps, also of maps that are padded."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +24,130 @@ def apart(x: jax.Array) -> jax.Array:
     return x
 
 
-def max_pool(x: jax.Array, size: int, padding: int = 0) -> jax.Array:
-    """Max-pooling of stride 2 over size x size pixels, padded on every side."""
+class Pool(nn.Module):
+    """A pooling function as a module, so that ``models.masking`` sees its calls.
+
+    Attributes:
+      function: ``function(x, sizes=None)``, one of this module with its options bound.
+    """
+
+    function: Callable[..., jax.Array]
+
+    def __call__(self, x: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
+        """Pools maps (n, h, w, c); see ``inside`` for ``sizes``."""
+        return self.function(x, sizes=sizes)
+
+
+def inside(x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Which pixels of padded maps belong to the images: bool (n, h, w, 1).
+
+    Args:
+      x: maps (n, h, w, c), each padded below and to the right.
+      sizes: integers (n, 2), height and width of each map without its padding.
+    """
+    rows = jnp.arange(x.shape[1])[None, :, None] < sizes[:, 0, None, None]
+    columns = jnp.arange(x.shape[2])[None, None, :] < sizes[:, 1, None, None]
+    return (rows & columns)[..., None]
+
+
+def max_pool(
+    x: jax.Array,
+    size: int,
+    padding: int = 0,
+    by_hand: bool = False,
+    sizes: jax.Array | None = None,
+) -> jax.Array:
+    """Max-pooling of stride 2 over size x size pixels, padded on every side.
+
+    ``by_hand`` computes the 3x3 pooling by ``max_pool_3x3``. For ``sizes`` see
+    ``inside``.
+    """
+    if sizes is not None:
+        x = jnp.where(inside(x, sizes), x, -jnp.inf)
+    if by_hand:
+        return max_pool_3x3(x)
     sides = ((padding, padding),) * 2
     return apart(nn.max_pool(apart(x), (size, size), (2, 2), sides))
+
+
+def global_average(x: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
+    """Means over the map: (n, h, w, c) to (n, c), float32 at least.
+
+    A bfloat16 sum would lose small terms. For ``sizes`` see ``inside``.
+    """
+    wide = widen(apart(x))
+    if sizes is None:
+        return wide.mean((1, 2))
+    total = jnp.where(inside(x, sizes), wide, 0).sum((1, 2))
+    return total / jnp.prod(sizes, axis=-1, dtype=total.dtype)[:, None]
+
+
+def average_pool(
+    x: jax.Array,
+    window: int,
+    strides: int,
+    dilation: int = 1,
+    sizes: jax.Array | None = None,
+) -> jax.Array:
+    """Means over windows of ``window`` x ``window`` pixels.
+
+    (n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), c). Windows that reach
+    over the edge average the pixels inside the map. For ``sizes`` see ``inside``.
+    """
+    height, width = (-(-side // strides) for side in x.shape[1:3])
+    reach = (window - 1) * dilation
+    counted = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+    if sizes is not None:
+        counted = inside(x, sizes).astype(x.dtype)
+        x = jnp.where(counted, x, 0)
+
+    def window_sum(maps):
+        padded = jnp.pad(maps, ((0, 0), (0, reach), (0, reach), (0, 0)))
+        offsets = range(0, reach + 1, dilation)
+        rows, columns = (height - 1) * strides + 1, (width - 1) * strides + 1
+        return sum(
+            padded[:, top : top + rows : strides, left : left + columns : strides]
+            for top in offsets
+            for left in offsets
+        )
+
+    count = window_sum(counted)
+    return window_sum(x) / (count if sizes is None else jnp.maximum(count, 1))
+
+
+def adaptive_average_pool(
+    x: jax.Array, size: int, sizes: jax.Array | None = None
+) -> jax.Array:
+    """Means over ``size`` x ``size`` bins that cover the map, as torch defines them.
+
+    (n, h, w, c) to (n, size, size, c) in the dtype of ``x``, averaged in float32 or
+    wider. Along an axis of h pixels, bin i holds those from floor(i h / size) to
+    ceil((i + 1) h / size), the latter excluded. For ``sizes`` see ``inside``.
+    """
+    if sizes is None and x.shape[1:3] == (size, size):
+        return x
+    pooled = widen(apart(x))
+    if sizes is None:
+        sizes = jnp.array(x.shape[1:3])[None]
+    else:
+        pooled = jnp.where(inside(x, sizes), pooled, 0)
+    # Bins are rectangles: averaging rows, then columns, averages the pixels.
+    for axis in (1, 2):
+        length, places = sizes[:, axis - 1, None], jnp.arange(size)
+        start, stop = places * length // size, -(-(places + 1) * length // size)
+        pixels = jnp.arange(x.shape[axis])
+        belongs = (start[..., None] <= pixels) & (pixels < stop[..., None])
+        counts = (stop - start)[..., None].astype(pooled.dtype)
+        shares = belongs.astype(pooled.dtype) / counts
+        shares = jnp.broadcast_to(shares, (len(x), *shares.shape[1:]))
+        pooled = jnp.einsum(
+            "nbp,np...->nb...",
+            shares,
+            jnp.moveaxis(pooled, axis, 1),
+            precision="highest",
+        )
+        pooled = jnp.moveaxis(pooled, 1, axis)
+    return pooled.astype(x.dtype)
 
 
 @jax.custom_vjp

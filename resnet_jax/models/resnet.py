@@ -21,9 +21,9 @@ from resnet_jax.models.factories import (
     field_names,
     option_of,
 )
-from resnet_jax.models.features import FeatureMap, FeatureNet, global_average
+from resnet_jax.models.features import FeatureMap, FeatureNet
 from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
-from resnet_jax.models.pooling import max_pool, max_pool_3x3
+from resnet_jax.models.pooling import Pool, global_average, max_pool
 from resnet_jax.models.shortcuts import Dropped, Projection, Shortcut
 from resnet_jax.models.stages import Stage
 from resnet_jax.models.wrappers import StochasticDepth, dropout_between, linear_rates
@@ -94,9 +94,9 @@ class CifarStem(nn.Module):
 def _max_pool(x, norm):
     """3x3 max-pooling of stride 2; its gradient is by hand if the norm's is."""
     fused = "fused" in field_names(norm) and option_of(norm, "fused")
-    if fused and not option_of(norm, "use_running_average"):
-        return max_pool_3x3(x)
-    return max_pool(x, 3, padding=1)
+    by_hand = fused and not option_of(norm, "use_running_average")
+    pool = functools.partial(max_pool, size=3, padding=1, by_hand=by_hand)
+    return Pool(pool)(x)
 
 
 class ResNet(FeatureNet):
@@ -193,7 +193,7 @@ class ResNet(FeatureNet):
             if self.preactivation and index == len(self.stage_sizes) - 1:
                 x = norm_act(self._norm("norm", train)(name="norm"), x)
             maps.append(FeatureMap(x, f"C{index + 2}", output_stride))
-        output = global_average(x)
+        output = Pool(global_average)(x)
         if self.num_classes is not None:
             head = nn.Dense(self.num_classes, kernel_init=fan_in_uniform, name="head")
             output = head(output)

@@ -9,6 +9,7 @@ A shortcut is a small frozen value. Its layers, ``shortcut_conv``, ``shortcut_no
 """
 
 import dataclasses
+import functools
 from typing import Protocol
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from resnet_jax.models.factories import ModuleFactory
+from resnet_jax.models.pooling import Pool, average_pool
 
 
 class Shortcut(Protocol):
@@ -82,7 +84,8 @@ class Projection:
             return x, None
         if self.pooled:
             window = strides * dilation[1] // dilation[0]
-            x, strides = average_pool(x, window, strides, dilation[0]), 1
+            options = {"window": window, "strides": strides, "dilation": dilation[0]}
+            x, strides = Pool(functools.partial(average_pool, **options))(x), 1
         x = conv(features, (1, 1), strides=strides, name="shortcut_conv")(x)
         return norm(name="shortcut_norm")(x) if self.normalized else x, None
 
@@ -181,31 +184,6 @@ def zero_pad(x: jax.Array, features: int, strides: int) -> jax.Array:
     if strides > 1:
         x = x[:, ::strides, ::strides, :]
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra))) if extra else x
-
-
-def average_pool(
-    x: jax.Array, window: int, strides: int, dilation: int = 1
-) -> jax.Array:
-    """Means over windows of ``window`` x ``window`` pixels.
-
-    (n, h, w, c) to (n, ceil(h / strides), ceil(w / strides), c). Windows that reach
-    over the edge average the pixels inside the map.
-    """
-    height, width = (-(-side // strides) for side in x.shape[1:3])
-    reach = (window - 1) * dilation
-    inside = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
-
-    def window_sum(maps):
-        padded = jnp.pad(maps, ((0, 0), (0, reach), (0, reach), (0, 0)))
-        offsets = range(0, reach + 1, dilation)
-        rows, columns = (height - 1) * strides + 1, (width - 1) * strides + 1
-        return sum(
-            padded[:, top : top + rows : strides, left : left + columns : strides]
-            for top in offsets
-            for left in offsets
-        )
-
-    return window_sum(x) / window_sum(inside)
 
 
 BY_NAME: dict[str, Shortcut] = {

@@ -17,11 +17,15 @@ from resnet_jax.models.features import (
     FeatureMap,
     FeatureNet,
     check_stages,
-    global_average,
 )
 from resnet_jax.models.fused import widen
 from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
-from resnet_jax.models.pooling import apart, max_pool
+from resnet_jax.models.pooling import (
+    Pool,
+    adaptive_average_pool,
+    global_average,
+    max_pool,
+)
 
 POOLED_SIZE = 7
 """Side of the map before the classifier: that of a 224x224 image."""
@@ -105,34 +109,13 @@ class VGG(FeatureNet):
                 )
             x = VGGStage(size, width, norm, self.dtype, name=name)(x)
             maps.append(FeatureMap(x, f"C{index + 1}", 2**index))
-            x = max_pool(x, 2)
+            x = Pool(functools.partial(max_pool, size=2))(x)
         if self.num_classes is None:
-            return tuple(maps), global_average(x)
-        x = adaptive_average_pool(x, POOLED_SIZE).reshape(x.shape[0], -1)
+            return tuple(maps), Pool(global_average)(x)
+        to_square = functools.partial(adaptive_average_pool, size=POOLED_SIZE)
+        x = Pool(to_square)(x).reshape(len(x), -1)
         dense = functools.partial(nn.Dense, kernel_init=small_normal)
         for name in ("fc1", "fc2"):
             x = dense(self.hidden_features, dtype=self.dtype, name=name)(x)
             x = nn.Dropout(self.dropout_rate, deterministic=not train)(nn.relu(x))
         return tuple(maps), dense(self.num_classes, name="head")(widen(x))
-
-
-def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
-    """Means over ``size`` x ``size`` bins that cover the map, as torch defines them.
-
-    (n, h, w, c) to (n, size, size, c) in the dtype of ``x``, averaged in float32 or
-    wider. Along an axis of h pixels, bin i holds those from floor(i h / size) to
-    ceil((i + 1) h / size), the latter excluded.
-    """
-    if x.shape[1:3] == (size, size):
-        return x
-    pooled = widen(apart(x))
-    # Bins are rectangles: averaging rows, then columns, averages the pixels.
-    for axis in (1, 2):
-        length = x.shape[axis]
-        means = []
-        for i in range(size):
-            start, stop = i * length // size, -(-(i + 1) * length // size)
-            pixels = jax.lax.slice_in_dim(pooled, start, stop, axis=axis)
-            means.append(pixels.mean(axis))
-        pooled = jnp.stack(means, axis)
-    return pooled.astype(x.dtype)

@@ -9,8 +9,8 @@ from flax import linen as nn
 
 from resnet_jax.models.conv import he_normal
 from resnet_jax.models.factories import ModuleFactory
-from resnet_jax.models.features import global_average
 from resnet_jax.models.fused import widen
+from resnet_jax.models.pooling import Pool, global_average
 
 
 class SqueezeExcite(nn.Module):
@@ -31,7 +31,7 @@ class SqueezeExcite(nn.Module):
         channels = x.shape[-1]
         rounded = int(channels * self.ratio + self.divisor / 2) // self.divisor
         hidden = max(rounded, 1) * self.divisor
-        gate = global_average(x)[:, None, None].astype(x.dtype)
+        gate = Pool(global_average)(x)[:, None, None].astype(x.dtype)
         dense = nn.Dense(hidden, dtype=x.dtype, kernel_init=he_normal, name="reduce")
         gate = nn.relu(dense(gate))
         gate = nn.Dense(channels, dtype=x.dtype, name="expand")(gate)

@@ -17,6 +17,7 @@ from resnet_jax.models import (
     Highway,
     ResNet,
     create_model,
+    pooling,
     precise_batch_stats,
     shortcuts,
 )
@@ -28,7 +29,7 @@ from tests.models.reference import (
     random_variables,
 )
 
-average_pool = jax.jit(shortcuts.average_pool, static_argnums=(1, 2, 3))
+average_pool = jax.jit(pooling.average_pool, static_argnums=(1, 2, 3))
 EVALUATING = functools.partial(BatchNorm, use_running_average=True)
 
 

@@ -14,7 +14,8 @@ from resnet_jax.analysis.complexity import (
     count_parameters,
 )
 from resnet_jax.models import BatchNorm
-from resnet_jax.models.vgg import VGG, adaptive_average_pool
+from resnet_jax.models.pooling import adaptive_average_pool
+from resnet_jax.models.vgg import VGG
 
 VGG19 = {"stage_convs": (2, 2, 4, 4, 4)}
 NARROW = {

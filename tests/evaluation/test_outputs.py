@@ -1,0 +1,253 @@
+"""Protocols against torch code written from their definitions, on real files."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_jax.config.schema import DataConfig
+from resnet_jax.data.sources import Example
+from resnet_jax.data.transforms import PixelStatistics
+from resnet_jax.errors import UserError
+from resnet_jax.evaluation import outputs
+from resnet_jax.evaluation.nets import TrainedNet
+from resnet_jax.evaluation.outputs import Member, padded_size
+from resnet_jax.evaluation.protocols import Center, MultiScale, Stored, TenCrop
+from resnet_jax.models import ResNet
+from tests.models.reference import random_variables
+
+CLASSES, SIZE = 7, 64
+MEAN, STD = np.float32([0.4, 0.5, 0.6]), np.float32([0.2, 0.25, 0.3])
+SIDES = [(90, 70), (70, 131), (75, 75), (300, 71), (64, 100)]
+
+
+def photograph(rng, width, height):
+    """A smooth random image as JPEG bytes."""
+    pixels = rng.integers(0, 255, (6, 6, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+class Photographs:
+    class_names = tuple("abcdefg")
+    channels = 3
+
+    def __init__(self, broken=()):
+        rng = np.random.default_rng(0)
+        self.files = [photograph(rng, *side) for side in SIDES]
+        for index in broken:
+            self.files[index] = b"nothing"
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return Example(self.files[index], index % CLASSES, f"photo{index}.jpg")
+
+
+@pytest.fixture(scope="module")
+def net():
+    model = ResNet((1, 1, 1, 1), width=8, num_classes=CLASSES)
+    variables = random_variables(model, np.zeros((1, SIZE, SIZE, 3), np.float32))
+    # Such that probabilities are neither 0 nor 1.
+    variables["params"]["head"]["kernel"] /= 20
+    statistics = PixelStatistics(MEAN[None, None], STD[None, None])
+    names = Photographs.class_names
+    return TrainedNet("", "", {}, model, variables, statistics, Stored(), names)
+
+
+def log_probs(members, source, **options):
+    found = list(outputs.apply(members, source, **options))
+    assert sorted(output.index for output in found) == list(range(len(source)))
+    return np.stack([o.log_probs for o in sorted(found, key=lambda o: o.index)], 1)
+
+
+class TorchProtocols:
+    """The protocols in torch, an image at a time and without padding."""
+
+    def __init__(self, net):
+        torch = pytest.importorskip("torch")
+        from tests.torch_reference import make_net
+
+        self.torch = torch
+        sizes = {"stage_sizes": (1, 1, 1, 1), "width": 8, "num_classes": CLASSES}
+        self.module = make_net(net.variables, **sizes, stem="imagenet")
+        self.module.eval()
+
+    def logits(self, pixels, windows=None):
+        torch = self.torch
+        x = (pixels / 255.0 - MEAN) / STD
+        x = torch.from_numpy(x.transpose(2, 0, 1)[None])
+        with torch.no_grad():
+            if windows is None:
+                return self.module(x)
+            maps = self.module.features(x)[-1]
+            pooled = torch.nn.functional.avg_pool2d(maps, windows, 1)
+            return self.module.fc(pooled.flatten(2)[0].T)
+
+    def views(self, file, side, filters=Image.Resampling.BILINEAR):
+        """The whole image, its five crops, and those of its mirror image."""
+        image = Image.open(io.BytesIO(file)).convert("RGB")
+        w, h = image.size
+        size = (side, side * h // w) if w <= h else (side * w // h, side)
+        whole = np.asarray(image.resize(size, filters))
+        h, w = whole.shape[:2]
+        top, left = round((h - SIZE) / 2), round((w - SIZE) / 2)
+        places = [(0, 0), (0, w - SIZE), (h - SIZE, 0), (h - SIZE, w - SIZE)]
+        places.append((top, left))
+        return whole, [
+            full[y : y + SIZE, x : x + SIZE]
+            for full in (whole, whole[:, ::-1])
+            for y, x in places
+        ]
+
+    def mean_softmax(self, logits):
+        return self.torch.cat(logits).softmax(-1).mean(0).log().numpy()
+
+
+def test_center(net):
+    torch_net, source = TorchProtocols(net), Photographs()
+    protocol = Center(SIZE, 73, "bicubic")
+    found = log_probs([Member(net, protocol)], source)[0]
+    for file, values in zip(source.files, found):
+        crop = torch_net.views(file, 73, Image.Resampling.BICUBIC)[1][4]
+        expected = torch_net.mean_softmax([torch_net.logits(crop)])
+        np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("average", ["probabilities", "logits"])
+def test_ten_crops(net, average):
+    torch_net, source = TorchProtocols(net), Photographs()
+    protocol = TenCrop(SIZE, 73, average=average)
+    found = log_probs([Member(net, protocol)], source, batch_size=7)[0]
+    for file, values in zip(source.files, found):
+        crops = torch_net.views(file, 73)[1]
+        logits = [torch_net.logits(crop) for crop in crops]
+        expected = torch_net.mean_softmax(logits)
+        if average == "logits":
+            expected = torch_net.torch.cat(logits).mean(0).log_softmax(0).numpy()
+        np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["global", "windows"])
+def test_several_scales(net, pooling):
+    torch_net, source = TorchProtocols(net), Photographs()
+    sides = (64, 73, 110)
+    protocol = MultiScale(sides, pooling=pooling, size=SIZE)
+    found = log_probs([Member(net, protocol)], source, batch_size=3)[0]
+    for file, values in zip(source.files, found):
+        probabilities = []
+        for side in sides:
+            whole = torch_net.views(file, side)[0]
+            for view in (whole, whole[:, ::-1]):
+                windows = 2 if pooling == "windows" else None
+                logits = torch_net.logits(view, windows)
+                probabilities.append(logits.softmax(-1).mean(0))
+        expected = torch_net.torch.stack(probabilities).mean(0).log().numpy()
+        np.testing.assert_allclose(values, expected, atol=1e-5)
+
+
+def test_all_protocols_agree_on_one_view(net):
+    square = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    )
+    file = io.BytesIO()
+    square.save(file, "PNG")
+    source = Photographs()
+    source.files = [file.getvalue()]
+    protocols = [
+        Stored(),
+        Center(SIZE, SIZE),
+        *(
+            MultiScale((SIZE,), flip=False, pooling=p, size=SIZE)
+            for p in ("global", "windows")
+        ),
+    ]
+    first, *others = log_probs([Member(net, p) for p in protocols], source)
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_batches_change_nothing(net, batch_size):
+    members = [Member(net, Center(SIZE, 70)), Member(net, MultiScale((64, 90)))]
+    expected = log_probs(members, Photographs(), batch_size=5)
+    found = log_probs(members, Photographs(), batch_size=batch_size)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_columns_are_cut_before_the_softmax(net):
+    members = [Member(net, Center(SIZE, 70)), Member(net, Center(SIZE, 70), (4, 1))]
+    whole, cut = (
+        log_probs([members[0]], Photographs()),
+        log_probs([members[1]], Photographs()),
+    )
+    kept = whole[..., [4, 1]]
+    np.testing.assert_allclose(
+        cut, kept - np.logaddexp.reduce(kept, -1)[..., None], atol=1e-5
+    )
+
+
+def test_broken_images_are_named_and_left_out_or_stop(net):
+    source, members = Photographs(broken=[1]), [Member(net, Center(SIZE, 70))]
+    faults = []
+    found = list(outputs.apply(members, source, on_fault=faults.append))
+    assert [output.index for output in found] == [0, 2, 3, 4]
+    assert len(faults) == 1
+    assert "photo1.jpg" in faults[0]
+    with pytest.raises(UserError, match=r"photo1\.jpg cannot be decoded"):
+        list(outputs.apply(members, source))
+
+
+def test_worker_processes_read_the_same(net):
+    members = [Member(net, MultiScale((64, 90)))]
+    data = DataConfig(num_processes=2, num_threads=1)
+    found = log_probs(members, Photographs(), data=data)
+    np.testing.assert_array_equal(found, log_probs(members, Photographs()))
+
+
+def test_stored_images_of_several_sizes_are_refused(net):
+    with pytest.raises(
+        UserError, match=r"photo1\.jpg is 70x131 and the first is 90x70"
+    ):
+        list(outputs.apply([Member(net, Stored())], Photographs()))
+
+
+def test_grey_data_do_not_fit_a_net_for_colours(net):
+    source = Photographs()
+    source.files = [np.zeros((64, 64, 1), np.uint8)]
+    with pytest.raises(UserError, match="has 1 channels and the net takes 3"):
+        list(outputs.apply([Member(net, Stored())], source))
+
+
+def test_a_mean_image_of_another_size_becomes_its_mean_colour(net):
+    image = (
+        np.random.default_rng(0).normal(0.5, 0.1, (SIZE, SIZE, 3)).astype(np.float32)
+    )
+    ones = np.ones_like(image)
+    exact = dataclasses.replace(net, statistics=PixelStatistics(image, ones))
+    color = PixelStatistics(image.mean((0, 1), keepdims=True), ones[:1, :1])
+    mean = dataclasses.replace(net, statistics=color)
+    source, larger = Photographs(), MultiScale((SIZE + 6,))
+    np.testing.assert_allclose(
+        log_probs([Member(exact, larger)], source),
+        log_probs([Member(mean, larger)], source),
+        atol=1e-6,
+    )
+    crops = [log_probs([Member(n, Center(SIZE, 70))], source) for n in (exact, mean)]
+    assert np.abs(crops[0] - crops[1]).max() > 1e-4
+
+
+def test_whole_images_are_padded_to_few_sizes():
+    sizes = {padded_size(h, 224) for h in range(224, 2240)}
+    assert len(sizes) == 8
+    for height, width in [(224, 224), (224, 341), (1000, 230), (7, 3000)]:
+        padded = padded_size(height, width)
+        assert padded[0] >= height
+        assert padded[1] >= width
+        assert all(side % 32 == 0 for side in padded)
+    assert padded_size(224, 224) == (224, 224)
