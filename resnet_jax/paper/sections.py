@@ -10,9 +10,10 @@ from typing import Any
 from resnet_jax import storage
 from resnet_jax.config import fields
 from resnet_jax.errors import UserError
+from resnet_jax.evaluation.figures import Spread
 from resnet_jax.paper.entries import Experiment, PaperRun, TableRow
 from resnet_jax.paper.settings import SCALES, Setting
-from resnet_jax.training.runs import Outcome, Spread
+from resnet_jax.training.runs import Outcome
 from resnet_jax.workdir import Workdir
 
 
@@ -29,8 +30,8 @@ class Measured:
         return [o.result for o in self.outcomes if o.result is not None]
 
     def spread(self, metric: str) -> Spread | None:
-        """A metric over the finished seeds; None if there are none."""
-        values = [result[metric] for result in self.results]
+        """A metric over the finished seeds; None if none has it."""
+        values = [result[metric] for result in self.results if metric in result]
         return Spread.of(values) if values else None
 
     @property
@@ -141,13 +142,29 @@ class Section:
         """The result of an analysis, or None; see ``analyses``."""
         if run is None:
             return None
-        text = storage.read_text(analysis_file(self.path, kind, run.name, seed))
+        return self.stored(kind, f"{run.name}-{seed}")
+
+    def stored(self, kind: str, name: str) -> Any | None:
+        """The result of an analysis by the name of its file, or None."""
+        text = storage.read_text(analysis_file(self.path, kind, name))
         return None if text is None else json.loads(text)
 
+    def layers(self, kind: str, measured: Measured) -> list[tuple[str, float]] | None:
+        """Name and value of each layer, of the first seed that was analysed, or None.
 
-def analysis_file(section: Path, kind: str, run: str, seed: int) -> Path:
-    """The file of an analysis of a run."""
-    return section / "analyses" / f"{kind}-{run}-{seed}.json"
+        Args:
+          kind: "responses" or "gradients".
+          measured: the outcomes of a row.
+        """
+        # The gradients are of fresh nets, which leave no outcome.
+        seeds = [outcome.seed for outcome in measured.outcomes] or [0]
+        found = (self.analysis(kind, measured.entry.run, seed) for seed in seeds)
+        return next(filter(None, found), None)
+
+
+def analysis_file(section: Path, kind: str, name: str) -> Path:
+    """The file of an analysis of a run, named RUN-SEED, or of an experiment."""
+    return section / "analyses" / f"{kind}-{name}.json"
 
 
 def _lasting(setting: Setting) -> Setting:
