@@ -5,16 +5,18 @@ from typing import Any
 
 from resnet_jax.cli.arguments import output_file, whole
 from resnet_jax.cli.nets import add_net_flags, net_options
-from resnet_jax.config.schema import MOST_BATCH, ON_ERROR
+from resnet_jax.cli.overrides import parse_overrides
+from resnet_jax.config.schema import MOST_BATCH
 
 _DESCRIPTION = """Write the features of images: what a net gives to its classifier.
 
   resnet-jax features --weights torchvision:resnet50 /data/mine/train \\
       --out train.safetensors
-  resnet-jax features --weights runs/r56 tfds:cifar10 --split test --out test.npz
+  resnet-jax features --weights runs/r56 --split test --out test.npz
 
 The file holds features (n, c), labels (n,) and the names of the files. docs/finetune.md
-shows how to train a classifier on two such files.
+shows how to train a classifier on two such files. --config.data.on_error=skip leaves
+broken images out and names them; by default the first one stops the command.
 """
 
 
@@ -30,17 +32,16 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add(
         "data",
+        nargs="?",
         metavar="DATA",
-        help="a folder of images or of class folders; with --split, a data set as "
-        "prepare takes it: a path, or tfds:NAME",
+        help="a folder of images, of class folders or of a data set, or a tfds name "
+        "(default: the data of the run)",
     )
     add("--out", required=True, type=output_file, help=".safetensors or .npz file")
     add_net_flags(parser)
-    add("--split", help="of the data set, or a part: 'train[:10%%]'")
     add(
-        "--data-dir",
-        metavar="DIR",
-        help="where tfds data sets are prepared (default: ~/tensorflow_datasets)",
+        "--split",
+        help="of a data set, or a part: 'train[:10%%]' (default: test or val)",
     )
     add(
         "--batch-size",
@@ -49,14 +50,8 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="images per batch (default: 64); changes no result",
     )
-    add(
-        "--on-error",
-        default="stop",
-        choices=ON_ERROR,
-        help="at a broken image: stop (default), or skip: leave it out and name it",
-    )
     add("--force", action="store_true", help="replace the file if it exists")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, takes_overrides=True)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -67,9 +62,8 @@ def _run(options: argparse.Namespace) -> None:
         load_net(options.weights, **net_options(options)),
         options.data,
         split=options.split,
-        data_dir=options.data_dir,
+        overrides=parse_overrides(options.rest),
         batch_size=options.batch_size,
-        on_error=options.on_error,
         out=options.out,
         force=options.force,
     )

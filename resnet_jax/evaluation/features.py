@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 import rich.console
 
 from resnet_jax import parallel
-from resnet_jax.config.schema import ON_ERROR, DataConfig
+from resnet_jax.config import override, resolve
+from resnet_jax.config.schema import DataConfig
 from resnet_jax.console import make_console, say
 from resnet_jax.data.feeds import read_ahead
 from resnet_jax.data.sources import Source
@@ -24,22 +25,20 @@ from resnet_jax.data.sources.folders import (
     Names,
     is_image_name,
     is_leftover,
-    open_folders,
     subfolders,
 )
 from resnet_jax.errors import UserError
+from resnet_jax.evaluation.inputs import open_inputs
 from resnet_jax.evaluation.nets import TrainedNet
-from resnet_jax.evaluation.outputs import normalized
+from resnet_jax.evaluation.outputs import BATCH_SIZE, normalized
 from resnet_jax.evaluation.reading import ViewReader
-from resnet_jax.prepare.dataset import open_source
-from resnet_jax.storage import expand, replacing
+from resnet_jax.storage import expand, is_remote, replacing
 from resnet_jax.weights.files import read_arrays, write_safetensors
 
 SUFFIXES = (".safetensors", ".npz")
 UNKNOWN = -1
 """The label of an image that has none."""
 
-_SPLITS = ("train", "val", "test", "validation")
 _IN_FLIGHT = 2  # batches that the devices compute while the host reads
 
 
@@ -62,12 +61,11 @@ class Features:
 
 def extract_features(
     net: TrainedNet,
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
     *,
     split: str | None = None,
-    data_dir: str | None = None,
-    batch_size: int = 64,
-    on_error: str = "stop",
+    overrides: Mapping[str, str] | None = None,
+    batch_size: int = BATCH_SIZE,
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
     console: rich.console.Console | None = None,
@@ -80,12 +78,13 @@ def extract_features(
 
     Args:
       net: from ``load_net``.
-      data: a folder of images or of class folders; with ``split``, a data set as
-        ``prepare_dataset`` takes it: a path, or ``tfds:NAME[:VERSION]``.
-      split: of the data set, or a part such as "train[:10%]".
-      data_dir: where tfds data sets are prepared; None: ~/tensorflow_datasets.
+      data: a folder of images; or what ``evaluate`` takes: a folder of class folders, a
+        data set's folder, or the name of a tfds data set. None means the data of the
+        run that trained the net.
+      split: of the data set, "test" or "val" by default, or a part: "train[:10%]".
+      overrides: values as text for fields of the data, such as
+        ``{"data.on_error": "skip"}``, which names broken images and leaves them out.
       batch_size: images per batch; changes no result.
-      on_error: at a broken image, "stop" or "skip": leave it out and name it.
       out: also write them to this file, see ``save_features``.
       force: replace ``out`` if it exists.
       console: where to print; standard output by default.
@@ -94,23 +93,23 @@ def extract_features(
       UserError: there are no such images, an image is broken, or ``out`` cannot be
         written.
     """
-    if on_error not in ON_ERROR:
-        raise UserError(f"on_error is one of {', '.join(ON_ERROR)}, not {on_error!r}")
     if batch_size < 1:
         raise UserError(f"the batch size must be at least 1, not {batch_size}")
     target = None if out is None else _target(out, force)
     console = console or make_console()
-    source = _open(data, split, data_dir)
+    source, config = _open(net, data, split, overrides or {})
     for note in notes(source):
         say(console, note)
 
     def skip(fault: str) -> None:
         say(console, f"warning: skipped: {fault}")
 
-    found = _collected(net, source, batch_size, skip if on_error == "skip" else None)
-    folder = f"{expand(data).absolute()}{os.sep}"
-    names = tuple(name.removeprefix(folder) for name in found.names)
-    found = dataclasses.replace(found, names=names)
+    on_fault = skip if config.on_error == "skip" else None
+    found = _collected(net, source, config, batch_size, on_fault)
+    if data is not None:
+        folder = f"{expand(data).absolute()}{os.sep}"
+        names = tuple(name.removeprefix(folder) for name in found.names)
+        found = dataclasses.replace(found, names=names)
     if target is not None:
         save_features(target, found)
         n, c = found.features.shape
@@ -119,45 +118,36 @@ def extract_features(
 
 
 def _open(
-    data: str | os.PathLike[str], split: str | None, data_dir: str | None
-) -> Source:
-    """The images that ``extract_features`` is given."""
-    if split is not None:
-        return open_source(data, data_dir).source(split)
-    folder = expand(data)
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder} is not a folder of images; for a data set, give its split too"
+    net: TrainedNet,
+    data: str | os.PathLike[str] | None,
+    split: str | None,
+    overrides: Mapping[str, str],
+) -> tuple[Source, DataConfig]:
+    """The images that ``extract_features`` is given, and how to read them."""
+    folder = None if data is None or is_remote(data) else expand(data).absolute()
+    if folder and split is None and folder.is_dir() and not subfolders(folder):
+        files = sorted(
+            name
+            for name in os.listdir(folder)
+            if is_image_name(name) and not is_leftover(name)
         )
-    inside = subfolders(folder)
-    # A class may be called "train", but then it holds images.
-    splits = [s for s in _SPLITS if s in inside and subfolders(folder / s)]
-    if splits:
-        raise UserError(
-            f"{folder} has splits and not classes: give one, such as {splits[0]}"
-        )
-    if inside:
-        absolute = folder.absolute()
-        return open_folders(absolute.parent, absolute.name).open_split(absolute.name)
-    files = sorted(
-        name
-        for name in os.listdir(folder)
-        if is_image_name(name) and not is_leftover(name)
-    )
-    if not files:
-        raise UserError(f"{folder} holds no images; give a folder with images")
-    labels = np.full(len(files), UNKNOWN, np.int32)
-    return FolderSource(str(folder.absolute()), Names(files), labels, ())
+        if files:
+            labels = np.full(len(files), UNKNOWN, np.int32)
+            config = override(resolve({"training": {"steps": 1}}), overrides)
+            return FolderSource(str(folder), Names(files), labels, ()), config.data
+    given = None if data is None else os.fspath(data)
+    inputs = open_inputs(net, given, split, overrides)
+    return inputs.source, inputs.data
 
 
 def _collected(
     net: TrainedNet,
     source: Source,
+    data: DataConfig,
     batch_size: int,
     on_fault: Callable[[str], object] | None,
 ) -> Features:
     """The features of a whole source, in its order."""
-    data = DataConfig()
     reader = ViewReader(
         source,
         ((net.protocol, net.channels),),

@@ -87,7 +87,9 @@ def test_a_part_of_a_named_data_set(tfds_dir):
     variables = random_variables(grey, np.zeros((1, 8, 8, 1), np.float32))
     pixels = PixelStatistics(np.full((1, 1, 1), 0.5), np.ones((1, 1, 1)))
     net = TrainedNet("", "", {}, grey, variables, pixels, Stored(), None)
-    found = extract_features(net, "tfds:digits", split="test[:20]", data_dir=tfds_dir)
+    found = extract_features(
+        net, "digits", split="test[:20]", overrides={"data.data_dir": tfds_dir}
+    )
     assert found.features.shape == (20, 71)
     assert len(set(found.names)) == 20
     assert found.labels.max() < 10 == len(found.class_names)
@@ -114,7 +116,9 @@ def test_broken_images_stop_or_are_named_and_left_out(net, image_folder, console
     (folder / "bee" / "2.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"bee/2\.png cannot be decoded"):
         extract_features(net, folder)
-    found = extract_features(net, folder, on_error="skip", console=console)
+    found = extract_features(
+        net, folder, overrides={"data.on_error": "skip"}, console=console
+    )
     assert console.file.getvalue().count("warning: skipped: image") == 1
     assert found.names == tuple(n for n in whole.names if n != "bee/2.png")
     kept = np.delete(whole.features, 8, axis=0)
@@ -143,11 +147,10 @@ def test_what_is_no_source_or_target_is_one_sentence(net, image_folder, weights)
     empty = image_folder / "empty"
     empty.mkdir()
     for data, options, sentence in (
-        (image_folder, {}, "has splits and not classes: give one, such as train"),
-        (image_folder / "none", {}, "is not a folder of images"),
-        (empty, {}, "holds no images"),
+        (image_folder / "none", {}, "none does not exist"),
+        (empty, {}, "has no folders"),
         (image_folder, {"split": "val"}, "no split 'val'"),
-        (empty, {"on_error": "ignore"}, "on_error is one of stop, skip"),
+        (None, {}, "brings no data"),
         (empty, {"batch_size": 0}, "at least 1"),
         (empty, {"out": "features.csv"}, r"ends in \.safetensors or \.npz"),
     ):
