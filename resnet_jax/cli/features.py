@@ -58,11 +58,13 @@ def _run(options: argparse.Namespace) -> None:
     from resnet_jax.evaluation.features import extract_features
     from resnet_jax.evaluation.nets import load_net
 
+    overrides = parse_overrides(options.rest)
+    moved = overrides if options.data is None else None
     extract_features(
-        load_net(options.weights, **net_options(options)),
+        load_net(options.weights, overrides=moved, **net_options(options)),
         options.data,
         split=options.split,
-        overrides=parse_overrides(options.rest),
+        overrides=overrides,
         batch_size=options.batch_size,
         out=options.out,
         force=options.force,

@@ -84,6 +84,7 @@ def extract_features(
       split: of the data set, "test" or "val" by default, or a part: "train[:10%]".
       overrides: values as text for fields of the data, such as
         ``{"data.on_error": "skip"}``, which names broken images and leaves them out.
+        For the data of a run, give them to ``load_net``.
       batch_size: images per batch; changes no result.
       out: also write them to this file, see ``save_features``.
       force: replace ``out`` if it exists.
@@ -106,7 +107,7 @@ def extract_features(
 
     on_fault = skip if config.on_error == "skip" else None
     found = _collected(net, source, config, batch_size, on_fault)
-    if data is not None:
+    if data is not None and not is_remote(data):
         folder = f"{expand(data).absolute()}{os.sep}"
         names = tuple(name.removeprefix(folder) for name in found.names)
         found = dataclasses.replace(found, names=names)
