@@ -12,9 +12,9 @@ hf-hub:OWNER/NET[@REVISION], or a net whose weights are in a file:
 The path holds train/CLASS/IMAGE and test/CLASS/IMAGE, in any sizes; configs/folder.py
 says how to split one folder. The classifier is new. The stem learns at 0.7 ** 5 = 0.17
 of the classifier's rate, the stages in between (optimizer.layer_decay). With few images
-a class, keep parts as they are, with their batch statistics:
+a class, keep parts as they are; with small batches, keep all batch statistics:
 
-  --config.model.frozen=stem,stage1,stage2
+  --config.model.frozen=stem,stage1,stage2 --config.model.frozen_statistics=true
 
 Weights of another origin need the size and the pixels that they were trained with:
 data.image_size, data.eval_shorter_side and data.normalization.

@@ -18,8 +18,9 @@ def build_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
         dtype=jnp.dtype(config.dtype),
         **model_options(config),
     )
-    if config.frozen and hasattr(model, "batch_norm_frozen"):
-        model = model.clone(batch_norm_frozen=config.frozen)
+    frozen = config.frozen_statistics or config.frozen
+    if frozen and hasattr(model, "batch_norm_frozen"):
+        model = model.clone(batch_norm_frozen=frozen)
     return model
 
 
@@ -28,7 +29,7 @@ def model_options(config: ModelConfig) -> dict[str, Any]:
 
     Options at their default are left out: not every net has all of them.
     """
-    others = {"name", "dtype", "weights", "new_head", "frozen"}
+    others = {"name", "dtype", "weights", "new_head", "frozen", "frozen_statistics"}
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)

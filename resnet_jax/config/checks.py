@@ -32,6 +32,7 @@ _APPLIES_TO = {
 
 _NEEDS = (
     ("model.new_head", "model.weights"),
+    ("model.frozen_statistics", "model.weights"),
     ("data.eval_image_size", "data.image_size"),
     ("data.eval_shorter_side", "data.image_size"),
     ("augmentation.shorter_side", "data.image_size"),

@@ -55,6 +55,9 @@ class ModelConfig(ModelOptions):
         False, "replace the classifier of model.weights by a new one"
     )
     frozen: tuple[str, ...] = option((), "parts not trained, such as stem,stage1")
+    frozen_statistics: bool = option(
+        False, "keep the batch statistics of model.weights in all parts"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,20 @@ def test_frozen_parts_stay_with_their_statistics_and_the_others_learn(tiny_confi
     assert not equal(before["params"]["head"], after["params"]["head"])
 
 
+def test_statistics_alone_can_be_frozen(tiny_config, tmp_path):
+    model = create_model("cifar_resnet8", num_classes=10)
+    variables = model.init(jax.random.key(0), np.zeros((1, 8, 8, 1)))
+    file = str(tmp_path / "weights.safetensors")
+    save_weights(file, variables, model)
+    tiny_config.model.update({"weights": file, "frozen_statistics": True})
+    before, after = run(tiny_config, 2)
+    assert equal(before["batch_stats"], after["batch_stats"])
+    assert not equal(before["params"]["stem"], after["params"]["stem"])
+    tiny_config.model.weights = None
+    with pytest.raises(UserError, match=r"model\.frozen_statistics"):
+        resolve(tiny_config)
+
+
 def test_a_part_that_the_net_has_not_cannot_be_frozen(tiny_config):
     tiny_config.model.frozen = ("stem", "stage9")
     with pytest.raises(UserError, match=r"no part 'stage9'.*did you mean stage"):
