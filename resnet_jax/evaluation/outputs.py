@@ -55,6 +55,14 @@ class Member:
         """The views that it needs."""
         return self.protocol, self.net.channels
 
+    @functools.cached_property
+    def program(self) -> Callable[[Any, Any], jax.Array]:
+        """A function of uint8 images (n, h, w, c) and sizes (n, 2): float32 (n, k).
+
+        It belongs to the member, so that a later ``apply`` does not compile again.
+        """
+        return _program(self, parallel.local_mesh())
+
 
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -177,7 +185,7 @@ class _Batches:
         num_examples: int,
     ):
         self._members, self._looks, self._mesh = members, looks, mesh
-        self._programs = [_program(member, mesh) for member in members]
+        self._programs = [member.program for member in members]
         self._batch_size, self._num_examples = batch_size, num_examples
         self._pools: dict[Any, list[tuple[_Place, np.ndarray]]] = {}
         self._waiting: dict[int, _Waiting] = {}
@@ -232,10 +240,13 @@ class _Batches:
         return image.shape
 
     def _capacity(self, look: Look, shape: tuple[int, ...]) -> int:
-        """Views per batch: fewer of large ones, so that batches need equal memory."""
+        """Views per batch: fewer of large ones, so that batches need equal memory.
+
+        Few images make batches of a power of two, so that few programs are compiled.
+        """
         size = getattr(look[0], "size", None)
         share = min(1.0, size**2 / math.prod(shape[:2])) if size else 1.0
-        views = self._num_examples * look[0].num_views
+        views = 1 << (self._num_examples * look[0].num_views - 1).bit_length()
         wanted = max(1, min(int(self._batch_size * share), views))
         return parallel.round_up(wanted, self._mesh)
 
