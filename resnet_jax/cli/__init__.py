@@ -14,6 +14,7 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
 
   resnet-jax train --config configs/digits.py --workdir runs/digits
   resnet-jax evaluate --workdir runs/digits
+  resnet-jax predict --weights torchvision:resnet50 pictures/ --html pictures.html
   resnet-jax report --workdir runs/digits --figure digits.png
   resnet-jax sweep --config configs/digits.py --workdir runs/sweep \\
       --grid optimizer.learning_rate=0.05,0.1 --config.seeds=3
@@ -27,7 +28,7 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
 """
 
 _COMMANDS = (
-    *("train", "evaluate", "report", "sweep", "paper"),
+    *("train", "evaluate", "predict", "report", "sweep", "paper"),
     *("summary", "plan", "prepare", "convert", "benchmark"),
 )
 
