@@ -7,6 +7,7 @@ percent.
 """
 
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from resnet_jax.errors import UserError, printable
+from resnet_jax.evaluation.figures import CALIBRATION_BINS
 from resnet_jax.storage import Disk, expand, replacing
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -292,6 +294,77 @@ def error_by_setting(
     axes.set_yticks(places, labels=names)
     axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.set_xlabel("test error (%)")
+    return figure
+
+
+def calibration_diagram(
+    nets: Mapping[str, Sequence[Mapping[str, Any]]], title: str = ""
+) -> Figure:
+    """Accuracy over confidence in bins (Guo et al. 2017, Figure 1), a panel for a net.
+
+    Args:
+      nets: the bins of ``evaluation.figures.calibration`` by the net's name. A bar is
+        as dark as the bin is full.
+      title: of the figure.
+    """
+    figure, panels = _figure(title, len(nets), (4.2, 4))
+    for axes, (name, bins) in zip(panels, nets.items(), strict=True):
+        most = max(found["count"] for found in bins)
+        width = 1 / CALIBRATION_BINS
+        for found in bins:
+            shade = 0.25 + 0.75 * found["count"] / most
+            axes.bar(
+                found["from"] + width / 2,
+                found["accuracy"],
+                width,
+                color="#4477aa",
+                alpha=shade,
+                edgecolor="white",
+            )
+        axes.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle="--")
+        axes.set_xlabel("confidence")
+        axes.set_ylabel("accuracy")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_title(_literal(name), fontsize=10)
+    return figure
+
+
+def confusion_figure(
+    pairs: Iterable[tuple[int, int, int]], class_names: Sequence[str], title: str = ""
+) -> Figure:
+    """The confusion matrix in percent of each class, rows are the right classes.
+
+    Args:
+      pairs: (label, predicted, count) for all pairs that occur.
+      class_names: of both axes.
+      title: of the figure.
+    """
+    size = len(class_names)
+    matrix = np.zeros((size, size))
+    for label, predicted, count in pairs:
+        matrix[label, predicted] = count
+    shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = min(2.5 + 0.3 * size, 12.0)
+    figure, (axes,) = _figure(title, 1, (side, side))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    names = [_literal(textwrap.shorten(name, 24)) for name in class_names]
+    axes.set_xticks(range(size), names, rotation=90, fontsize=8)
+    axes.set_yticks(range(size), names, fontsize=8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("right class")
+    if size <= 20:
+        for label, predicted in zip(*np.nonzero(matrix), strict=True):
+            dark = shares[label, predicted] > 50
+            axes.text(
+                predicted,
+                label,
+                f"{matrix[label, predicted]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
+            )
     return figure
 
 

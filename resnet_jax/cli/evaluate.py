@@ -1,23 +1,35 @@
 """``resnet-jax evaluate``."""
 
 import argparse
+import typing
 from typing import Any
 
-from resnet_jax.cli.arguments import whole
+from resnet_jax.cli.arguments import output_file, whole
+from resnet_jax.cli.nets import add_net_flags, net_options
 from resnet_jax.cli.overrides import parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
 from resnet_jax.config.schema import MOST_BATCH, MOST_STEPS
 
-_DESCRIPTION = """Evaluate a checkpoint of a run on a whole split.
-
-Every example counts once, whatever the batch size. A run reports its last checkpoint;
-its best one was chosen on a held-out part of the training set.
+_DESCRIPTION = """Evaluate trained nets on a whole split.
 
   resnet-jax evaluate --workdir runs/r56
-  resnet-jax evaluate --workdir runs/r56 --config.data.path=/data/moved
+  resnet-jax evaluate --weights torchvision:resnet50 --data /data/imagenet --split val
+  resnet-jax evaluate --workdir runs/r50 --protocol ten_crop
+  resnet-jax evaluate --workdir runs/r50 runs/r101 runs/r152 --ensemble probabilities
+  resnet-jax evaluate --ensemble-config configs/ensemble.py:runs/paper/imagenet
 
-Only fields of the data can be changed: where they are now, or other data of the same
-classes. Labels are matched by class name.
+Every example counts once, whatever the batch size. Runs that differ in their seed alone
+get a mean and a deviation, and two other nets the interval of their difference. A run
+reports its last checkpoint; its best one was chosen on a held-out part of the training
+set. Classes are matched by name.
+
+Protocols are KIND or KIND:FIELD=VALUE,FIELD=VALUE:
+  center       size, shorter_side, interpolation, flip
+  ten_crop     size, shorter_side, interpolation, average
+  multi_scale  shorter_sides=224+256, flip, pooling=global|windows, average
+  stored       flip
+
+--config.data.FIELD=VALUE says where a run's data are now, or how to read them.
 """
 
 
@@ -25,56 +37,86 @@ def add_parser(commands: Any) -> None:
     """Adds the subcommand to the parser of ``resnet-jax``."""
     parser = commands.add_parser(
         "evaluate",
-        help="evaluate a checkpoint of a run",
+        help="test runs and weights, one or several, by any protocol",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_net_flags(parser, several=True)
     add = parser.add_argument
-    add("--workdir", required=True, metavar="DIR", help="the run's folder")
-    splits = ("test", "holdout", "train")
-    add("--split", default="test", choices=splits, help="(default: test)")
     add(
-        "--checkpoint",
-        default="last",
-        type=_checkpoint,
-        metavar="last|best|STEP",
-        help="which checkpoint (default: last)",
+        "--ensemble-config",
+        metavar="FILE[:ARG]",
+        help="a config file that lists nets with their protocols",
+    )
+    add("--data", metavar="FOLDER|NAME", help="other data (default: the run's)")
+    add(
+        "--split",
+        help="of a run: test, holdout or train; or a split of --data (default: test)",
+    )
+    add("--protocol", metavar="TEXT", help="the views (default: the net's own)")
+    add(
+        "--ensemble",
+        choices=("probabilities", "logits"),
+        help="also test the mean of all nets",
+    )
+    add("--labels", metavar="FILE", help="several labels per ImageNet image (ReaL)")
+    add(
+        "--class-map",
+        metavar="FILE",
+        help="the net's class for each class of the data, where names do not match",
+    )
+    add(
+        "--all-classes",
+        action="store_true",
+        help="if the data have only some classes, let the net choose among all",
     )
     add(
         "--batch-size",
         type=whole(1, MOST_BATCH),
         metavar="N",
-        help="examples per batch (default: the config's); changes no result",
+        help="views per batch (default: the config's); changes no result",
     )
     add(
         "--precise-batches",
         type=whole(1, MOST_STEPS),
         metavar="N",
-        help="first recompute the batch statistics over N batches of the training set "
-        "(default: use the checkpoint's)",
+        help="first recompute a run's batch statistics over N of its batches (default: "
+        "use the checkpoint's)",
     )
+    add("--json", type=output_file, metavar="FILE", help="write all figures here")
+    add("--html", type=output_file, metavar="FILE", help="write a page of them here")
     add_process_flags(parser)
     parser.set_defaults(run=_run, takes_overrides=True)
 
 
-def _checkpoint(text: str) -> int | str:
-    if text in ("last", "best"):
-        return text
-    if text.isascii() and text.isdecimal() and len(text) < 11:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"last, best or a step, not {text!r}")
-
-
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.evaluation.evaluate import evaluate
+    from resnet_jax.analysis.evaluation_page import write_page
+    from resnet_jax.distributed import is_primary
+    from resnet_jax.errors import UserError
+    from resnet_jax.evaluation.ensembles import read_ensemble
+    from resnet_jax.evaluation.evaluate import evaluate_nets, write_result
 
+    nets: Any = options.weights or []
+    ensemble = options.ensemble
+    if options.ensemble_config is not None:
+        members, average = read_ensemble(options.ensemble_config)
+        nets, ensemble = [*nets, *members], ensemble or average
+    if not nets:
+        raise UserError("give nets with --weights, --workdir or --ensemble-config")
+    names = ("protocol", "data", "split", "labels", "class_map", "all_classes")
+    chosen = {name: getattr(options, name) for name in names}
     with connected(options):
-        evaluate(
-            options.workdir,
-            split=options.split,
-            checkpoint=options.checkpoint,
+        result = evaluate_nets(
+            nets,
+            ensemble=typing.cast(Any, ensemble),
             batch_size=options.batch_size,
             precise_batches=options.precise_batches,
             overrides=parse_overrides(options.rest),
+            **chosen,
+            **net_options(options),
         )
+        if is_primary() and options.json:
+            write_result(options.json, result)
+        if is_primary() and options.html:
+            write_page(options.html, result)

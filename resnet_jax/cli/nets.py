@@ -12,8 +12,10 @@ NETS = (
 def add_net_flags(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
     """Adds --weights, --model, --checkpoint, --mean and --std."""
     add = parser.add_argument
-    many: dict[str, Any] = {"nargs": "+"} if several else {}
-    add("--weights", required=True, metavar="NET", help=NETS, **many)
+    if several:
+        add("--weights", "--workdir", nargs="+", metavar="NET", help=NETS)
+    else:
+        add("--weights", required=True, metavar="NET", help=NETS)
     add(
         "--model",
         metavar="NAME",

@@ -13,6 +13,8 @@ _RUN = """Run an experiment: train what is missing, then analyse it.
   resnet-jax paper run table6 --only cifar_resnet20,cifar_plain20 --seeds 3 \\
       --workdir runs/paper --config.data.path=/data/cifar-10-batches-bin
   resnet-jax paper run figure6 --workdir runs/paper --dataset digits --scale small
+  resnet-jax paper run table2 --workdir runs/paper --dataset tiny-imagenet \\
+      --scale small --config.data.path=/data/tiny-imagenet-200
 
 The same command continues where it stopped and skips finished runs. Experiments in one
 folder share their runs. --config.FIELD=VALUE overrides any config field.
@@ -50,7 +52,8 @@ def add_parser(commands: Any) -> None:
     add(
         "--dataset",
         metavar="NAME|FOLDER",
-        help="other data: cifar10, cifar100, digits, mnist, fashion_mnist or a folder",
+        help="other data: a folder; for small images cifar10, cifar100, digits, mnist "
+        "or fashion_mnist; for ImageNet tiny-imagenet",
     )
     add_process_flags(run)
     run.set_defaults(run=_run, takes_overrides=True)

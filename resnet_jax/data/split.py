@@ -22,6 +22,7 @@ class Split:
 
     Attributes:
       name: "train", "holdout" or "test".
+      source: the examples as stored.
       image_shape: (h, w, c) of images in evaluation.
       training_shape: (h, w, c) of images in training.
     """
@@ -31,7 +32,7 @@ class Split:
 
     def __init__(self, name: str, source: Source, data: DataConfig):
         """Reads the first image if the config does not set the size."""
-        self.name, self._source, self._data = name, source, data
+        self.name, self.source, self._data = name, source, data
         self._kept: tuple[np.ndarray, np.ndarray] | None = None
         if data.image_size is None:
             self.image_shape = self._decoded(source[0]).shape
@@ -42,12 +43,12 @@ class Split:
             self.training_shape = data.image_size, data.image_size, source.channels
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences on the data for the start of a run."""
-        return notes(self._source)
+        return notes(self.source)
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +63,7 @@ class Split:
         """
         if self._kept is not None:
             return self._kept[0][index], int(self._kept[1][index])
-        example = self._source[index]
+        example = self.source[index]
         image = self._decoded(example)
         data, size = self._data, self.image_shape[0]
         if data.image_size is not None:
@@ -79,7 +80,7 @@ class Split:
 
     def _decoded(self, example: Example) -> np.ndarray:
         limit = self._data.max_image_pixels
-        return images.decode(example, self._source.channels, limit)
+        return images.decode(example, self.source.channels, limit)
 
     def training_example(
         self,
@@ -99,7 +100,7 @@ class Split:
         if augmentation.shorter_side is None and augmentation.crop_area is None:
             out[...], label = self.example(index)
         else:
-            example = self._source[index]
+            example = self.source[index]
 
             def choose(height: int, width: int) -> crops.Window:
                 if sides := augmentation.shorter_side:
@@ -109,7 +110,7 @@ class Split:
                 return crops.inception_window(height, width, area, aspect, rng)
 
             window = images.decode_window(
-                example, self._source.channels, choose, self._data.max_image_pixels
+                example, self.source.channels, choose, self._data.max_image_pixels
             )
             crops.resize(window, out)
             label = example.label
@@ -126,7 +127,7 @@ class Split:
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Examples as ``example`` returns them, from arrays in memory; else None."""
-        return None if self._data.image_size else take(self._source, indices)
+        return None if self._data.image_size else take(self.source, indices)
 
     def arrays(self, num_threads: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """All images uint8 (n, h, w, c), labels int32 (n,) and the errors.

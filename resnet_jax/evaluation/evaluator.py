@@ -13,10 +13,12 @@ from resnet_jax import distributed, parallel
 from resnet_jax.config import Config
 from resnet_jax.data.batch import Batch, Feed, gather
 from resnet_jax.data.transforms import PixelStatistics, normalize, to_unit
-from resnet_jax.evaluation.metrics import Sums, batch_sums, cross_entropy
-
-TOP5_CLASSES = 100
-"""With at least this many classes the top-5 error is reported too."""
+from resnet_jax.evaluation.metrics import (
+    TOP5_CLASSES,
+    Sums,
+    batch_sums,
+    cross_entropy,
+)
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+TOP5_CLASSES = 100
+"""With at least this many classes the top-5 error is reported too."""
+
 
 @flax.struct.dataclass
 class Sums:

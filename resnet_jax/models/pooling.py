@@ -45,8 +45,9 @@ def inside(x: jax.Array, sizes: jax.Array) -> jax.Array:
       x: maps (n, h, w, c), each padded below and to the right.
       sizes: integers (n, 2), height and width of each map without its padding.
     """
-    rows = jnp.arange(x.shape[1])[None, :, None] < sizes[:, 0, None, None]
-    columns = jnp.arange(x.shape[2])[None, None, :] < sizes[:, 1, None, None]
+    rows, columns = (jnp.arange(side, dtype=sizes.dtype) for side in x.shape[1:3])
+    rows = rows[None, :, None] < sizes[:, 0, None, None]
+    columns = columns[None, None, :] < sizes[:, 1, None, None]
     return (rows & columns)[..., None]
 
 
@@ -128,14 +129,15 @@ def adaptive_average_pool(
         return x
     pooled = widen(apart(x))
     if sizes is None:
-        sizes = jnp.array(x.shape[1:3])[None]
+        sizes = jnp.array(x.shape[1:3], jnp.int32)[None]
     else:
         pooled = jnp.where(inside(x, sizes), pooled, 0)
     # Bins are rectangles: averaging rows, then columns, averages the pixels.
     for axis in (1, 2):
-        length, places = sizes[:, axis - 1, None], jnp.arange(size)
+        length = sizes[:, axis - 1, None]
+        places = jnp.arange(size, dtype=sizes.dtype)[None]
         start, stop = places * length // size, -(-(places + 1) * length // size)
-        pixels = jnp.arange(x.shape[axis])
+        pixels = jnp.arange(x.shape[axis], dtype=sizes.dtype)[None, None]
         belongs = (start[..., None] <= pixels) & (pixels < stop[..., None])
         counts = (stop - start)[..., None].astype(pooled.dtype)
         shares = belongs.astype(pooled.dtype) / counts

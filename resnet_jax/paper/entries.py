@@ -27,27 +27,42 @@ class PaperRun:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A published error, in percent.
+    """Published errors of a net, in percent; top-1 unless they say top-5.
 
     Attributes:
       error: error of the best run, or of the only one.
       mean, deviation: over several runs, if published.
-      note: what a reader must know about it.
+      note: what a reader must know about them.
+      top5: top-5 error, if published.
     """
 
     error: float | None = None
     mean: float | None = None
     deviation: float | None = None
     note: str = ""
+    top5: float | None = None
 
     def __str__(self) -> str:
+        """The top-1 error, with mean, deviation and note."""
         parts = [] if self.error is None else [f"{self.error:.2f}"]
         if self.mean is not None:
             spread = "" if self.deviation is None else f" \u00b1 {self.deviation:.2f}"
             parts.append(f"({self.mean:.2f}{spread})")
-        if self.note:
+        if self.note and not self._is_top5_alone:
             parts.append(f"({self.note})")
         return " ".join(parts)
+
+    @property
+    def top5_text(self) -> str:
+        """The top-5 error, with the note if there is no top-1 error."""
+        if self.top5 is None:
+            return ""
+        note = f" ({self.note})" if self.note and self._is_top5_alone else ""
+        return f"{self.top5:.2f}{note}"
+
+    @property
+    def _is_top5_alone(self) -> bool:
+        return self.error is None and self.top5 is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +72,7 @@ class TableRow:
     Attributes:
       label: the publication's name of the net.
       run: the run that measures it here; None for a number that is only quoted.
-      published: its published error, if any.
+      published: its published errors, if any.
     """
 
     label: str
@@ -72,9 +87,10 @@ def row(
     mean: float | None = None,
     deviation: float | None = None,
     note: str = "",
+    top5: float | None = None,
 ) -> TableRow:
-    """A row and its published error, if there is one; see ``Published``."""
-    published = Published(error, mean, deviation, note)
+    """A row and its published errors, if there are any; see ``Published``."""
+    published = Published(error, mean, deviation, note, top5)
     return TableRow(label, run, None if published == Published() else published)
 
 

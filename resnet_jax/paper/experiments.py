@@ -15,6 +15,16 @@ EXPERIMENTS: dict[str, Experiment] = {
     for experiment in (*small_images.EXPERIMENTS, *imagenet.EXPERIMENTS)
 }
 
+ELSEWHERE = {
+    "Table 1": "resnet-jax summary resnet18_a resnet34_a resnet50_v1 resnet101_v1 "
+    "resnet152_v1",
+    "Figure 2": "ResidualBlock in resnet_jax/models/blocks.py",
+    "Figure 3": "resnet-jax summary vgg19 plain34 resnet34_a",
+    "Figure 5": "resnet-jax summary resnet34_a resnet50_v1 --blocks",
+    "Tables 7 to 14": "not built (detection and localisation)",
+}
+"""The paper's other tables and figures, and where they are."""
+
 
 def find_experiment(name: str) -> Experiment:
     """The experiment with a name.
@@ -42,7 +52,7 @@ def choose_runs(experiment: Experiment, only: Sequence[str] = ()) -> list[PaperR
 
 
 def print_experiments(console: rich.console.Console | None = None) -> None:
-    """Prints every experiment with its source and its runs."""
+    """Prints every experiment with its source and its runs, then ``ELSEWHERE``."""
     console = console or rich.console.Console()
     wrapper = textwrap.TextWrapper(
         width=88,
@@ -59,3 +69,6 @@ def print_experiments(console: rich.console.Console | None = None) -> None:
         say(console, f"{experiment.name}: {experiment.title}")
         say(console, f"    {experiment.source}")
         say(console, wrapper.fill(f"runs: {runs or 'none, only quoted numbers'}"))
+    say(console, "Tables and figures that are no experiments")
+    for name, where in ELSEWHERE.items():
+        say(console, f"    {name}: {where}")

@@ -65,21 +65,17 @@ def _depths(title: str, items: Sequence[Measured]) -> plots.Depths:
 def _layers(
     experiment: Experiment, section: Section, measured: Sequence[Measured], title: str
 ) -> Figure | None:
-    """A figure of layers, from the first seed of each row that was analysed."""
-    kind, values = str(experiment.analysis), {}
-    for item in measured:
-        seeds = [outcome.seed for outcome in item.outcomes] or [0]
-        found = (section.analysis(kind, item.entry.run, seed) for seed in seeds)
-        layers = next(filter(None, found), None)
-        if layers:
-            values[item.entry.label] = [value for _, value in layers]
+    """A figure of layers, with each row that was analysed."""
+    values = {
+        item.entry.label: [value for _, value in layers]
+        for item in measured
+        if (layers := section.layers(str(experiment.analysis), item))
+    }
     if not values:
         return None
     if experiment.figure == "responses":
-        layers = [
-            plots.Layers(label, values[label], _family(label)) for label in values
-        ]
-        return plots.layer_responses_figure(layers, title)
+        nets = [plots.Layers(label, values[label], _family(label)) for label in values]
+        return plots.layer_responses_figure(nets, title)
     panels = {
         panel.title: [
             plots.Layers(label.partition(", ")[2], values[label], family)

@@ -13,7 +13,7 @@ from resnet_jax.analysis.plots import check_file, save
 from resnet_jax.config import flatten
 from resnet_jax.console import describe_seconds, say
 from resnet_jax.errors import UserError, printable
-from resnet_jax.paper.entries import Experiment
+from resnet_jax.paper.entries import Experiment, Published
 from resnet_jax.paper.experiments import EXPERIMENTS, find_experiment
 from resnet_jax.paper.figures import draw
 from resnet_jax.paper.sections import Measured, Section
@@ -26,6 +26,8 @@ HEADER = (
     "published (%)",
     "measured (%)",
     "deviation",
+    "published top-5 (%)",
+    "measured top-5 (%)",
     "n",
     "training error (%)",
     "checkpoint",
@@ -34,7 +36,8 @@ HEADER = (
     "time per run",
 )
 """Columns of a table. Errors are test errors unless they say training; measured is the
-mean over n seeds, and deviation the sample standard deviation."""
+mean over n seeds, and deviation the sample standard deviation. Only tables with
+published top-5 errors have columns for them."""
 
 DEEPENED_HEADER = (
     "",
@@ -45,6 +48,14 @@ DEEPENED_HEADER = (
     "seed",
 )
 """Columns for trained nets deepened by identity layers."""
+
+LAYERS_HEADER = ("layers", "first", "last", "smallest", "mean", "largest")
+"""Columns for the values of a net's layers; the first column names what they are."""
+
+_QUANTITIES = {
+    "responses": "standard deviation of responses",
+    "gradients": "gradient norm",
+}
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
@@ -96,9 +107,11 @@ def report(
             measured = section.measured(experiment)
             tables: list[Table] = []
             if experiment.trains:
-                tables.append((HEADER, [_row(item) for item in measured]))
+                tables.append(_errors(measured))
             if experiment.analysis == "deepened":
                 tables.append((DEEPENED_HEADER, _deepened(experiment, section)))
+            if experiment.analysis in _QUANTITIES:
+                tables.append(_layers(experiment.analysis, section, measured))
             remarks = _remarks(measured) if experiment.trains else []
             figure = draw(experiment, section, measured)
             html += _html(experiment, tables, remarks, figure)
@@ -130,18 +143,32 @@ def _is_complete(section: Section, experiment: Experiment) -> bool:
     )
 
 
+def _errors(measured: Sequence[Measured]) -> Table:
+    """The table of published and measured errors."""
+    rows = [_row(item) for item in measured]
+    published = [item.entry.published for item in measured]
+    if any(each is not None and each.top5 is not None for each in published):
+        return HEADER, rows
+    kept = [i for i, name in enumerate(HEADER) if "top-5" not in name]
+    return [HEADER[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
 def _row(measured: Measured) -> list[str]:
     entry, results = measured.entry, measured.results
-    published = str(entry.published or "")
+    published = entry.published or Published()
+    blank = "not measured" if entry.run is not None else ""
     test, train = measured.spread("test_error"), measured.spread("train_error")
+    top5 = measured.spread("test_top5_error")
+    top5_cells = [published.top5_text, f"{100 * top5.mean:.2f}" if top5 else blank]
     if test is None or train is None:
-        blank = "not measured" if entry.run is not None else ""
-        return [entry.label, published, blank, *[""] * (len(HEADER) - 3)]
+        cells = [entry.label, str(published), blank, "", *top5_cells]
+        return cells + [""] * (len(HEADER) - len(cells))
     return [
         entry.label,
-        published,
+        str(published),
         f"{100 * test.mean:.2f}",
         "" if test.deviation is None else f"{100 * test.deviation:.2f}",
+        *top5_cells,
         str(test.count),
         f"{100 * train.mean:.2f}",
         f"last, step {results[0]['step']:,}",
@@ -173,6 +200,21 @@ def _deepened(experiment: Experiment, section: Section) -> list[list[str]]:
                 cells += [str(found[f"blocks_{when}"]), share]
             rows.append([*cells, str(outcome.seed)])
     return rows
+
+
+def _layers(kind: str, section: Section, measured: Sequence[Measured]) -> Table:
+    """The figure's layers in numbers: a row for each net that was analysed."""
+    rows = []
+    for item in measured:
+        values = [value for _, value in section.layers(kind, item) or ()]
+        if values:
+            shown = (
+                *(values[0], values[-1]),
+                *(min(values), statistics.fmean(values), max(values)),
+            )
+            cells = [f"{value:.3g}" for value in shown]
+            rows.append([item.entry.label, str(len(values)), *cells])
+    return (_QUANTITIES[kind], *LAYERS_HEADER), rows
 
 
 def _remarks(measured: Sequence[Measured]) -> list[str]:

@@ -10,9 +10,10 @@ from typing import Any
 from resnet_jax import storage
 from resnet_jax.config import fields
 from resnet_jax.errors import UserError
+from resnet_jax.evaluation.figures import Spread
 from resnet_jax.paper.entries import Experiment, PaperRun, TableRow
 from resnet_jax.paper.settings import SCALES, Setting
-from resnet_jax.training.runs import Outcome, Spread
+from resnet_jax.training.runs import Outcome
 from resnet_jax.workdir import Workdir
 
 
@@ -29,8 +30,8 @@ class Measured:
         return [o.result for o in self.outcomes if o.result is not None]
 
     def spread(self, metric: str) -> Spread | None:
-        """A metric over the finished seeds; None if there are none."""
-        values = [result[metric] for result in self.results]
+        """A metric over the finished seeds; None if none has it."""
+        values = [result[metric] for result in self.results if metric in result]
         return Spread.of(values) if values else None
 
     @property
@@ -143,6 +144,18 @@ class Section:
             return None
         text = storage.read_text(analysis_file(self.path, kind, run.name, seed))
         return None if text is None else json.loads(text)
+
+    def layers(self, kind: str, measured: Measured) -> list[tuple[str, float]] | None:
+        """Name and value of each layer, of the first seed that was analysed, or None.
+
+        Args:
+          kind: "responses" or "gradients".
+          measured: the outcomes of a row.
+        """
+        # The gradients are of fresh nets, which leave no outcome.
+        seeds = [outcome.seed for outcome in measured.outcomes] or [0]
+        found = (self.analysis(kind, measured.entry.run, seed) for seed in seeds)
+        return next(filter(None, found), None)
 
 
 def analysis_file(section: Path, kind: str, run: str, seed: int) -> Path:

@@ -19,15 +19,47 @@ from resnet_jax.training.runs import members_of
 SCALES = {"paper": 1.0, "small": 1 / 100, "tiny": 1 / 1000}
 """Fraction of the published length of training."""
 
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """A data set that stands in for a recipe's own.
+
+    Attributes:
+      fields: what it changes in a recipe, as text.
+      folder: what ``data.path`` must hold, if tfds does not have it.
+      for_imagenet: whether it suits ImageNet's recipes; otherwise those for small
+        images.
+    """
+
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    folder: str | None = None
+    for_imagenet: bool = False
+
+
 _NO_FLIP = {"augmentation.flip": "False"}
-DATASETS: dict[str, dict[str, str]] = {
-    "cifar10": {},
-    "cifar100": {},
-    "digits": {"augmentation.pad": "1", **_NO_FLIP},
-    "mnist": {"augmentation.pad": "2", **_NO_FLIP},
-    "fashion_mnist": {"augmentation.pad": "2"},
+DATASETS: dict[str, StandIn] = {
+    "cifar10": StandIn(),
+    "cifar100": StandIn(),
+    "digits": StandIn({"augmentation.pad": "1", **_NO_FLIP}),
+    "mnist": StandIn({"augmentation.pad": "2", **_NO_FLIP}),
+    "fashion_mnist": StandIn({"augmentation.pad": "2"}),
+    # Every size is a quarter of the recipe's, because the stored images have 64 pixels
+    # where ImageNet's are resized to 256. So the centre crop is the recipe's share of
+    # the image, without resizing. The share of held-out images is the recipe's too.
+    "tiny-imagenet": StandIn(
+        {
+            "data.name": "Tiny ImageNet (64x64)",
+            "data.test_split": "val",
+            "data.holdout_examples": "2000",
+            "data.image_size": "56",
+            "data.eval_shorter_side": "64",
+            "augmentation.shorter_side": "(64, 120)",
+        },
+        folder="Tiny-ImageNet-200 as distributed: train/WNID/images and val/images",
+        for_imagenet=True,
+    ),
 }
-"""Known small data sets, and what each changes in a recipe for small images."""
+"""Known data sets."""
 
 _EVALUATIONS = 160  # about the paper's: once per epoch of CIFAR-10
 _FEW_EVALUATIONS = 16
@@ -55,7 +87,7 @@ class Setting:
           UserError: the data set or scale is unknown, or a field is wrong.
         """
         spec = str(config_folder() / run.config)
-        chosen = {**run.overrides, **self._dataset_fields()}
+        chosen = {**run.overrides, **self._dataset_fields(run)}
         scaled = self._length_fields(load_config(spec, chosen))
         return load_config(spec, {**chosen, **scaled, **self.overrides})
 
@@ -70,16 +102,32 @@ class Setting:
         name = name or "data"
         return name if self.scale == "paper" else f"{name}-{self.scale}"
 
-    def _dataset_fields(self) -> dict[str, str]:
+    def _dataset_fields(self, run: PaperRun) -> dict[str, str]:
         if self.dataset is None:
             return {}
+        for_imagenet = run.config.startswith("imagenet")
+        suitable = [
+            name for name, x in DATASETS.items() if x.for_imagenet == for_imagenet
+        ]
         if self.dataset in DATASETS:
-            return {"data.name": self.dataset, **DATASETS[self.dataset]}
+            if self.dataset not in suitable:
+                kind = "ImageNet" if for_imagenet else "small images"
+                raise UserError(
+                    f"data set {self.dataset!r} does not suit {run.name}, whose recipe "
+                    f"is for {kind}; give a folder, or one of {', '.join(suitable)}"
+                )
+            stand_in = DATASETS[self.dataset]
+            if stand_in.folder is not None and "data.path" not in self.overrides:
+                raise UserError(
+                    f"data set {self.dataset!r} needs --config.data.path=FOLDER with "
+                    f"{stand_in.folder}"
+                )
+            return {"data.name": self.dataset, **stand_in.fields}
         is_path = is_remote(self.dataset) or "/" in self.dataset
         if not is_path and not expand(self.dataset).exists():
             raise UserError(
                 f"unknown data set {self.dataset!r}; give a folder, or one of "
-                f"{', '.join(DATASETS)}"
+                f"{', '.join(suitable)}"
             )
         return {"data.path": self.dataset, "data.name": locate(self.dataset).name}
 

@@ -6,8 +6,7 @@ continues where it stopped.
 
 import dataclasses
 import os
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from resnet_jax.console import describe_seconds, say
 from resnet_jax.data.feeds import LastDataset
 from resnet_jax.environment import command_line, environment
 from resnet_jax.errors import UserError
+from resnet_jax.evaluation.figures import Spread
 from resnet_jax.training.report import write_seeds_report
 from resnet_jax.workdir import Workdir
 
@@ -147,41 +147,6 @@ def train_members(
                 say(console, f"{title}: {outcome.describe()}")
             outcomes.append(outcome)
     return outcomes
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """A metric over several runs.
-
-    Attributes:
-      mean: of the runs.
-      deviation: their sample standard deviation (n - 1); None for one run.
-      count: n.
-    """
-
-    mean: float
-    deviation: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> "Spread":
-        """The spread of at least one value."""
-        numbers = list(values)
-        deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
-        return cls(statistics.fmean(numbers), deviation, len(numbers))
-
-    def __str__(self) -> str:
-        """In percent: ``6.61 +- 0.16``."""
-        text = f"{100 * self.mean:.2f}"
-        return (
-            text
-            if self.deviation is None
-            else f"{text} \u00b1 {100 * self.deviation:.2f}"
-        )
-
-    def percent(self) -> str:
-        """As ``6.61 +- 0.16 % (5 seeds)``."""
-        return f"{self} % ({self.count} seed{'s' if self.count > 1 else ''})"
 
 
 def mean_errors(results: Sequence[dict[str, Any]]) -> dict[str, float | None]:

@@ -17,9 +17,9 @@ from resnet_jax.config import Config, load_config
 from resnet_jax.console import describe_seconds, make_console, say
 from resnet_jax.environment import command_line, environment
 from resnet_jax.errors import UserError, printable
+from resnet_jax.evaluation.figures import Spread
 from resnet_jax.training.runs import (
     Outcome,
-    Spread,
     mean_errors,
     members_of,
     train_members,

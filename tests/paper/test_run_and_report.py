@@ -2,6 +2,8 @@ import json
 import re
 import shutil
 
+import cv2
+import numpy as np
 import pytest
 
 from resnet_jax.cli import main
@@ -81,6 +83,63 @@ def test_the_report_sets_measured_beside_published(finished):
     assert page.count("<svg") == 1
     assert not re.search(r"""(src|href)=["']?http""", page)
     assert (folder / "figures" / "digits-tiny-figure1.png").stat().st_size > 1000
+
+
+def test_tables_with_top_5_errors_show_them(finished, tmp_path):
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
+    report(copy, only=["table2", "table3"], console=make_console())
+    table2, table3 = (copy / "report.md").read_text().split("### Table 3")
+    assert "top-5" not in table2
+    assert "| published top-5 (%) | measured top-5 (%) |" in table3
+    assert "| VGG-16 | 28.07 |  |  | 9.33 |  |" in table3
+    assert "| GoogLeNet |  |  |  | 9.15 |  |" in table3
+    blank = "not measured"
+    assert f"| ResNet-50 | 22.85 | {blank} |  | 6.71 | {blank} |" in table3
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    """Tiny-ImageNet as distributed, with 100 classes of two images."""
+    root, lines = tmp_path / "tiny-imagenet-200", []
+    images = np.random.default_rng(0).integers(0, 256, (100, 3, 64, 64, 3), np.uint8)
+    (root / "val" / "images").mkdir(parents=True)
+    for label in range(100):
+        wnid = f"n{label:08}"
+        folder = root / "train" / wnid / "images"
+        folder.mkdir(parents=True)
+        (folder.parent / f"{wnid}_boxes.txt").write_text("box\n")
+        files = [folder / f"{wnid}_{i}.JPEG" for i in range(2)]
+        files.append(root / "val" / "images" / f"val_{label}.JPEG")
+        for file, image in zip(files, images[label], strict=True):
+            assert cv2.imwrite(str(file), image)
+        lines.append(f"val_{label}.JPEG\t{wnid}\t0\t0\t63\t63\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    return root
+
+
+def test_tiny_imagenet_stands_in_for_imagenet(tiny_imagenet, tmp_path):
+    overrides = {
+        "data.path": str(tiny_imagenet),
+        "data.holdout_examples": "20",
+        "model.name": "cifar_plain8",
+        "training.steps": "2",
+        "training.global_batch_size": "8",
+        "evaluation.every_steps": "2",
+        "checkpoint.every_steps": "2",
+    }
+    setting = Setting("tiny-imagenet", "tiny", overrides)
+    options = {"only": ["plain34"], "setting": setting, "console": make_console()}
+    run_experiment("table3", tmp_path / "paper", **options)
+    section = tmp_path / "paper" / "tiny-imagenet-64x64-tiny"
+    result = json.loads((section / "plain34/seed-0/result.json").read_text())
+    assert (result["test_count"], result["data"]) == (100, "Tiny ImageNet (64x64)")
+    report(tmp_path / "paper", console=make_console())
+    text = (tmp_path / "paper" / "report.md").read_text()
+    line = next(x for x in text.splitlines() if x.startswith("| plain-34 |"))
+    top1, top5 = (f"{100 * result[f'test_{x}error']:.2f}" for x in ("", "top5_"))
+    assert line.startswith(f"| plain-34 | 28.54 | {top1} |  | 10.02 | {top5} | 1 |")
+    assert "| Tiny ImageNet (64x64) |" in line
+    assert "data.image_size=56 (published: 224)" in text
 
 
 def test_what_is_finished_is_not_run_again(finished, setting, monkeypatch):
@@ -172,7 +231,7 @@ def test_identity_layers_change_no_answer(setting, tmp_path):
 
 
 def test_layers_are_analysed_in_order(finished, setting, tmp_path):
-    folder, _ = finished
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
     options = {"only": ["cifar_plain20"], "seeds": 1, "setting": setting}
     run_experiment("figure7", folder, console=make_console(), **options)
     run_experiment("gradients", folder, console=make_console(), **options)
@@ -186,6 +245,15 @@ def test_layers_are_analysed_in_order(finished, setting, tmp_path):
     assert layers["responses"][0][0] == layers["gradients"][0][0] == "stem/conv"
     report(folder, only=["figure7", "gradients"], console=make_console())
     assert (folder / "report.html").read_text().count("<svg") == 2
+    text = (folder / "report.md").read_text()
+    for label, found in (
+        ("plain-20", layers["responses"]),
+        ("plain-20, BN, He", layers["gradients"]),
+    ):
+        x = np.array([value for _, value in found])
+        numbers = (x[0], x[-1], x.min(), x.mean(), x.max())
+        shown = " | ".join(f"{number:.3g}" for number in numbers)
+        assert f"| {label} | 7 | {shown} |" in text
 
 
 def test_wrong_use_is_told(tmp_path, setting):

@@ -8,6 +8,7 @@ from resnet_jax.paper.entries import PaperRun
 from resnet_jax.paper.settings import Setting, config_folder
 
 RESNET110 = PaperRun("cifar_resnet110", "cifar10.py:cifar_resnet110")
+PLAIN18 = PaperRun("plain18", "imagenet.py:plain18,he2015")
 WIDE = PaperRun("wide", "cifar10_wide.py:cifar_wide_resnet16_8")
 
 
@@ -55,6 +56,38 @@ def test_a_folder_is_a_data_set(tmp_path):
         UserError, match=r"unknown data set 'digit'; give a folder, or one"
     ):
         Setting("digit").config(RESNET110)
+
+
+def test_tiny_imagenet_has_a_quarter_of_the_recipes_sizes(tmp_path):
+    setting = Setting("tiny-imagenet", overrides={"data.path": str(tmp_path)})
+    config = setting.config(PLAIN18)
+    published = Setting().config(PLAIN18)
+    assert 4 * config.data.image_size == published.data.image_size
+    assert 4 * config.data.eval_shorter_side == published.data.eval_shorter_side
+    sides = [4 * side for side in config.augmentation.shorter_side]
+    assert sides == list(published.augmentation.shorter_side)
+    # The share of 100,000 images that the paper's run holds out of ImageNet.
+    share = published.data.holdout_examples / 1_281_167
+    assert config.data.holdout_examples / 100_000 == pytest.approx(share, rel=0.03)
+    assert set(changed(PLAIN18, setting)) == {
+        *("data.name", "data.path", "data.test_split", "data.holdout_examples"),
+        *("data.image_size", "data.eval_shorter_side", "augmentation.shorter_side"),
+    }
+    assert setting.section(config) == "tiny-imagenet-64x64"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "run", "sentence"),
+    [
+        ("digits", PLAIN18, "does not suit plain18, .* ImageNet; .* tiny-imagenet"),
+        ("tiny-imagenet", RESNET110, "does not suit cifar_resnet110, .* small images"),
+        ("tiny-imagenet", PLAIN18, "needs --config.data.path=FOLDER with Tiny-ImageN"),
+        ("imagnet", PLAIN18, "unknown .* give a folder, or one of tiny-imagenet"),
+    ],
+)
+def test_a_data_set_that_does_not_suit_is_refused(dataset, run, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Setting(dataset).config(run)
 
 
 def test_overrides_have_the_last_word():

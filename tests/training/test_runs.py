@@ -8,9 +8,10 @@ import resnet_jax
 from resnet_jax.config import resolve
 from resnet_jax.data.feeds import LastDataset, ResidentFeed
 from resnet_jax.errors import Preempted, UserError
+from resnet_jax.evaluation.figures import Spread
 from resnet_jax.parallel import data_mesh
 from resnet_jax.training import train as train_module
-from resnet_jax.training.runs import Spread, members_of, train_members
+from resnet_jax.training.runs import members_of, train_members
 from tests.conftest import make_console, make_tiny_config
 
 

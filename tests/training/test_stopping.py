@@ -82,6 +82,7 @@ def test_stopped_anywhere_it_ends_bit_for_bit_the_same(
     assert content["rows"] == rows_of(stopped)
     best = [
         resnet_jax.evaluate(run, split="holdout", checkpoint="best", console=console)
+        | {"source": None}
         for run in (undisturbed, stopped)
     ]
     assert best[0] == best[1]
