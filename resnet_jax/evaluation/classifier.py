@@ -80,6 +80,11 @@ class Classifier:
         self.names = readable_names(
             net.class_names or [str(index) for index in range(net.num_classes)]
         )
+        if len(self.names) != net.num_classes:
+            raise UserError(
+                f"{net.source} names {len(self.names)} classes, but its net has "
+                f"{net.num_classes}: save it again with the right names"
+            )
         self._member = Member(net, self.protocol)
 
     @classmethod

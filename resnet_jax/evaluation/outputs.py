@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 from jax.sharding import Mesh
 
 from resnet_jax import parallel
@@ -321,10 +322,19 @@ def _forward(net: TrainedNet, protocol: Protocol) -> Callable[..., jax.Array]:
     def forward(
         variables: Any, images: jax.Array, sizes: jax.Array, columns: np.ndarray | None
     ) -> jax.Array:
-        if isinstance(protocol, MultiScale):
-            logits = apply_masked(net.model, variables, images, sizes)
-        else:
-            logits = net.model.apply(variables, images, train=False)  # type: ignore[assignment]
+        logits: Any
+        try:
+            if isinstance(protocol, MultiScale):
+                logits = apply_masked(net.model, variables, images, sizes)
+            else:
+                logits = net.model.apply(variables, images, train=False)
+        except (ValueError, FlaxError) as error:  # while the program is traced
+            height, width = images.shape[1:3]
+            reason = str(error).split("\n")[0]
+            raise UserError(
+                f"{net.name} cannot take views of {width}x{height} pixels, give a "
+                f"protocol with others: {reason}"
+            ) from error
         logits = logits if columns is None else logits[:, columns]
         return logits if protocol.average == "logits" else jax.nn.log_softmax(logits)
 

@@ -19,6 +19,7 @@ from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.evaluation.outputs import Member
 from resnet_jax.evaluation.protocols import Center, MultiScale, Stored, TenCrop
 from resnet_jax.models import ResNet, create_model
+from resnet_jax.models.highway import HighwayNet
 from tests.evaluation.test_outputs import (
     CLASSES,
     MEAN,
@@ -207,8 +208,20 @@ def test_from_pretrained(tmp_path, photographs):
     assert len(classifier(photographs[0])[0].classes) == 3
 
 
+def test_views_of_a_size_that_a_net_cannot_take(trained):
+    model = HighwayNet(widths=(4, 4, 4), highway_layers=(1, 1, 1), num_classes=3)
+    variables = random_variables(model, np.zeros((1, 32, 32, 3), np.float32))
+    net = dataclasses.replace(
+        trained, name="highway", model=model, variables=variables, class_names=None
+    )
+    sentence = "highway cannot take views of 2x2 pixels.*at least 4x4"
+    with pytest.raises(UserError, match=sentence):
+        Classifier(net, "center:size=2,shorter_side=2")(np.zeros((5, 5), np.uint8))
+
+
 def test_mistakes_get_one_sentence(trained, photographs):
     classifier = Classifier(trained)
+    misnamed = dataclasses.replace(trained, class_names=("one",))
     without = dataclasses.replace(trained, model=ResNet((1,), num_classes=None))
     for call, sentence in (
         (lambda: classifier(photographs, top=0), "at least 1, not 0"),
@@ -216,6 +229,7 @@ def test_mistakes_get_one_sentence(trained, photographs):
         (lambda: classifier([photographs[0], None]), "image 1 is NoneType: give"),
         (lambda: classifier(photographs[0].parent), "photographs0 cannot be read"),
         (lambda: Classifier(without), "has no classifier"),
+        (lambda: Classifier(misnamed), "names 1 classes, but its net has 7"),
         (lambda: Classifier(trained, "tencrop"), "did you mean ten_crop"),
     ):
         with pytest.raises(UserError, match=sentence) as error:
