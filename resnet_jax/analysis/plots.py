@@ -348,6 +348,7 @@ def confusion_figure(
     side = min(2.5 + 0.3 * size, 12.0)
     figure, (axes,) = _figure(title, 1, (side, side))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    axes.grid(False)
     names = [_literal(textwrap.shorten(name, 24)) for name in class_names]
     axes.set_xticks(range(size), names, rotation=90, fontsize=8)
     axes.set_yticks(range(size), names, fontsize=8)

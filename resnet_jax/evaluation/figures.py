@@ -115,7 +115,8 @@ def calibration(records: Records) -> dict[str, Any]:
 
     ``error`` is the mean over examples of |accuracy - confidence| of their bin.
     """
-    place = np.ceil(records.confidence * CALIBRATION_BINS).astype(int) - 1
+    confidences = np.nan_to_num(records.confidence)
+    place = np.ceil(confidences * CALIBRATION_BINS).astype(int) - 1
     place = np.clip(place, 0, CALIBRATION_BINS - 1)
     bins, total = [], 0.0
     for index in range(CALIBRATION_BINS):
@@ -123,7 +124,7 @@ def calibration(records: Records) -> dict[str, Any]:
         if not own.any():
             continue
         accuracy = float(np.mean(~records.wrong[own]))
-        confidence = float(np.mean(records.confidence[own], dtype=np.float64))
+        confidence = float(np.mean(confidences[own], dtype=np.float64))
         total += own.sum() * abs(accuracy - confidence)
         bins.append(
             {

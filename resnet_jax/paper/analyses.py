@@ -1,7 +1,8 @@
 """The analyses that experiments need besides training, stored as JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from resnet_jax.data.dataset import open_dataset
 from resnet_jax.data.feeds import make_feed
 from resnet_jax.data.transforms import normalize, to_unit
 from resnet_jax.errors import UserError
+from resnet_jax.evaluation import protocols
+from resnet_jax.evaluation.evaluate import evaluate_nets
 from resnet_jax.evaluation.evaluator import Evaluator, evaluation_batch_size
+from resnet_jax.evaluation.nets import TrainedNet, load_net
 from resnet_jax.evaluation.saved_run import load_run
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.surgery import deepen
-from resnet_jax.paper.entries import AnalysisKind
+from resnet_jax.paper.entries import Experiment
 from resnet_jax.paper.sections import analysis_file
 from resnet_jax.training.train import learner_for
 from resnet_jax.workdir import Workdir
@@ -32,31 +36,106 @@ DEEPER = 3
 
 
 def analyse(
-    kind: AnalysisKind,
+    experiment: Experiment,
     members: Mapping[str, Config],
     folder: Path,
     console: rich.console.Console,
 ) -> None:
-    """Analyses the runs that were not analysed yet, except those that diverged.
+    """Analyses what was not analysed yet, except runs that diverged.
 
     Args:
-      kind: kind of analysis.
+      experiment: names the kind of analysis.
       members: configs of the runs, finished if they are trained at all, by folder.
       folder: contains their folders.
       console: where to print.
     """
-    analysis = {"responses": _responses, "gradients": _gradients, "deepened": _deepened}
+    kind = experiment.analysis
+    if kind == "ensemble":
+        _analyse_together(experiment, members, folder, console)
+        return
+    analysis: dict[str, Callable[[Config, Workdir], Any]] = {
+        "responses": _responses,
+        "gradients": _gradients,
+        "deepened": _deepened,
+        "ten_crop": partial(_tested, "ten_crop"),
+        "multi_scale": partial(_tested, "multi_scale"),
+    }
     for name, config in members.items():
         section, run, seed = name.split("/")
         number = int(seed.removeprefix("seed-"))
-        file = analysis_file(folder / section, kind, run, number)
+        file = analysis_file(folder / section, str(kind), f"{run}-{number}")
         workdir = Workdir(folder / name)
         if file.exists() or workdir.read_failure() is not None:
             continue
         say(console, f"{kind} of {name}")
-        found: Any = analysis[kind](config, workdir)
-        Workdir(file.parent).create()
-        workdir.write(file, json.dumps(found) + "\n")
+        _write(file, analysis[str(kind)](config, workdir))
+
+
+def _analyse_together(
+    experiment: Experiment,
+    members: Mapping[str, Config],
+    folder: Path,
+    console: rich.console.Console,
+) -> None:
+    """Tests the ensemble of an experiment's runs, once all of them are finished."""
+    for section in {name.split("/")[0] for name in members}:
+        file = analysis_file(folder / section, "ensemble", experiment.name)
+        names = [
+            f"{section}/{run.name}/seed-{seed}"
+            for run in experiment.runs()
+            for seed in range(experiment.seeds_of(run))
+        ]
+        workdirs = [Workdir(folder / name) for name in names]
+        missing = [
+            name
+            for name, workdir in zip(names, workdirs, strict=True)
+            if workdir.read_result() is None
+        ]
+        if missing:
+            say(console, f"no ensemble yet: {', '.join(missing)} not finished")
+        elif not file.exists():
+            say(console, f"ensemble of {len(names)} nets")
+            nets = [load_net(workdir.path) for workdir in workdirs]
+            found = _test(nets, "multi_scale")
+            members_of_it = [name.removeprefix(f"{section}/") for name in names]
+            _write(file, {**found, "nets": members_of_it})
+
+
+def _write(file: Path, found: Any) -> None:
+    Workdir(file.parent).create()
+    Workdir(file.parent).write(file, json.dumps(found) + "\n")
+
+
+def _tested(kind: str, _: Config, workdir: Workdir) -> dict[str, Any]:
+    """Test errors of a trained net with the views of a protocol."""
+    return _test([load_net(workdir.path)], kind)
+
+
+def _test(nets: Sequence[TrainedNet], kind: str) -> dict[str, Any]:
+    """Test errors of a net, or of several as an ensemble.
+
+    Args:
+      nets: of runs on the same data.
+      kind: of protocol; its sizes are in proportion to each net's own view.
+
+    Returns:
+      errors, count, error, top5_error with 100 classes or more, and the protocol's
+      description.
+    """
+    quiet = rich.console.Console(quiet=True)
+    several = len(nets) > 1
+    result = evaluate_nets(
+        nets,
+        protocol=kind,
+        ensemble="probabilities" if several else None,
+        console=quiet,
+    )
+    found = result["ensemble"] if several else result["nets"][0]
+    names = ("errors", "count", "error", "top5_error")
+    return {
+        **{name: found[name] for name in names if name in found},
+        "protocol": protocols.parse(kind, nets[0].protocol).describe(),
+    }
 
 
 def _responses(_: Config, workdir: Workdir) -> list[tuple[str, float]]:

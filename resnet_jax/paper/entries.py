@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 FigureKind = Literal["train_and_test", "curves", "responses", "gradients", "depth"]
-AnalysisKind = Literal["responses", "gradients", "deepened"]
+AnalysisKind = Literal[
+    "responses", "gradients", "deepened", "ten_crop", "multi_scale", "ensemble"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Experiment:
       analysis: what is computed besides training, from the last checkpoints or, if
         ``trains`` is False, from fresh nets.
       trains: whether its runs are trained.
+      seeds: seeds that it needs of a run, by the run's name; by default as published.
     """
 
     name: str
@@ -130,6 +133,11 @@ class Experiment:
     panels: tuple[Panel, ...] = ()
     analysis: AnalysisKind | None = None
     trains: bool = True
+    seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def seeds_of(self, run: PaperRun) -> int:
+        """The number of seeds of one of its runs."""
+        return self.seeds.get(run.name, run.seeds)
 
     def runs(self) -> list[PaperRun]:
         """Its runs, each once, in order."""

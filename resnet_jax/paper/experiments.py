@@ -63,12 +63,13 @@ def print_experiments(console: rich.console.Console | None = None) -> None:
     )
     for experiment in EXPERIMENTS.values():
         runs = ", ".join(
-            run.name if run.seeds == 1 else f"{run.name} ({run.seeds} seeds)"
+            f"{run.name} ({seeds} seeds)" if seeds > 1 else run.name
             for run in experiment.runs()
+            for seeds in (experiment.seeds_of(run),)
         )
         say(console, f"{experiment.name}: {experiment.title}")
         say(console, f"    {experiment.source}")
-        say(console, wrapper.fill(f"runs: {runs or 'none, only quoted numbers'}"))
+        say(console, wrapper.fill(f"runs: {runs}"))
     say(console, "Tables and figures that are no experiments")
     for name, where in ELSEWHERE.items():
         say(console, f"    {name}: {where}")

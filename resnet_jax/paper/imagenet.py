@@ -9,8 +9,8 @@ from resnet_jax.paper.entries import Experiment, Panel, PaperRun, row
 
 _HE2015 = "He et al. 2015"
 _CENTRE = (
-    "Measured here: the centre crop at the last checkpoint (on ImageNet 224 pixels, "
-    "shorter side 256)."
+    "Measured here at the last checkpoint (on ImageNet crops of 224 pixels, shorter "
+    "side 256): the centre crop"
 )
 
 
@@ -31,13 +31,14 @@ EXPERIMENTS = (
         title="Table 2: plain against residual nets on ImageNet",
         source=_HE2015,
         shows="Without shortcuts 34 layers are worse than 18; with them, better.",
-        protocol=f"Published: 10-crop top-1. {_CENTRE}",
+        protocol=f"Published: 10-crop top-1. {_CENTRE}, and 10-crop.",
         entries=(
             row("plain-18", _PLAIN18, 27.94),
             row("plain-34", _PLAIN34, 28.54),
             row("ResNet-18", _RESNET18, 27.88),
             row("ResNet-34", _RESNET34, 25.03),
         ),
+        analysis="ten_crop",
     ),
     Experiment(
         name="figure4",
@@ -63,7 +64,7 @@ EXPERIMENTS = (
         title="Table 3: error on ImageNet validation, 10-crop",
         source=_HE2015,
         shows="Projections matter little; depth matters.",
-        protocol=f"Published: 10-crop. {_CENTRE}",
+        protocol=f"Published: 10-crop. {_CENTRE}, and 10-crop.",
         entries=(
             row("VGG-16", None, 28.07, top5=9.33),
             row("GoogLeNet", top5=9.15),
@@ -76,6 +77,7 @@ EXPERIMENTS = (
             row("ResNet-101", _RESNET101, 21.75, top5=6.05),
             row("ResNet-152", _RESNET152, 21.43, top5=5.71),
         ),
+        analysis="ten_crop",
     ),
     Experiment(
         name="table4",
@@ -83,9 +85,9 @@ EXPERIMENTS = (
         source=_HE2015,
         shows="What single nets reach when tested fully convolutionally at several "
         "scales.",
-        protocol="Published: fully convolutional, mean over shorter sides 224, "
-        f"256, 384, 480 and 640. {_CENTRE} The test at several scales is not "
-        "implemented yet.",
+        protocol="Published: fully convolutional, mean over shorter sides 224, 256, "
+        f"384, 480 and 640. {_CENTRE}, and these scales (on other data in proportion "
+        "to the size of the crop).",
         entries=(
             row("VGG-16", top5=8.43, note="ILSVRC'14, test set"),
             row("GoogLeNet", top5=7.89),
@@ -98,14 +100,18 @@ EXPERIMENTS = (
             row("ResNet-101", _RESNET101, 19.87, top5=4.60),
             row("ResNet-152", _RESNET152, 19.38, top5=4.49),
         ),
+        analysis="multi_scale",
     ),
     Experiment(
         name="table5",
         title="Table 5: ensembles on the ImageNet test set, top-5",
         source=_HE2015,
         shows="What ensembles reach.",
-        protocol="Published: top-5 on the test server. Ensembles are not implemented "
-        "yet, so nothing is measured here.",
+        protocol="Published: on the test server, six models of different depth, only "
+        "two of them of 152 layers; the other four are not published. Measured here on "
+        "the validation set at the last checkpoint: the centre crop of each net below, "
+        "and the ensemble of all six at the scales of Table 4. Its four shallower nets "
+        "are this project's choice.",
         entries=(
             row("VGG (ILSVRC'14)", top5=7.32),
             row("GoogLeNet (ILSVRC'14)", top5=6.66),
@@ -113,6 +119,13 @@ EXPERIMENTS = (
             row("PReLU-net", top5=4.94),
             row("BN-inception", top5=4.82),
             row("ResNet (ILSVRC'15)", top5=3.57, note="six models"),
+            row("ResNet-34 B", _RESNET34_B),
+            row("ResNet-34 C", _RESNET34_C),
+            row("ResNet-50", _RESNET50),
+            row("ResNet-101", _RESNET101),
+            row("ResNet-152", _RESNET152),
         ),
+        analysis="ensemble",
+        seeds={_RESNET152.name: 2},
     ),
 )

@@ -26,8 +26,10 @@ HEADER = (
     "published (%)",
     "measured (%)",
     "deviation",
+    "measured, {views} (%)",
     "published top-5 (%)",
     "measured top-5 (%)",
+    "measured top-5, {views} (%)",
     "n",
     "training error (%)",
     "checkpoint",
@@ -37,7 +39,14 @@ HEADER = (
 )
 """Columns of a table. Errors are test errors unless they say training; measured is the
 mean over n seeds, and deviation the sample standard deviation. Only tables with
-published top-5 errors have columns for them."""
+published top-5 errors have columns for them, and only those whose nets are tested with
+several views per image have columns for that."""
+
+VIEWS = {"ten_crop": "10-crop", "multi_scale": "several scales"}
+"""Analyses that test a net with several views per image."""
+
+ENSEMBLE_HEADER = ("ensemble", "nets", "test error (%)", "test top-5 error (%)")
+"""Columns for nets that answer together."""
 
 DEEPENED_HEADER = (
     "",
@@ -105,13 +114,7 @@ def report(
         markdown.append(f"## {_plain(title)}")
         for experiment in _of_section(section, wanted):
             measured = section.measured(experiment)
-            tables: list[Table] = []
-            if experiment.trains:
-                tables.append(_errors(measured))
-            if experiment.analysis == "deepened":
-                tables.append((DEEPENED_HEADER, _deepened(experiment, section)))
-            if experiment.analysis in _QUANTITIES:
-                tables.append(_layers(experiment.analysis, section, measured))
+            tables = _tables(experiment, section, measured)
             remarks = _remarks(measured) if experiment.trains else []
             figure = draw(experiment, section, measured)
             html += _html(experiment, tables, remarks, figure)
@@ -138,37 +141,71 @@ def _of_section(section: Section, wanted: Sequence[str]) -> list[Experiment]:
 
 def _is_complete(section: Section, experiment: Experiment) -> bool:
     runs = experiment.runs()
-    return bool(runs and experiment.trains and not experiment.analysis) and all(
+    is_table = not experiment.analysis or experiment.analysis in VIEWS
+    return bool(runs and experiment.trains and is_table) and all(
         any(outcome.result for outcome in section.outcomes(run)) for run in runs
     )
 
 
-def _errors(measured: Sequence[Measured]) -> Table:
+def _tables(
+    experiment: Experiment, section: Section, measured: Sequence[Measured]
+) -> list[Table]:
+    """The experiment's tables: errors, and what its analysis found."""
+    tables: list[Table] = []
+    if experiment.trains:
+        tables.append(_errors(experiment, section, measured))
+    if experiment.analysis == "deepened":
+        tables.append((DEEPENED_HEADER, _deepened(experiment, section)))
+    if experiment.analysis == "ensemble":
+        tables.append((ENSEMBLE_HEADER, _ensemble(experiment, section)))
+    if experiment.analysis in _QUANTITIES:
+        tables.append(_layers(experiment.analysis, section, measured))
+    return tables
+
+
+def _errors(
+    experiment: Experiment, section: Section, measured: Sequence[Measured]
+) -> Table:
     """The table of published and measured errors."""
-    rows = [_row(item) for item in measured]
+    views = VIEWS.get(str(experiment.analysis), "")
+    rows = []
+    for item in measured:
+        found = (
+            section.analysis(str(experiment.analysis), item.entry.run, outcome.seed)
+            for outcome in item.outcomes
+        )
+        rows.append(_row(item, [each for each in found if each] if views else []))
     published = [item.entry.published for item in measured]
-    if any(each is not None and each.top5 is not None for each in published):
-        return HEADER, rows
-    kept = [i for i, name in enumerate(HEADER) if "top-5" not in name]
-    return [HEADER[i] for i in kept], [[row[i] for i in kept] for row in rows]
+    has_top5 = any(each is not None and each.top5 is not None for each in published)
+    kept = [
+        i
+        for i, name in enumerate(HEADER)
+        if (has_top5 or "top-5" not in name) and (views or "{views}" not in name)
+    ]
+    header = [HEADER[i].format(views=views) for i in kept]
+    return header, [[row[i] for i in kept] for row in rows]
 
 
-def _row(measured: Measured) -> list[str]:
+def _row(measured: Measured, tested: Sequence[dict[str, Any]]) -> list[str]:
+    """All cells of a row; ``tested`` are its results with several views, by seed."""
     entry, results = measured.entry, measured.results
     published = entry.published or Published()
     blank = "not measured" if entry.run is not None else ""
     test, train = measured.spread("test_error"), measured.spread("train_error")
-    top5 = measured.spread("test_top5_error")
-    top5_cells = [published.top5_text, f"{100 * top5.mean:.2f}" if top5 else blank]
-    if test is None or train is None:
-        cells = [entry.label, str(published), blank, "", *top5_cells]
-        return cells + [""] * (len(HEADER) - len(cells))
-    return [
+    cells = [
         entry.label,
         str(published),
-        f"{100 * test.mean:.2f}",
-        "" if test.deviation is None else f"{100 * test.deviation:.2f}",
-        *top5_cells,
+        f"{100 * test.mean:.2f}" if test else blank,
+        f"{100 * test.deviation:.2f}" if test and test.deviation is not None else "",
+        _mean(tested, "error", len(results)) or blank,
+        published.top5_text,
+        _mean(results, "test_top5_error", len(results)) or blank,
+        _mean(tested, "top5_error", len(results)) or blank,
+    ]
+    if test is None or train is None:
+        return cells + [""] * (len(HEADER) - len(cells))
+    return [
+        *cells,
         str(test.count),
         f"{100 * train.mean:.2f}",
         f"last, step {results[0]['step']:,}",
@@ -176,6 +213,15 @@ def _row(measured: Measured) -> list[str]:
         "; ".join(dict.fromkeys(_hardware(result) for result in results)),
         describe_seconds(statistics.fmean(result["seconds"] for result in results)),
     ]
+
+
+def _mean(results: Sequence[dict[str, Any]], metric: str, count: int) -> str:
+    """The mean of an error in percent, and of how many if not ``count``; or ""."""
+    values = [result[metric] for result in results if metric in result]
+    if not values:
+        return ""
+    note = "" if len(values) == count else f" (n = {len(values)})"
+    return f"{100 * statistics.fmean(values):.2f}{note}"
 
 
 def _hardware(result: dict[str, Any]) -> str:
@@ -200,6 +246,15 @@ def _deepened(experiment: Experiment, section: Section) -> list[list[str]]:
                 cells += [str(found[f"blocks_{when}"]), share]
             rows.append([*cells, str(outcome.seed)])
     return rows
+
+
+def _ensemble(experiment: Experiment, section: Section) -> list[list[str]]:
+    """The row of the experiment's ensemble, once it was tested."""
+    found = section.stored("ensemble", experiment.name)
+    if found is None:
+        return []
+    errors = [_mean([found], name, 1) for name in ("error", "top5_error")]
+    return [[f"{len(found['nets'])} nets", ", ".join(found["nets"]), *errors]]
 
 
 def _layers(kind: str, section: Section, measured: Sequence[Measured]) -> Table:

@@ -50,9 +50,9 @@ def run_experiment(
     console = console or make_console()
     experiment, setting = find_experiment(name), setting or Setting()
     runs = choose_runs(experiment, only)
-    if not runs:
-        raise UserError(f"{name} has nothing to run: its numbers are only quoted")
-    by_run = [setting.members(run, seeds or run.seeds).items() for run in runs]
+    by_run = [
+        setting.members(run, seeds or experiment.seeds_of(run)).items() for run in runs
+    ]
     rounds = itertools.zip_longest(*by_run)
     members = dict(member for each in rounds for member in each if member is not None)
     folder = Workdir(workdir)
@@ -63,7 +63,7 @@ def run_experiment(
     if experiment.trains:
         train_members(members, folder.path, train_one, console)
     if experiment.analysis is not None:
-        analyse(experiment.analysis, members, folder.path, console)
+        analyse(experiment, members, folder.path, console)
     say(
         console,
         f"{experiment.name} is complete; its table and figures: "

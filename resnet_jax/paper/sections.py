@@ -142,7 +142,11 @@ class Section:
         """The result of an analysis, or None; see ``analyses``."""
         if run is None:
             return None
-        text = storage.read_text(analysis_file(self.path, kind, run.name, seed))
+        return self.stored(kind, f"{run.name}-{seed}")
+
+    def stored(self, kind: str, name: str) -> Any | None:
+        """The result of an analysis by the name of its file, or None."""
+        text = storage.read_text(analysis_file(self.path, kind, name))
         return None if text is None else json.loads(text)
 
     def layers(self, kind: str, measured: Measured) -> list[tuple[str, float]] | None:
@@ -158,9 +162,9 @@ class Section:
         return next(filter(None, found), None)
 
 
-def analysis_file(section: Path, kind: str, run: str, seed: int) -> Path:
-    """The file of an analysis of a run."""
-    return section / "analyses" / f"{kind}-{run}-{seed}.json"
+def analysis_file(section: Path, kind: str, name: str) -> Path:
+    """The file of an analysis of a run, named RUN-SEED, or of an experiment."""
+    return section / "analyses" / f"{kind}-{name}.json"
 
 
 def _lasting(setting: Setting) -> Setting:

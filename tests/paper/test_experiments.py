@@ -106,6 +106,9 @@ def test_tables_2_to_5_are_the_papers():
         ("ResNet-152", 19.38, 4.49),
     ]
     top5 = [number for _, _, number in errors["table5"]]
+    table5 = EXPERIMENTS["table5"]
+    nets = {run.name: table5.seeds_of(run) for run in table5.runs()}
+    assert (sum(nets.values()), nets["resnet152_v1"]) == (6, 2)
     assert top5 == [7.32, 6.66, 6.8, 4.94, 4.82, 3.57]
     assert {error for _, error, _ in errors["table5"]} == {None}
 
