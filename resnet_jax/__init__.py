@@ -12,7 +12,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from resnet_jax.config import default_config, load_config
+    from resnet_jax.evaluation.classifier import Classifier
     from resnet_jax.evaluation.evaluate import evaluate
+    from resnet_jax.evaluation.nets import load_net
     from resnet_jax.evaluation.saved_run import load_run
     from resnet_jax.models import create_model, list_models
     from resnet_jax.prepare import prepare_dataset
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
     from resnet_jax.weights import load_weights, save_weights
 
 __all__ = [
+    "Classifier",
     "UserError",
     "create_model",
     "default_config",
     "evaluate",
     "list_models",
     "load_config",
+    "load_net",
     "load_run",
     "load_weights",
     "prepare_dataset",
@@ -42,6 +46,8 @@ _LAZY = {
     "load_config": "resnet_jax.config",
     "prepare_dataset": "resnet_jax.prepare",
     "train": "resnet_jax.training.train",
+    "Classifier": "resnet_jax.evaluation.classifier",
+    "load_net": "resnet_jax.evaluation.nets",
     "evaluate": "resnet_jax.evaluation.evaluate",
     "load_run": "resnet_jax.evaluation.saved_run",
     "report": "resnet_jax.training.report",

@@ -14,6 +14,7 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
 
   resnet-jax train --config configs/digits.py --workdir runs/digits
   resnet-jax evaluate --workdir runs/digits
+  resnet-jax predict --weights torchvision:resnet50 pictures/ --html pictures.html
   resnet-jax report --workdir runs/digits --figure digits.png
   resnet-jax sweep --config configs/digits.py --workdir runs/sweep \\
       --grid optimizer.learning_rate=0.05,0.1 --config.seeds=3
@@ -27,10 +28,7 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax benchmark step --model cifar_resnet20 --batch 128
 """
 
-_COMMANDS = (
-    *("train", "evaluate", "report", "sweep", "paper"),
-    *("features", "summary", "plan", "prepare", "convert", "benchmark"),
-)
+_COMMANDS = (*("train", "evaluate", "predict", "features", "report", "sweep", "paper"),)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -172,14 +172,19 @@ def _decode_by_pillow(
     # Image.open would apply Pillow's global limit of pixels, and not ours.
     with factory(io.BytesIO(data), "") as opened:
         _refuse_huge(opened.height, opened.width, max_pixels)
-        if opened.mode.startswith("I;16") or (opened.mode, name) == ("I", "PPM"):
-            upper = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
-            return np.asarray(upper.convert("L" if channels == 1 else "RGB"))
-        if opened.mode in ("I", "F"):
-            raise _BrokenError("its pixels have 32 bits")
-        plain = {"RGBa": "RGBA", "La": "LA"}.get(opened.mode)
-        image = opened.convert(plain) if plain else opened
-        return np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        return _converted(opened, channels)
+
+
+def _converted(image: Image.Image, channels: int) -> np.ndarray:
+    """A Pillow image of any mode as uint8 (h, w) or (h, w, 3)."""
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+        upper = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return np.asarray(upper.convert(mode))
+    if image.mode in ("I", "F"):
+        raise _BrokenError("its pixels have 32 bits")
+    plain = {"RGBa": "RGBA", "La": "LA"}.get(image.mode)
+    return np.asarray((image.convert(plain) if plain else image).convert(mode))
 
 
 def _refuse_huge(height: int, width: int, max_pixels: int) -> None:
@@ -220,6 +225,16 @@ def to_pillow(image: np.ndarray) -> Image.Image:
             "(h, w, 1 or 3)"
         )
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+
+
+def from_pillow(image: Image.Image, channels: int, name: str) -> np.ndarray:
+    """A Pillow image of any mode as uint8 (h, w, channels), as ``decode`` converts it.
+
+    Raises:
+      UserError: its file, which Pillow reads only now, is broken; calls it ``name``.
+    """
+    with _faults(name):
+        return _converted(image, channels).reshape(*image.size[::-1], channels)
 
 
 def to_array(image: Image.Image) -> np.ndarray:

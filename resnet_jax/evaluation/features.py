@@ -1,23 +1,18 @@
 """The features of images: what a trained net gives to its classifier."""
 
-import collections
 import dataclasses
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 import rich.console
 
-from resnet_jax import parallel
 from resnet_jax.config import override, resolve
 from resnet_jax.config.schema import DataConfig
 from resnet_jax.console import make_console, say
-from resnet_jax.data.feeds import read_ahead
 from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.base import notes
 from resnet_jax.data.sources.folders import (
@@ -28,18 +23,16 @@ from resnet_jax.data.sources.folders import (
     subfolders,
 )
 from resnet_jax.errors import UserError
+from resnet_jax.evaluation import outputs
 from resnet_jax.evaluation.inputs import open_inputs
 from resnet_jax.evaluation.nets import TrainedNet
-from resnet_jax.evaluation.outputs import BATCH_SIZE, normalized
-from resnet_jax.evaluation.reading import ViewReader
+from resnet_jax.evaluation.outputs import BATCH_SIZE, Member
 from resnet_jax.storage import expand, is_remote, replacing
 from resnet_jax.weights.files import read_arrays, write_safetensors
 
 SUFFIXES = (".safetensors", ".npz")
 UNKNOWN = -1
 """The label of an image that has none."""
-
-_IN_FLIGHT = 2  # batches that the devices compute while the host reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,98 +142,23 @@ def _collected(
     on_fault: Callable[[str], object] | None,
 ) -> Features:
     """The features of a whole source, in its order."""
-    reader = ViewReader(
-        source,
-        ((net.protocol, net.channels),),
-        range(len(source)),
-        data.max_image_pixels,
-        on_fault is not None,
+    found = list(
+        outputs.apply(
+            [Member(net, net.protocol, features=True)],
+            source,
+            data=data,
+            batch_size=batch_size,
+            on_fault=on_fault,
+        )
     )
-    ahead = max(data.threads, 2 * batch_size)
-    reading = read_ahead(reader, len(source), ahead, data)
-    features = np.empty((0, 0), np.float32)
-    labels: list[int] = []
-    names: list[str] = []
-    try:
-        for batch, values in _computed(net, reading, batch_size, on_fault):
-            if not names:
-                features = np.empty((len(source), values.shape[1]), np.float32)
-            features[len(names) : len(names) + len(batch)] = values
-            labels += [found["label"] for found in batch]
-            names += [found["name"] for found in batch]
-    finally:
-        reading.close()
-    if not names:
+    if not found:
         raise UserError("no image can be decoded")
     return Features(
-        features=features[: len(names)],
-        labels=np.array(labels, np.int32),
-        names=tuple(names),
+        features=np.concatenate([output.log_probs for output in found]),
+        labels=np.array([output.label for output in found], np.int32),
+        names=tuple(output.name for output in found),
         class_names=tuple(source.class_names),
     )
-
-
-def _computed(
-    net: TrainedNet,
-    reading: Iterator[dict[str, Any]],
-    batch_size: int,
-    on_fault: Callable[[str], object] | None,
-) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
-    """Batches of what a ``ViewReader`` read, and their features (m, c)."""
-    mesh = parallel.local_mesh()
-    size = parallel.round_up(batch_size, mesh)
-    same, cut = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    body = net.model.clone(num_classes=None)
-
-    def run(variables: Any, images: jax.Array) -> Any:
-        return body.apply(variables, normalized(images, net.statistics), train=False)
-
-    program = jax.jit(run, in_shardings=(same, cut), out_shardings=cut)
-    variables = jax.device_put(net.variables, same)
-    queue: collections.deque[tuple[list[dict[str, Any]], Any]] = collections.deque()
-    for batch in _batches(reading, size, on_fault):
-        images = np.zeros((size, *batch[0]["image"].shape), np.uint8)
-        for row, found in enumerate(batch):
-            images[row] = found.pop("image")
-        result = program(variables, jax.device_put(images, cut))
-        queue.append((batch, parallel.settled(result)))
-        if len(queue) > _IN_FLIGHT:
-            batch, result = queue.popleft()
-            yield batch, np.asarray(result)[: len(batch)]
-    for batch, result in queue:
-        yield batch, np.asarray(result)[: len(batch)]
-
-
-def _batches(
-    reading: Iterator[dict[str, Any]],
-    size: int,
-    on_fault: Callable[[str], object] | None,
-) -> Iterator[list[dict[str, Any]]]:
-    """Whole examples, ``size`` at a time, with one uint8 ``image`` of one shape each.
-
-    Raises:
-      UserError: the shapes differ.
-    """
-    batch: list[dict[str, Any]] = []
-    shape = None
-    for found in reading:
-        if "fault" in found and on_fault:
-            on_fault(found["fault"])
-            continue
-        found["image"] = found.pop("views")[0][0]
-        shape = shape or found["image"].shape
-        if found["image"].shape != shape:
-            raise UserError(
-                f"image {found['name']} is {found['image'].shape[1]}x"
-                f"{found['image'].shape[0]} and the first is {shape[1]}x{shape[0]}, "
-                "but the net takes images as they are stored: resize them"
-            )
-        batch.append(found)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def save_features(path: str | os.PathLike[str], features: Features) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 from jax.sharding import Mesh
 
 from resnet_jax import parallel
@@ -44,16 +45,33 @@ class Member:
 
     Attributes:
       columns: the logits to keep, in the order of the labels; None keeps all.
+      features: give the pooled features, averaged over the views, instead of the
+        log-probabilities.
     """
 
     net: TrainedNet
     protocol: Protocol
     columns: tuple[int, ...] | None = None
+    features: bool = False
 
     @property
     def look(self) -> Look:
         """The views that it needs."""
         return self.protocol, self.net.channels
+
+    def average(self, values: np.ndarray) -> np.ndarray:
+        """The mean over views of what the program gave for each, (m, k) to (k,)."""
+        if self.features:
+            return values.mean(0)
+        return average(values, self.protocol.average)
+
+    @functools.cached_property
+    def program(self) -> Callable[[Any, Any], jax.Array]:
+        """A function of uint8 images (n, h, w, c) and sizes (n, 2): float32 (n, k).
+
+        It belongs to the member, so that a later ``apply`` does not compile again.
+        """
+        return _program(self, parallel.local_mesh())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +82,8 @@ class Output:
       index: of the example.
       name: of its file.
       label: as the source has it.
-      log_probs: float32 (members, classes), each averaged over its views.
+      log_probs: float32 (members, classes), each averaged over its views; or the
+        features of a ``Member`` for them.
     """
 
     index: int
@@ -177,7 +196,7 @@ class _Batches:
         num_examples: int,
     ):
         self._members, self._looks, self._mesh = members, looks, mesh
-        self._programs = [_program(member, mesh) for member in members]
+        self._programs = [member.program for member in members]
         self._batch_size, self._num_examples = batch_size, num_examples
         self._pools: dict[Any, list[tuple[_Place, np.ndarray]]] = {}
         self._waiting: dict[int, _Waiting] = {}
@@ -208,7 +227,7 @@ class _Batches:
         for index in self._done:
             waiting = self._waiting.pop(index)
             log_probs = [
-                average(np.stack(views), member.protocol.average)  # type: ignore[arg-type]
+                member.average(np.stack(views))  # type: ignore[arg-type]
                 for member, views in zip(self._members, waiting.views, strict=True)
             ]
             found = waiting.found
@@ -232,10 +251,13 @@ class _Batches:
         return image.shape
 
     def _capacity(self, look: Look, shape: tuple[int, ...]) -> int:
-        """Views per batch: fewer of large ones, so that batches need equal memory."""
+        """Views per batch: fewer of large ones, so that batches need equal memory.
+
+        Few images make batches of a power of two, so that few programs are compiled.
+        """
         size = getattr(look[0], "size", None)
         share = min(1.0, size**2 / math.prod(shape[:2])) if size else 1.0
-        views = self._num_examples * look[0].num_views
+        views = 1 << (self._num_examples * look[0].num_views - 1).bit_length()
         wanted = max(1, min(int(self._batch_size * share), views))
         return parallel.round_up(wanted, self._mesh)
 
@@ -284,9 +306,9 @@ def padded_size(height: int, width: int) -> tuple[int, int]:
 
 def _program(member: Member, mesh: Mesh) -> Callable[[Any, Any], jax.Array]:
     """A function of uint8 images (n, h, w, c) and sizes (n, 2): float32 (n, k)."""
-    net, protocol = member.net, member.protocol
+    net = member.net
     columns = None if member.columns is None else np.array(member.columns)
-    forward = _forward(net, protocol)
+    forward = _forward(member)
 
     def run(variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
         images = normalized(images, net.statistics)
@@ -300,8 +322,10 @@ def _program(member: Member, mesh: Mesh) -> Callable[[Any, Any], jax.Array]:
     return functools.partial(jitted, jax.device_put(variables, same))
 
 
-def _forward(net: TrainedNet, protocol: Protocol) -> Callable[..., jax.Array]:
+def _forward(member: Member) -> Callable[..., jax.Array]:
     """A function of variables, normalised images, sizes and columns: (n, k)."""
+    net, protocol = member.net, member.protocol
+    model: Any = net.model.clone(num_classes=None) if member.features else net.model
     if isinstance(protocol, MultiScale) and protocol.pooling == "windows":
         if not isinstance(net.model, ResNet) or net.num_classes is None:
             raise UserError(f"{net.name} has no windows: use pooling=global")
@@ -310,12 +334,22 @@ def _forward(net: TrainedNet, protocol: Protocol) -> Callable[..., jax.Array]:
     def forward(
         variables: Any, images: jax.Array, sizes: jax.Array, columns: np.ndarray | None
     ) -> jax.Array:
-        if isinstance(protocol, MultiScale):
-            logits = apply_masked(net.model, variables, images, sizes)
-        else:
-            logits = net.model.apply(variables, images, train=False)  # type: ignore[assignment]
+        logits: Any
+        try:
+            if isinstance(protocol, MultiScale):
+                logits = apply_masked(model, variables, images, sizes)
+            else:
+                logits = model.apply(variables, images, train=False)
+        except (ValueError, FlaxError) as error:  # while the program is traced
+            height, width = images.shape[1:3]
+            reason = str(error).split("\n")[0]
+            raise UserError(
+                f"{net.name} cannot take views of {width}x{height} pixels, give a "
+                f"protocol with others: {reason}"
+            ) from error
         logits = logits if columns is None else logits[:, columns]
-        return logits if protocol.average == "logits" else jax.nn.log_softmax(logits)
+        raw = member.features or protocol.average == "logits"
+        return logits if raw else jax.nn.log_softmax(logits)
 
     return forward
 

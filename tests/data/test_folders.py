@@ -232,7 +232,7 @@ def test_tiny_imagenet_is_read_as_it_is_distributed(tmp_path):
 def test_the_validation_labels_are_those_of_tfds(tmp_path, monkeypatch):
     every = range(1, 50_001)
     monkeypatch.setattr(
-        "resnet_jax.data.sources.folders._images_below",
+        "resnet_jax.data.sources.folders.images_below",
         lambda folder, ignored: list(map(imagenet.VALIDATION_NAME.format, every)),
     )
     (tmp_path / "val").mkdir()

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,6 +41,11 @@ _LISTING_THREADS = 8  # network disks are slow, but answer many requests at once
 def is_image_name(name: str) -> bool:
     """Whether a file name ends like an image's."""
     return name.lower().endswith(_SUFFIXES)
+
+
+def image_suffixes() -> str:
+    """The endings of image names, for errors."""
+    return ", ".join(_SUFFIXES)
 
 
 def is_leftover(name: str) -> bool:
@@ -160,7 +165,7 @@ def _list_classes(
     if 0 in counts:
         empty = folder / found[counts.index(0)]
         raise UserError(
-            f"class folder {empty} holds no images ({', '.join(_SUFFIXES)}); add them "
+            f"class folder {empty} holds no images ({image_suffixes()}); add them "
             "or remove it"
         )
     with os.scandir(folder) as entries:
@@ -176,7 +181,7 @@ def _list_flat(
     root: Path, split: str, class_names: Sequence[str], ignored: Counter[str]
 ) -> tuple[Names, np.ndarray]:
     folder = root / split
-    files = _images_below(folder, ignored)
+    files = images_below(folder, ignored)
     if not files:
         raise UserError(
             f"{folder} has no class folders; expected {folder}/CLASS/IMAGE.jpg"
@@ -212,17 +217,28 @@ def _names_below(
             some = classes[start : start + 4 * _LISTING_THREADS]
             others = [Counter[str]() for _ in some]
             inside = [folder / name for name in some]
-            listed = pool.map(_images_below, inside, others)
+            listed = pool.map(images_below, inside, others)
             for name, files, other in zip(some, listed, others, strict=True):
                 counts.append(len(files))
                 ignored.update(other)
                 yield from (f"{name}/{file}" for file in files)
 
 
-def _images_below(folder: Path, ignored: Counter[str]) -> list[str]:
+def images_below(
+    folder: Path,
+    ignored: Counter[str],
+    on_fault: Callable[[str], object] | None = None,
+) -> list[str]:
     """Images at any depth, relative to ``folder``, sorted by folder and then name.
 
-    Counts other files by their ending in ``ignored``.
+    Args:
+      folder: the folder.
+      ignored: counts other files by their ending.
+      on_fault: receives a sentence for each folder that cannot be read, which is left
+        out; None stops at the first one.
+
+    Raises:
+      UserError: a folder cannot be read.
     """
     found: dict[str, list[str]] = {}
     waiting = [""]
@@ -241,9 +257,10 @@ def _images_below(folder: Path, ignored: Counter[str]) -> list[str]:
                     else:
                         ignored[ending(entry.name)] += 1
         except OSError as error:
-            raise UserError(
-                f"folder {folder / inner} cannot be read: {error.strerror}"
-            ) from error
+            sentence = f"folder {folder / inner} cannot be read: {error.strerror}"
+            if on_fault is None:
+                raise UserError(sentence) from error
+            on_fault(sentence)
     # Without the final slash, "a-b" comes before "a/b", as in torchvision.
     return [
         inner + name
