@@ -23,13 +23,14 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax summary --compare resnet34 plain34
   resnet-jax plan --config configs/imagenet.py:resnet50 --devices 256 --hosts 32
   resnet-jax prepare /data/imagenet prepared --splits train,val
+  resnet-jax features --weights resnet50.safetensors /data/mine/train --out mine.npz
   resnet-jax convert resnet50.pth resnet50.safetensors --model resnet50
   resnet-jax benchmark step --model cifar_resnet20 --batch 128
 """
 
 _COMMANDS = (
     *("train", "evaluate", "predict", "report", "sweep", "paper"),
-    *("summary", "plan", "prepare", "convert", "benchmark"),
+    *("features", "summary", "plan", "prepare", "convert", "benchmark"),
 )
 
 

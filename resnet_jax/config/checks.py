@@ -11,6 +11,7 @@ from resnet_jax.models import create_model
 _ABOVE_ZERO = (
     "optimizer.trust_coefficient",
     "optimizer.max_grad_norm",
+    "optimizer.layer_decay",
     "schedule.power",
 )
 

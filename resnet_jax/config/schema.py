@@ -328,6 +328,13 @@ class OptimizerConfig:
         at_least=0,
         at_most=10**9,
     )
+    layer_decay: float = option(
+        1.0,
+        "factor of the learning rate from each part of the net to the one before it: "
+        "the head has the full rate, the last stage layer_decay times that, and so on",
+        at_least=0,
+        at_most=1,
+    )
     ema_decay: float | None = option(
         None,
         "decay of averages of parameters and statistics, which are then evaluated; "

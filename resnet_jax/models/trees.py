@@ -1,4 +1,4 @@
-"""Trees of variables: blocks stacked for a loop or one by one, and frozen parts.
+"""Trees of variables: blocks stacked for a loop or one by one, and parts of a net.
 
 An unrolled net has ``stage1/block1``, ``stage1/block2``, ... A scanned net has
 ``stage1/block1`` and ``stage1/blocks``, whose arrays hold the other blocks along their
@@ -76,6 +76,26 @@ def _map_stages(function, tree):
         else child
         for name, child in tree.items()
     }
+
+
+_PARTS = ("stem", "stage", "layer", "norm", "bottleneck", "fc", "head")
+"""The parts of all nets, in the order in which an image passes them."""
+
+
+def parts_in_order(params: Mapping[str, Any]) -> list[str]:
+    """The names of a net's parts, from the images to the logits.
+
+    JAX sorts the keys of dictionaries, so a tree alone does not tell.
+
+    Args:
+      params: the net's parameters, or a tree with the same top level.
+    """
+
+    def place(name: str) -> tuple[int, int]:
+        kind = name.rstrip("0123456789")
+        return _PARTS.index(kind), int(name.removeprefix(kind) or 0)
+
+    return sorted(params, key=place)
 
 
 def trainable_mask(params: Mapping[str, Any], frozen: Sequence[str]) -> dict[str, Any]:

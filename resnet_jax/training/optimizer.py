@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from resnet_jax.config.schema import OptimizerConfig
-from resnet_jax.models.trees import STACKED, trainable_mask
+from resnet_jax.models.trees import STACKED, parts_in_order, trainable_mask
 
 
 def make_optimizer(
@@ -17,12 +17,14 @@ def make_optimizer(
     """The update that the step multiplies by the learning rate and subtracts.
 
     ``max_grad_norm`` first scales down gradients that are longer, by their norm over
-    all trained parameters. Parameters of ``frozen`` parts (see ``trainable_mask``) do
-    not change.
+    all trained parameters. ``layer_decay`` last scales the update of each part by its
+    depth. Parameters of ``frozen`` parts (see ``trainable_mask``) do not change.
     """
     steps = {"sgd": _sgd, "lars": _lars, "lamb": _lamb}[config.kind](config)
     if config.max_grad_norm is not None:
         steps = (optax.clip_by_global_norm(config.max_grad_norm), *steps)
+    if config.layer_decay != 1:
+        steps = (*steps, _scale_by_depth(config.layer_decay))
     optimizer = optax.chain(*steps)
     if not frozen:
         return optimizer
@@ -99,6 +101,27 @@ def _lamb(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
         optax.add_decayed_weights(config.weight_decay, mask),
         adapted if mask is None else optax.masked(adapted, mask),
     )
+
+
+def _scale_by_depth(layer_decay: float) -> optax.GradientTransformation:
+    """Multiplies a part's update by layer_decay ** (its distance from the head).
+
+    As the whole update is scaled, weight decay included, this is the same as a learning
+    rate for each part. Frozen parts keep their place in the count.
+    """
+
+    def scale(updates: Any, params: Any) -> Any:
+        del params
+        parts = parts_in_order(updates)
+        factors = {
+            part: layer_decay**distance for distance, part in enumerate(parts[::-1])
+        }
+        return {
+            part: jax.tree.map(lambda u, factor=factors[part]: factor * u, tree)
+            for part, tree in updates.items()
+        }
+
+    return optax.stateless(scale)
 
 
 def _mask(config: OptimizerConfig) -> Any:

@@ -5,6 +5,7 @@ import ast
 import pytest
 
 from resnet_jax.config import derive, flatten, load_config
+from resnet_jax.errors import UserError
 from tests.conftest import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
@@ -99,3 +100,24 @@ def test_degradation_is_one_recipe_for_all_nets(net):
     values = flatten(config_of(f"degradation.py:{net}"))
     assert values.pop("model.name") == net
     assert values == shallow
+
+
+@pytest.mark.parametrize(
+    ("source", "net"),
+    [
+        ("torchvision:wide_resnet50_2.IMAGENET1K_V2", "wide_resnet50_2"),
+        ("hf-hub:timm/resnet50.a1_in1k@v1.0", "resnet50"),
+        ("torchvision:vgg16", "vgg16"),
+    ],
+)
+def test_fine_tuning_takes_the_name_of_weights(source, net):
+    model = config_of(f"finetune.py:{source}").model
+    assert (model.name, model.weights, model.new_head) == (net, source, True)
+
+
+def test_fine_tuning_takes_a_net_and_needs_its_weights():
+    file, overrides = f"{CONFIGS}/finetune.py:resnet18", {"model.weights": "a.pth"}
+    model = load_config(file, overrides).model
+    assert (model.name, model.weights, model.new_head) == ("resnet18", "a.pth", True)
+    with pytest.raises(UserError, match=r"needs model\.weights: set it too"):
+        load_config(file)

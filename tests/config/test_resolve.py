@@ -81,6 +81,8 @@ REFUSED = [
     ("optimizer.trust_coefficient", 0.02, "needs optimizer.kind=lars, but it is sgd"),
     ("optimizer.weight_decay_scope", "none", "one of all, all_but_norm, kernels"),
     ("optimizer.max_grad_norm", 0.0, "must be above 0"),
+    ("optimizer.layer_decay", 0.0, "must be above 0"),
+    ("optimizer.layer_decay", 1.5, "from 0 to 1, not 1.5"),
     ("optimizer.ema_every_steps", 32, "optimizer.ema_decay"),
     ("schedule.final_learning_rate", 0.01, "schedule.kind=cosine or polynomial"),
     ("schedule.power", 1.0, "needs schedule.kind=polynomial, but it is constant"),

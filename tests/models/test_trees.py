@@ -4,15 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from resnet_jax.models import (
     CifarStem,
     OverlappingStage,
     ResNet,
+    create_model,
     stack_blocks,
     unstack_blocks,
 )
-from resnet_jax.models.trees import is_stacked
+from resnet_jax.models.trees import is_stacked, parts_in_order
 from tests.models.reference import KEY, assert_trees_equal, random_variables
 
 MODEL = ResNet((12, 1, 2), stem=CifarStem, width=2, num_classes=3)
@@ -117,3 +119,30 @@ def test_the_arguments_are_not_changed(variables):
     unstack_blocks(stacked)
     assert set(variables["params"]["stage1"]) == names
     assert set(stacked["params"]["stage1"]) == {"block1", "blocks"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "cifar_preact_resnet20",
+        "cifar_highway19",
+        "vgg16_bn",
+        "mnist_plain20",
+        "mnist_highway20",
+    ],
+)
+def test_parts_come_in_the_order_in_which_an_image_passes_them(name):
+    model, passed = create_model(name), []
+
+    def note(call, args, kwargs, context):
+        if len(path := context.module.path) == 1 and path[0] not in passed:
+            passed.append(path[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        variables = jax.eval_shape(model.init, KEY, jnp.zeros((1, 32, 32, 3)))
+    assert parts_in_order(variables["params"]) == [
+        part for part in passed if part in variables["params"]
+    ]
+    assert parts_in_order(variables["params"])[-1] == "head"

@@ -54,6 +54,21 @@ def test_a_part_that_the_net_has_not_cannot_be_frozen(tiny_config):
         parts(tiny_config).learner.abstract_state()
 
 
+def test_each_part_learns_at_its_own_rate(tiny_config):
+    """The first step of two runs, in which gradients are the same."""
+    moved = {}
+    for decay in (1.0, 0.5):
+        tiny_config.optimizer.layer_decay = decay
+        before, after = run(tiny_config, 1)
+        moved[decay] = jax.tree.map(np.subtract, after, before)["params"]
+    parts_of_net = ["head", "stage3", "stage2", "stage1", "stem"]
+    assert set(parts_of_net) == set(moved[1.0])
+    for distance, part in enumerate(parts_of_net):
+        expected = jax.tree.map(lambda x, d=distance: x * 0.5**d, moved[1.0][part])
+        assert_close(moved[0.5][part], expected, atol=1e-6)
+        assert not equal(expected, jax.tree.map(np.zeros_like, expected))
+
+
 def test_a_run_starts_from_given_weights(tiny_config, tmp_path):
     model = create_model("cifar_resnet8")
     rng = np.random.default_rng(0)

@@ -7,6 +7,7 @@ import pytest
 from resnet_jax.config.schema import OptimizerConfig
 from resnet_jax.models import create_model
 from resnet_jax.training.optimizer import decay_mask, make_optimizer
+from tests.models.reference import assert_trees_equal
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -162,6 +163,64 @@ def test_the_default_is_the_papers_chain():
         PARAMS
     )
     assert jax.tree.structure(ours) == jax.tree.structure(chain)
+
+
+NET = {
+    name: {"kernel": RNG.normal(size=(3, 4)).astype(np.float32)}
+    for name in ("stem", "stage1", "stage2", "norm", "head")
+}
+RATE_BY_DEPTH = {
+    "head": 1,
+    "norm": 0.7,
+    "stage2": 0.49,
+    "stage1": 0.343,
+    "stem": 0.2401,
+}
+
+
+@pytest.mark.parametrize("frozen", [(), ("stage1",)])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_layer_decay_is_a_rate_per_group_of_torch(nesterov, frozen):
+    torch = pytest.importorskip("torch")
+    config = OptimizerConfig(weight_decay=0.1, nesterov=nesterov, layer_decay=0.7)
+    ours, optimizer = jax.tree.map(jnp.asarray, NET), make_optimizer(config, frozen)
+    state = optimizer.init(ours)
+    theirs = {
+        part: torch.nn.Parameter(torch.from_numpy(tree["kernel"].copy()))
+        for part, tree in NET.items()
+    }
+    groups = [{"params": [theirs[p]], "part": p} for p in NET if p not in frozen]
+    peer = torch.optim.SGD(
+        groups, lr=1.0, momentum=0.9, weight_decay=0.1, nesterov=nesterov
+    )
+    for rate in RATES:
+        gradients = {part: RNG.normal(size=(3, 4)).astype(np.float32) for part in NET}
+        tree = {part: {"kernel": g} for part, g in gradients.items()}
+        updates, state = jax.jit(optimizer.update)(tree, state, ours)
+        ours = jax.tree.map(lambda p, u, rate=rate: p - rate * u, ours, updates)
+        for group in peer.param_groups:
+            group["lr"] = rate * RATE_BY_DEPTH[group["part"]]
+            theirs[group["part"]].grad = torch.from_numpy(gradients[group["part"]])
+        peer.step()
+    for part, parameter in theirs.items():
+        found = np.asarray(ours[part]["kernel"])
+        np.testing.assert_allclose(found, parameter.detach().numpy(), rtol=0, atol=1e-6)
+        assert np.array_equal(found, NET[part]["kernel"]) == (part in frozen)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lars", "lamb"])
+def test_layer_decay_scales_the_whole_update_and_keeps_the_state(kind):
+    found = {}
+    for decay in (1.0, 0.5):
+        config = OptimizerConfig(kind=kind, max_grad_norm=1.0, layer_decay=decay)
+        optimizer = make_optimizer(config)
+        found[decay] = optimizer.update(NET, optimizer.init(NET), NET)
+    (plain, state), (scaled, scaled_state) = found.values()
+    assert_trees_equal(state, scaled_state[:-1])
+    assert not jax.tree.leaves(scaled_state[-1])
+    for distance, part in enumerate(["head", "norm", "stage2", "stage1", "stem"]):
+        expected = jax.tree.map(lambda u, d=distance: u * 0.5**d, plain[part])
+        assert_trees_equal(scaled[part], expected)
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet8", "cifar_highway19", "seresnet50"])

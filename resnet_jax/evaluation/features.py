@@ -1,0 +1,304 @@
+"""The features of images: what a trained net gives to its classifier."""
+
+import collections
+import dataclasses
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+
+from resnet_jax import parallel
+from resnet_jax.config import override, resolve
+from resnet_jax.config.schema import DataConfig
+from resnet_jax.console import make_console, say
+from resnet_jax.data.feeds import read_ahead
+from resnet_jax.data.sources import Source
+from resnet_jax.data.sources.base import notes
+from resnet_jax.data.sources.folders import (
+    FolderSource,
+    Names,
+    is_image_name,
+    is_leftover,
+    subfolders,
+)
+from resnet_jax.errors import UserError
+from resnet_jax.evaluation.inputs import open_inputs
+from resnet_jax.evaluation.nets import TrainedNet
+from resnet_jax.evaluation.outputs import BATCH_SIZE, normalized
+from resnet_jax.evaluation.reading import ViewReader
+from resnet_jax.storage import expand, is_remote, replacing
+from resnet_jax.weights.files import read_arrays, write_safetensors
+
+SUFFIXES = (".safetensors", ".npz")
+UNKNOWN = -1
+"""The label of an image that has none."""
+
+_IN_FLIGHT = 2  # batches that the devices compute while the host reads
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """The features of images.
+
+    Attributes:
+      features: float32 (n, c).
+      labels: int32 (n,); -1 for images without a class.
+      names: of the n files, relative to the data's folder; or of records.
+      class_names: in the order of the labels; empty if there are none.
+    """
+
+    features: np.ndarray
+    labels: np.ndarray
+    names: tuple[str, ...]
+    class_names: tuple[str, ...]
+
+
+def extract_features(
+    net: TrainedNet,
+    data: str | os.PathLike[str] | None = None,
+    *,
+    split: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+    batch_size: int = BATCH_SIZE,
+    out: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    console: rich.console.Console | None = None,
+) -> Features:
+    """Applies a net without its classifier to images, in the net's own single view.
+
+    The features are the means over the last map: those that ``create_model(...,
+    num_classes=None)`` returns. They fit in memory; a few batches of images are in
+    memory with them.
+
+    Args:
+      net: from ``load_net``.
+      data: a folder of images; or what ``evaluate`` takes: a folder of class folders, a
+        data set's folder, or the name of a tfds data set. None means the data of the
+        run that trained the net.
+      split: of the data set, "test" or "val" by default, or a part: "train[:10%]".
+      overrides: values as text for fields of the data, such as
+        ``{"data.on_error": "skip"}``, which names broken images and leaves them out.
+        For the data of a run, give them to ``load_net``.
+      batch_size: images per batch; changes no result.
+      out: also write them to this file, see ``save_features``.
+      force: replace ``out`` if it exists.
+      console: where to print; standard output by default.
+
+    Raises:
+      UserError: there are no such images, an image is broken, or ``out`` cannot be
+        written.
+    """
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, not {batch_size}")
+    target = None if out is None else _target(out, force)
+    console = console or make_console()
+    source, config = _open(net, data, split, overrides or {})
+    for note in notes(source):
+        say(console, note)
+
+    def skip(fault: str) -> None:
+        say(console, f"warning: skipped: {fault}")
+
+    on_fault = skip if config.on_error == "skip" else None
+    found = _collected(net, source, config, batch_size, on_fault)
+    if data is not None and not is_remote(data):
+        folder = f"{expand(data).absolute()}{os.sep}"
+        names = tuple(name.removeprefix(folder) for name in found.names)
+        found = dataclasses.replace(found, names=names)
+    if target is not None:
+        save_features(target, found)
+        n, c = found.features.shape
+        say(console, f"wrote {target}: {c} features of each of {n:,} images")
+    return found
+
+
+def _open(
+    net: TrainedNet,
+    data: str | os.PathLike[str] | None,
+    split: str | None,
+    overrides: Mapping[str, str],
+) -> tuple[Source, DataConfig]:
+    """The images that ``extract_features`` is given, and how to read them."""
+    folder = None if data is None or is_remote(data) else expand(data).absolute()
+    if folder and split is None and folder.is_dir() and not subfolders(folder):
+        files = sorted(
+            name
+            for name in os.listdir(folder)
+            if is_image_name(name) and not is_leftover(name)
+        )
+        if files:
+            labels = np.full(len(files), UNKNOWN, np.int32)
+            config = override(resolve({"training": {"steps": 1}}), overrides)
+            return FolderSource(str(folder), Names(files), labels, ()), config.data
+    given = None if data is None else os.fspath(data)
+    inputs = open_inputs(net, given, split, overrides)
+    return inputs.source, inputs.data
+
+
+def _collected(
+    net: TrainedNet,
+    source: Source,
+    data: DataConfig,
+    batch_size: int,
+    on_fault: Callable[[str], object] | None,
+) -> Features:
+    """The features of a whole source, in its order."""
+    reader = ViewReader(
+        source,
+        ((net.protocol, net.channels),),
+        range(len(source)),
+        data.max_image_pixels,
+        on_fault is not None,
+    )
+    ahead = max(data.threads, 2 * batch_size)
+    reading = read_ahead(reader, len(source), ahead, data)
+    features = np.empty((0, 0), np.float32)
+    labels: list[int] = []
+    names: list[str] = []
+    try:
+        for batch, values in _computed(net, reading, batch_size, on_fault):
+            if not names:
+                features = np.empty((len(source), values.shape[1]), np.float32)
+            features[len(names) : len(names) + len(batch)] = values
+            labels += [found["label"] for found in batch]
+            names += [found["name"] for found in batch]
+    finally:
+        reading.close()
+    if not names:
+        raise UserError("no image can be decoded")
+    return Features(
+        features=features[: len(names)],
+        labels=np.array(labels, np.int32),
+        names=tuple(names),
+        class_names=tuple(source.class_names),
+    )
+
+
+def _computed(
+    net: TrainedNet,
+    reading: Iterator[dict[str, Any]],
+    batch_size: int,
+    on_fault: Callable[[str], object] | None,
+) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
+    """Batches of what a ``ViewReader`` read, and their features (m, c)."""
+    mesh = parallel.local_mesh()
+    size = parallel.round_up(batch_size, mesh)
+    same, cut = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    body = net.model.clone(num_classes=None)
+
+    def run(variables: Any, images: jax.Array) -> Any:
+        return body.apply(variables, normalized(images, net.statistics), train=False)
+
+    program = jax.jit(run, in_shardings=(same, cut), out_shardings=cut)
+    variables = jax.device_put(net.variables, same)
+    queue: collections.deque[tuple[list[dict[str, Any]], Any]] = collections.deque()
+    for batch in _batches(reading, size, on_fault):
+        images = np.zeros((size, *batch[0]["image"].shape), np.uint8)
+        for row, found in enumerate(batch):
+            images[row] = found.pop("image")
+        result = program(variables, jax.device_put(images, cut))
+        queue.append((batch, parallel.settled(result)))
+        if len(queue) > _IN_FLIGHT:
+            batch, result = queue.popleft()
+            yield batch, np.asarray(result)[: len(batch)]
+    for batch, result in queue:
+        yield batch, np.asarray(result)[: len(batch)]
+
+
+def _batches(
+    reading: Iterator[dict[str, Any]],
+    size: int,
+    on_fault: Callable[[str], object] | None,
+) -> Iterator[list[dict[str, Any]]]:
+    """Whole examples, ``size`` at a time, with one uint8 ``image`` of one shape each.
+
+    Raises:
+      UserError: the shapes differ.
+    """
+    batch: list[dict[str, Any]] = []
+    shape = None
+    for found in reading:
+        if "fault" in found and on_fault:
+            on_fault(found["fault"])
+            continue
+        found["image"] = found.pop("views")[0][0]
+        shape = shape or found["image"].shape
+        if found["image"].shape != shape:
+            raise UserError(
+                f"image {found['name']} is {found['image'].shape[1]}x"
+                f"{found['image'].shape[0]} and the first is {shape[1]}x{shape[0]}, "
+                "but the net takes images as they are stored: resize them"
+            )
+        batch.append(found)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def save_features(path: str | os.PathLike[str], features: Features) -> None:
+    """Writes features to a file, complete or not at all.
+
+    A ``.safetensors`` file holds the arrays ``features`` and ``labels``, and the two
+    lists of names as JSON in its metadata. A ``.npz`` file holds four arrays.
+
+    Raises:
+      UserError: the path has another suffix, or cannot be written.
+    """
+    target = _target(path, force=True)
+    arrays = {"features": features.features, "labels": features.labels}
+    lists = {"names": features.names, "class_names": features.class_names}
+    if target.suffix == ".safetensors":
+        metadata = {key: json.dumps(lists[key]) for key in lists}
+        write_safetensors(target, arrays, metadata)
+        return
+    texts = {key: np.array(lists[key], np.str_) for key in lists}
+    with replacing(target) as temporary, open(temporary, "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays, **texts)
+
+
+def load_features(path: str | os.PathLike[str]) -> Features:
+    """Reads the features of ``save_features``.
+
+    Raises:
+      UserError: the file is missing, damaged, or holds something else.
+    """
+    file = expand(path)
+    try:
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as content:
+                arrays = dict(content)
+            lists = {key: arrays[key].tolist() for key in ("names", "class_names")}
+        else:
+            arrays, metadata = read_arrays(file)
+            lists = {key: json.loads(metadata[key]) for key in ("names", "class_names")}
+        return Features(
+            arrays["features"],
+            arrays["labels"],
+            tuple(lists["names"]),
+            tuple(lists["class_names"]),
+        )
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{file} holds no features that resnet-jax features wrote ({error})"
+        ) from error
+
+
+def _target(path: str | os.PathLike[str], force: bool) -> Path:
+    """The file to write, checked before any work."""
+    target = expand(path)
+    if target.suffix not in SUFFIXES:
+        raise UserError(
+            f"{target} cannot be written: give a path that ends in "
+            f"{' or '.join(SUFFIXES)}"
+        )
+    if target.exists() and not force:
+        raise UserError(f"{target} exists; give another path, or --force")
+    return target
