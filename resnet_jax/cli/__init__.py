@@ -28,7 +28,10 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax benchmark step --model cifar_resnet20 --batch 128
 """
 
-_COMMANDS = (*("train", "evaluate", "predict", "features", "report", "sweep", "paper"),)
+_COMMANDS = (
+    *("train", "evaluate", "predict", "features", "report", "sweep", "paper"),
+    *("summary", "plan", "prepare", "convert", "benchmark"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,9 +35,9 @@ def decode(
 ) -> np.ndarray:
     """The image of an example as uint8 (h, w, channels); grey or RGB.
 
-    The bytes decide the format, not the file's name. A rotation in EXIF or TIFF is not
-    applied, as in other readers, since labels and boxes were made without it.
-    Transparency is dropped, and 16 bits are reduced to the upper eight. An animation
+    The bytes decide the format, not the file's name. The rotation in EXIF is not
+    applied, as in other readers, since labels and boxes were made without it; Pillow
+    applies a TIFF's. Transparency is dropped, and 16 bits are reduced to the upper eight. An animation
     gives its first image.
 
     Raises:
