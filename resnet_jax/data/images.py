@@ -37,8 +37,8 @@ def decode(
 
     The bytes decide the format, not the file's name. The rotation in EXIF is not
     applied, as in other readers, since labels and boxes were made without it; Pillow
-    applies a TIFF's. Transparency is dropped, and 16 bits are reduced to the upper eight. An animation
-    gives its first image.
+    applies a TIFF's. Transparency is dropped, and 16 bits are reduced to the upper
+    eight. An animation gives its first image.
 
     Raises:
       UserError: the image is broken, or its header states more than ``max_pixels``;
