@@ -63,7 +63,7 @@ ROOMS = (
     ("evaluation",),
     ("analysis",),
     ("training",),
-    ("targets", "plan", "paper"),
+    ("targets", "plan", "paper", "export"),
     ("cli",),
 )
 """From the ground up: a module imports its own room and the rooms before it."""

@@ -23,12 +23,13 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax plan --config configs/imagenet.py:resnet50 --devices 256 --hosts 32
   resnet-jax prepare /data/imagenet prepared --splits train,val
   resnet-jax convert resnet50.pth resnet50.safetensors --model resnet50
+  resnet-jax export --weights resnet50.safetensors resnet50.jax
   resnet-jax benchmark step --model cifar_resnet20 --batch 128
 """
 
 _COMMANDS = (
     *("train", "evaluate", "report", "sweep", "paper"),
-    *("summary", "plan", "prepare", "convert", "benchmark"),
+    *("summary", "plan", "prepare", "convert", "export", "benchmark"),
 )
 
 
