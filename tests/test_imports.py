@@ -61,9 +61,9 @@ ROOMS = (
     ("data",),
     ("weights", "prepare"),
     ("evaluation",),
-    ("analysis",),
+    ("analysis", "export"),
     ("training",),
-    ("targets", "plan", "paper", "export"),
+    ("targets", "plan", "paper"),
     ("cli",),
 )
 """From the ground up: a module imports its own room and the rooms before it."""
