@@ -1,5 +1,6 @@
 """Max-pooling and averages of maps, also of maps that are padded."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -68,8 +69,46 @@ def max_pool(
         x = jnp.where(inside(x, sizes), x, -jnp.inf)
     if by_hand:
         return max_pool_3x3(x)
-    sides = ((padding, padding),) * 2
-    return apart(nn.max_pool(apart(x), (size, size), (2, 2), sides))
+    return apart(_max_pool(apart(x), size, padding))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _max_pool(x: jax.Array, size: int, padding: int) -> jax.Array:
+    """The pooling of inference; its derivative is that of ``_windows``."""
+    return lax.platform_dependent(
+        x,
+        cpu=functools.partial(_slices, size=size, padding=padding),
+        default=functools.partial(_windows, size=size, padding=padding),
+    )
+
+
+@_max_pool.defjvp
+def _max_pool_jvp(size, padding, primals, tangents):
+    pool = functools.partial(_windows, size=size, padding=padding)
+    return jax.jvp(pool, primals, tangents)
+
+
+def _windows(x, size, padding):
+    """XLA's pooling."""
+    return nn.max_pool(x, (size, size), (2, 2), ((padding, padding),) * 2)
+
+
+def _slices(x, size, padding):
+    """The same values as the largest of size x size slices, which XLA:CPU vectorises.
+
+    The pooling of ResNet-50 at 224 x 224 then takes a third of the time.
+    """
+    lowest = jnp.array(-jnp.inf, x.dtype)
+    x = lax.pad(x, lowest, ((0, 0, 0), *[(padding, padding, 0)] * 2, (0, 0, 0)))
+    rows, columns = ((side - size) // 2 * 2 + 1 for side in x.shape[1:3])
+    return functools.reduce(
+        jnp.maximum,
+        (
+            x[:, i : i + rows : 2, j : j + columns : 2]
+            for i in range(size)
+            for j in range(size)
+        ),
+    )
 
 
 def global_average(x: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
