@@ -15,6 +15,7 @@ from flax import linen as nn
 from resnet_jax.models.conv import Conv
 from resnet_jax.models.factories import ModuleFactory
 from resnet_jax.models.norm import norm_act
+from resnet_jax.models.pooling import computed_once
 from resnet_jax.models.shortcuts import Projection, Shortcut
 
 STRIDE_VERSIONS = ("v1", "v1.5")
@@ -89,7 +90,7 @@ class ResidualBlock(nn.Module):
             last = _then(last, lambda y: drop(y, drop_rate))
         if gate is not None:
             last = _then(last, lambda y: gate * y)
-        return norm_act(last, y, activation, carried)
+        return computed_once(norm_act(last, y, activation, carried))
 
 
 class BasicBlock(ResidualBlock):

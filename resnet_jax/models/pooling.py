@@ -26,6 +26,22 @@ def apart(x: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
 
 
+@jax.custom_jvp
+def computed_once(x: jax.Array) -> jax.Array:
+    """``x``, which XLA:CPU then computes once in inference, and not for each use.
+
+    A sum of a block and its shortcut is cheap, so XLA:CPU computes it again for each
+    later sum of the stage, from the maps of all blocks before. Training programs do
+    not change. Has no effect before jaxlib 0.11, which drops the barrier too early.
+    """
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+
+
+@computed_once.defjvp
+def _computed_once_jvp(primals, tangents):
+    return primals[0], tangents[0]
+
+
 class Pool(nn.Module):
     """A pooling function as a module, so that ``models.masking`` sees its calls.
 
