@@ -2,12 +2,15 @@
 
     python -m benchmarks.compare train_step --model resnet50 --json FILE
     python -m benchmarks.compare forward_backward --model cifar_resnet20
+    python -m benchmarks.compare inference --model resnet50 --json FILE
     python -m benchmarks.compare options --option "xla=conv_algorithm:xla"
     python -m benchmarks.compare loop
 
   train_step        our step, Flax's example's, torch's (eager)
   forward_backward  the same nets without the update; ours also with
                     conv_algorithm="xla"; on a GPU also torch compiled
+  inference         the forward pass of the same nets; ours with batch normalisation
+                    folded into the convolutions, and without; torch's folded
   options           our step with options of the net: by default norm_variance="fast",
                     and with it fused_norm=True
   loop              the whole training loop on the digits, and its bare jitted step
@@ -88,6 +91,25 @@ def forward_backward(options: argparse.Namespace) -> Times:
     return take_turns([*entered, *_torch(options, updates=False)], options)
 
 
+def inference(options: argparse.Namespace) -> Times:
+    """The forward pass of the three nets on uint8 images."""
+    model, batch, dtype = options.model, options.batch, options.dtype
+    entered = [
+        contenders.our_inference(model, batch, folded=True, dtype=dtype),
+        contenders.our_inference(model, batch, False, f"{OURS}_unfolded", dtype),
+        contenders.flax_inference(model, batch, dtype),
+    ]
+    if _has_torch():
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        entered += [
+            contenders.torch_inference(
+                model, batch, device, False, name, dtype, channels_last
+            )
+            for name, channels_last in (("torch", False), ("torch_channels_last", True))
+        ]
+    return take_turns(entered, options)
+
+
 def net_options(options: argparse.Namespace) -> Times:
     """Our step with other options of the net."""
     entered = [contenders.our_step(options.model, options.batch, options.dtype)]
@@ -102,9 +124,15 @@ def net_options(options: argparse.Namespace) -> Times:
     return take_turns(entered, options)
 
 
-def _torch(options: argparse.Namespace, updates: bool) -> list[Contender]:
-    if importlib.util.find_spec("torch") is None:
+def _has_torch() -> bool:
+    found = importlib.util.find_spec("torch") is not None
+    if not found:
         print("torch is not installed")
+    return found
+
+
+def _torch(options: argparse.Namespace, updates: bool) -> list[Contender]:
+    if not _has_torch():
         return []
     on_gpu = jax.default_backend() == "gpu"
     forms: dict[str, dict[str, bool]] = {
@@ -293,6 +321,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 CASES = {
     "train_step": train_step,
     "forward_backward": forward_backward,
+    "inference": inference,
     "options": net_options,
     "loop": loop,
 }

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -139,14 +140,39 @@ def our_resident_steps(
     return Contender(name, run, _jax_facts("resnet_jax", state.params), steps)
 
 
-def our_inference(model: str, batch: int, folded: bool, name: str = OURS) -> Contender:
-    """The forward pass of evaluation in bfloat16."""
-    net: Any = create_model(model, dtype=jnp.bfloat16)
-    images = jax.device_put(synthetic(model, batch)[0])
-    init = functools.partial(net.init, train=False)
-    variables = jax.jit(init)(jax.random.key(0), jnp.zeros(images.shape))
+def our_inference(
+    model: str,
+    batch: int,
+    folded: bool,
+    name: str = OURS,
+    dtype: str = "bfloat16",
+) -> Contender:
+    """The forward pass of evaluation, with or without folded normalisations."""
+    net: Any = create_model(model, dtype=jnp.dtype(dtype))
+    variables = _fresh_variables(net, model)
     if folded:
         net, variables = fold_batch_norm(net, variables)
+    return _jax_inference(name, net, variables, model, batch, "resnet_jax")
+
+
+def flax_inference(model: str, batch: int, dtype: str = "bfloat16") -> Contender:
+    """The forward pass of evaluation of Flax's example, whose norms are not folded."""
+    net = FlaxResNet(LAYOUTS[model], dtype=jnp.dtype(dtype))
+    variables = _fresh_variables(net, model)
+    source = "benchmarks/peers.py"
+    return _jax_inference("flax_example", net, variables, model, batch, source)
+
+
+def _fresh_variables(net: nn.Module, model: str) -> Any:
+    side = LAYOUTS[model].image_size
+    init = functools.partial(net.init, train=False)
+    return jax.jit(init)(jax.random.key(0), jnp.zeros((1, side, side, 3)))
+
+
+def _jax_inference(
+    name: str, net: Any, variables: Any, model: str, batch: int, implementation: str
+) -> Contender:
+    images = jax.device_put(synthetic(model, batch)[0])
 
     @jax.jit
     def classify(variables, images):
@@ -157,7 +183,7 @@ def our_inference(model: str, batch: int, folded: bool, name: str = OURS) -> Con
             logits = classify(variables, images)
         return bool(jnp.isfinite(logits).all())  # waits for the device
 
-    return Contender(name, run, _jax_facts("resnet_jax", variables["params"]))
+    return Contender(name, run, _jax_facts(implementation, variables["params"]))
 
 
 def flax_step(model: str, batch: int, dtype: str = "float32") -> Contender:
@@ -330,21 +356,33 @@ def torch_resident_steps(
 
 
 def torch_inference(
-    model: str, batch: int, device: str, compiled: bool, name: str = "torch"
+    model: str,
+    batch: int,
+    device: str,
+    compiled: bool,
+    name: str = "torch",
+    dtype: str = "bfloat16",
+    channels_last: bool = True,
 ) -> Contender:
-    """Torch's forward pass with folded normalisations, in bfloat16."""
+    """Torch's forward pass with folded normalisations."""
     import torch
-    from torch.fx.experimental.optimization import fuse
+
+    with warnings.catch_warnings():
+        # The module defines classes for MKL-DNN in a way that torch deprecates.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.fx.experimental.optimization import fuse
 
     torch.backends.cudnn.benchmark = True
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    precision = getattr(torch, dtype)
     plain, implementation = torch_net(model)
     folded: Any = fuse(plain.eval())
-    net = folded.to(device, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    net = folded.to(device, dtype=precision, memory_format=layout)
     images = torch.from_numpy(synthetic(model, batch)[0]).to(device)
-    images = images.permute(0, 3, 1, 2)
+    images = images.permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
     def classify() -> Any:
-        return net((images.float() / 255 - _MEAN).to(torch.bfloat16))
+        return net((images.float() / 255 - _MEAN).to(precision))
 
     call = torch.compile(classify) if compiled else classify
 

@@ -61,7 +61,7 @@ ROOMS = (
     ("data",),
     ("weights", "prepare"),
     ("evaluation",),
-    ("analysis",),
+    ("analysis", "export"),
     ("training",),
     ("targets", "plan", "paper"),
     ("cli",),

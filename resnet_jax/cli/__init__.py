@@ -25,12 +25,13 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax prepare /data/imagenet prepared --splits train,val
   resnet-jax features --weights resnet50.safetensors /data/mine/train --out mine.npz
   resnet-jax convert resnet50.pth resnet50.safetensors --model resnet50
+  resnet-jax export --weights resnet50.safetensors resnet50.jax
   resnet-jax benchmark step --model cifar_resnet20 --batch 128
 """
 
 _COMMANDS = (
     *("train", "evaluate", "predict", "features", "report", "sweep", "paper"),
-    *("summary", "plan", "prepare", "convert", "benchmark"),
+    *("summary", "plan", "prepare", "convert", "export", "benchmark"),
 )
 
 

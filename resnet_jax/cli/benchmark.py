@@ -4,9 +4,11 @@ import argparse
 from typing import Any
 
 from resnet_jax.cli.arguments import MOST_COUNT, output_file, whole
+from resnet_jax.cli.nets import NETS
 from resnet_jax.cli.overrides import parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
 from resnet_jax.config.schema import MOST_BATCH, MOST_PIXELS
+from resnet_jax.errors import UserError
 
 
 def add_parser(commands: Any) -> None:
@@ -30,6 +32,23 @@ def add_parser(commands: Any) -> None:
     add("--steps", type=steps, default=20, help="timed steps (default: 20)")
     add("--json", type=output_file, metavar="FILE", help="also write the result here")
     step.set_defaults(run=_run_step)
+
+    inference = kinds.add_parser(
+        "inference",
+        help="a net on random images on the device, by batch size",
+        description="Times the forward pass on uint8 images, with normalisation, and "
+        "with batch normalisation folded into the convolutions. Prints images per "
+        "second of the median call, percentiles of the latency, and compile times.",
+    )
+    add = inference.add_argument
+    add("--weights", metavar="NET", help=f"{NETS} (default: random weights)")
+    add("--model", metavar="NAME", help="net, if NET does not contain its name")
+    batches: Any = {"type": images, "nargs": "+", "default": (1, 8, 32)}
+    add("--batch", metavar="N", help="images per call (default: 1 8 32)", **batches)
+    add("--dtype", choices=dtypes, help="of the convolutions (default: the net's own)")
+    add("--steps", type=steps, default=50, help="timed calls a size (default: 50)")
+    add("--json", type=output_file, metavar="FILE", help="also write the result here")
+    inference.set_defaults(run=_run_inference)
 
     reading = kinds.add_parser(
         "input",
@@ -55,6 +74,22 @@ def _run_step(options: argparse.Namespace) -> None:
         options.model,
         batch_size=options.batch,
         image_size=options.image_size,
+        dtype=options.dtype,
+        steps=options.steps,
+        json_path=options.json,
+    )
+
+
+def _run_inference(options: argparse.Namespace) -> None:
+    from resnet_jax.evaluation.nets import load_net
+    from resnet_jax.training.benchmark import benchmark_inference
+
+    if options.weights is None and options.model is None:
+        raise UserError("give --model NAME, or --weights NET for a trained net")
+    given = options.weights
+    benchmark_inference(
+        options.model if given is None else load_net(given, model=options.model),
+        batch_sizes=options.batch,
         dtype=options.dtype,
         steps=options.steps,
         json_path=options.json,

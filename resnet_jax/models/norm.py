@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from resnet_jax.models.barriers import computed_once
 from resnet_jax.models.factories import ModuleFactory, field_names, option_of
 from resnet_jax.models.fused import Form, fused_batch_norm, normalize, plain_batch_norm
 
@@ -117,10 +118,11 @@ def norm_act(
     ``norm`` may be any function of x. None leaves out the activation or the sum.
     """
     if isinstance(norm, BatchNorm) and norm.fused and activation is nn.relu:
-        return norm(x, added, relu=True)
-    y = norm(x)
-    y = y if added is None else y + added
-    return y if activation is None else activation(y)
+        y = norm(x, added, relu=True)
+    else:
+        y = norm(x) if added is None else norm(x) + added
+        y = y if activation is None else activation(y)
+    return y if added is None else computed_once(y)
 
 
 def is_frozen(frozen: bool | Sequence[str], part: str) -> bool:

@@ -1,4 +1,4 @@
-"""Speed of the training step and of the input pipeline on this machine."""
+"""Speed of training steps, inference and the input pipeline on this machine."""
 
 import contextlib
 import json
@@ -6,6 +6,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from resnet_jax.data.batch import Batch
 from resnet_jax.data.feeds import make_feed
 from resnet_jax.data.sources import open_collection
 from resnet_jax.data.split import Split
-from resnet_jax.data.transforms import PixelStatistics
+from resnet_jax.data.transforms import PixelStatistics, normalize, to_unit
 from resnet_jax.environment import environment
 from resnet_jax.errors import UserError
-from resnet_jax.models import catalog_entry
+from resnet_jax.evaluation.nets import TrainedNet
+from resnet_jax.export import folded, image_shape
+from resnet_jax.models import catalog_entry, create_model
 from resnet_jax.training.state import Learner, TrainState, make_learner
 from resnet_jax.training.step import make_train_step
 
@@ -173,6 +176,105 @@ def benchmark_step(
     return _report(result, console, json_path)
 
 
+def benchmark_inference(
+    net: str | TrainedNet,
+    *,
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    dtype: str | None = None,
+    steps: int = 50,
+    json_path: str | None = None,
+    console: rich.console.Console | None = None,
+) -> dict[str, Any]:
+    """Times a net on random uint8 images on the default device, normalisation included.
+
+    Batch normalisation is folded into the convolutions where that is possible.
+
+    Args:
+      net: from ``load_net``, or a name of the catalog for random weights.
+      batch_sizes: images per call; each is compiled and measured by itself.
+      dtype: of the convolutions; None keeps the net's own.
+      steps: timed calls for each batch size; each is timed until its logits are there.
+      json_path: where to write the result, if anywhere.
+      console: where to print; standard output by default.
+
+    Returns:
+      Under "batches", for each size: images_per_second (of the median call), the
+      percentiles milliseconds_p50, _p90 and _p99, and compile_seconds.
+
+    Raises:
+      UserError: an unknown net, or a count below 1.
+    """
+    if not batch_sizes or min(*batch_sizes, steps) < 1:
+        raise UserError("--batch and --steps must be at least 1")
+    name, given, variables, statistics, shape = _net_to_time(net)
+    given = given if dtype is None else given.clone(dtype=jnp.dtype(dtype))
+    model, variables = folded(given, variables)
+
+    @jax.jit
+    def classify(variables: Any, images: jax.Array) -> jax.Array:
+        images = normalize(to_unit(images), statistics)
+        return model.apply(variables, images, train=False)
+
+    rows = [_time_calls(classify, variables, (n, *shape), steps) for n in batch_sizes]
+    result = {
+        "model": name,
+        "image_size": shape[0],
+        "dtype": str(jnp.dtype(getattr(model, "dtype", jnp.float32))),
+        "folded": model is not given,
+        "steps": steps,
+        **_peak_memory(),
+    }
+    shown = {f"batch {row['batch_size']}": _describe_row(row) for row in rows}
+    return _report(result | {"batches": rows}, console, json_path, result | shown)
+
+
+def _net_to_time(net: str | TrainedNet) -> tuple[Any, ...]:
+    """Name, model, variables, pixel statistics, and the images' (h, w, c)."""
+    if isinstance(net, TrainedNet):
+        shape = image_shape(net)
+        return net.name, net.model, net.variables, net.statistics, shape
+    entry, model = catalog_entry(net), create_model(net)
+    shape = (entry.image_size, entry.image_size, entry.channels)
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, *shape)), train=False))
+    statistics = PixelStatistics(*np.full((2, 1, 1, entry.channels), 0.5, np.float32))
+    return net, model, init(jax.random.key(0)), statistics, shape
+
+
+def _time_calls(
+    classify: Any, variables: Any, shape: tuple[int, ...], steps: int
+) -> dict[str, float]:
+    """The row of one batch size."""
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    images = jax.device_put(images)
+    start = time.perf_counter()
+    compiled = classify.lower(variables, images).compile()
+    compile_seconds = time.perf_counter() - start
+    milliseconds = []
+    for _ in range(3 + steps):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(variables, images))
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    p50, p90, p99 = np.percentile(milliseconds[3:], (50, 90, 99)).tolist()
+    return {
+        "batch_size": shape[0],
+        "images_per_second": 1000 * shape[0] / p50,
+        "milliseconds_p50": p50,
+        "milliseconds_p90": p90,
+        "milliseconds_p99": p99,
+        "compile_seconds": compile_seconds,
+    }
+
+
+def _describe_row(row: dict[str, float]) -> str:
+    latency = ", ".join(
+        f"p{p} {describe(row[f'milliseconds_p{p}'])} ms" for p in (50, 90, 99)
+    )
+    return (
+        f"{describe(row['images_per_second'])} images/s; {latency}; "
+        f"compiled in {describe(row['compile_seconds'])} s"
+    )
+
+
 def benchmark_input(
     config: Config,
     *,
@@ -243,12 +345,19 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
 
 
 def _report(
-    result: dict[str, Any], console: rich.console.Console | None, json_path: str | None
+    result: dict[str, Any],
+    console: rich.console.Console | None,
+    json_path: str | None,
+    shown: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Prints a measurement, adds the environment to it and writes its JSON file."""
+    """Prints a measurement, adds the environment to it and writes its JSON file.
+
+    ``shown`` is printed in place of the result if given.
+    """
+    facts = result if shown is None else shown
     result = result | {"environment": environment()}
     where = {name: result["environment"][name] for name in ("devices", "cpu_cores")}
-    facts = {**result, **where, "environment": None}
+    facts = facts | where
     print_facts(
         console or make_console(),
         {

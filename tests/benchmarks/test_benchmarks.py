@@ -82,6 +82,21 @@ def test_three_libraries_side_by_side(one_device, case, ours, tmp_path, capsys):
         assert row["parameters"] == (75_290 if name in ours else 78_042)
 
 
+def test_inference_side_by_side(one_device, tmp_path, capsys):
+    pytest.importorskip("torch")
+    rows = run_compare(tmp_path, capsys, "inference", *SMALL)
+    others = ["flax_example", "torch", "torch_channels_last"]
+    assert list(rows) == ["resnet_jax", "resnet_jax_unfolded", *others]
+    assert all(row["finite"] for row in rows.values())
+    # Scale and offset of 7 normalisations become the biases of their convolutions.
+    channels = 16 + 2 * (16 + 32 + 64)
+    assert rows["resnet_jax_unfolded"]["parameters"] == 75_290
+    assert rows["resnet_jax"]["parameters"] == 75_290 - channels
+    # Torch folds those of the two projections too.
+    assert rows["flax_example"]["parameters"] == 78_042
+    assert rows["torch"]["parameters"] == 78_042 - channels - 32 - 64
+
+
 @pytest.mark.slow
 def test_options_side_by_side(one_device, tmp_path, capsys):
     rows = run_compare(tmp_path, capsys, "options", *SMALL)

@@ -1,6 +1,6 @@
 """Nets in bfloat16 against float32, compiled as users do.
 
-Some versions of XLA fuse bfloat16 maps wrongly, see ``models.pooling.apart``.
+Some versions of XLA fuse bfloat16 maps wrongly, see ``models.barriers.apart``.
 """
 
 import jax
