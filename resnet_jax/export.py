@@ -17,7 +17,7 @@ from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.evaluation.protocols import Center
 from resnet_jax.models import fold_batch_norm
 from resnet_jax.models.catalog import catalog_entry
-from resnet_jax.storage import expand, replacing
+from resnet_jax.storage import expand, refuse_existing, replacing
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 """Where an artefact runs; it holds one program for the CPU and one for the others."""
@@ -55,8 +55,7 @@ def export_net(
     _check_suffix(target.suffix, path)
     facts_file = target.with_suffix(".json")
     for file in (target, facts_file):
-        if file.exists() and not force:
-            raise UserError(f"{file} exists; give another path, or --force")
+        refuse_existing(file, force)
     shape = image_shape(net)
     content = serialize(
         net.model, net.variables, net.statistics, shape, fold=fold, dtype=dtype

@@ -146,6 +146,12 @@ def replacing(path: Path) -> Iterator[Path]:
         signals.temporary_files.discard(temporary)
 
 
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raises UserError if a file exists that ``force`` does not allow to replace."""
+    if path.exists() and not force:
+        raise UserError(f"{path} exists; give another path, or --force")
+
+
 def delete_leftovers(folder: Path) -> None:
     """Deletes the temporary files of ``replacing`` that killed processes left."""
     for leftover in folder.glob(".????????????????.part"):

@@ -86,16 +86,15 @@ def convert_weights(
     import rich.console
 
     from resnet_jax.console import say
-    from resnet_jax.evaluation.nets import PREPROCESSING, load_net
-    from resnet_jax.storage import expand, is_remote
+    from resnet_jax.evaluation.nets import PREPROCESSING, is_workdir, load_net
+    from resnet_jax.storage import expand, refuse_existing
     from resnet_jax.weights import save_weights, shapes
     from resnet_jax.weights.load_save import check_suffix, load_named_model
 
     target = expand(target)
     check_suffix(str(target))
-    if target.exists() and not force:
-        raise UserError(f"{target} exists; give another path, or --force")
-    if is_remote(source) or expand(source).is_dir():
+    refuse_existing(target, force)
+    if is_workdir(source):
         if model is not None:
             raise UserError(f"workdir {source} knows its model; leave --model out")
         net: Any = load_net(source)

@@ -11,10 +11,10 @@ import numpy as np
 from resnet_jax.data.pictures import Picture, Pictures, is_picture
 from resnet_jax.data.sources.imagenet import readable_names
 from resnet_jax.errors import UserError
-from resnet_jax.evaluation import outputs, protocols
+from resnet_jax.evaluation import outputs
 from resnet_jax.evaluation.nets import TrainedNet, load_net
 from resnet_jax.evaluation.outputs import Member, Output
-from resnet_jax.evaluation.protocols import Center, Protocol, Stored
+from resnet_jax.evaluation.protocols import Center, Protocol, Stored, as_protocol
 
 _AT_ONCE = 1024  # pictures of an iterator that are in memory
 
@@ -73,10 +73,8 @@ class Classifier:
         """
         if net.num_classes is None:
             raise UserError(f"{net.source} has no classifier: give a net with classes")
-        own = _own_view(net)
-        if isinstance(protocol, str):
-            protocol = protocols.parse(protocol, own)
-        self.net, self.own_view, self.protocol = net, own, protocol or own
+        self.net, self.own_view = net, _own_view(net)
+        self.protocol = as_protocol(protocol, self.own_view)
         self.names = readable_names(
             net.class_names or [str(index) for index in range(net.num_classes)]
         )

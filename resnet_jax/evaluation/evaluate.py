@@ -1,9 +1,10 @@
 """Evaluation of trained nets: one, several, or all of them as an ensemble."""
 
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,11 +30,11 @@ from resnet_jax.evaluation.labels import (
     read_label_sets,
     validation_number,
 )
-from resnet_jax.evaluation.nets import TrainedNet, load_net
-from resnet_jax.evaluation.outputs import Member
+from resnet_jax.evaluation.nets import TrainedNet, is_workdir, load_net
+from resnet_jax.evaluation.outputs import Member, Output
 from resnet_jax.evaluation.precise_statistics import precise_variables
-from resnet_jax.evaluation.protocols import Average, Protocol, parse
-from resnet_jax.storage import expand, is_remote, replacing
+from resnet_jax.evaluation.protocols import Average, Protocol, as_protocol
+from resnet_jax.storage import expand, replacing
 from resnet_jax.workdir import Workdir
 
 Tested = str | os.PathLike[str] | TrainedNet
@@ -117,19 +118,29 @@ def evaluate_nets(
     Raises:
       UserError: a net, its data or a protocol does not exist or fit.
     """
-    given = {"batch size": batch_size, "number of precise batches": precise_batches}
-    for name, value in given.items():
+    for name, value in (
+        ("batch size", batch_size),
+        ("number of precise batches", precise_batches),
+    ):
         if value is not None and value < 1:
             raise UserError(f"the {name} must be at least 1, not {value}")
     console = console or make_console()
-    options = {"model": model, "mean": mean, "std": std, "checkpoint": checkpoint}
-    moved = overrides if data is None else None
-    chosen = [
-        (_loaded(source, options, moved, precise_batches, console), own or protocol)
-        for item in nets
-        for source, own in _expanded(item)
-    ]
-    inputs = open_inputs(chosen[0][0], data, split, overrides)
+    load = functools.partial(
+        load_net,
+        model=model,
+        checkpoint=checkpoint,
+        mean=mean,
+        std=std,
+        overrides=overrides if data is None else None,
+    )
+    chosen: list[tuple[TrainedNet, Protocol]] = []
+    for source, own in _runs(nets):
+        net = source if isinstance(source, TrainedNet) else load(source)
+        if precise_batches is not None and net is not source:
+            net = _with_precise_statistics(net, precise_batches, console)
+        chosen.append((net, as_protocol(own or protocol, net.protocol)))
+    first = chosen[0][0]
+    inputs = open_inputs(first, data, split, overrides)
     matched = match_classes(
         [net for net, _ in chosen],
         inputs.class_names,
@@ -139,13 +150,19 @@ def evaluate_nets(
     if matched.note:
         say(console, matched.note)
     members = [
-        Member(net, _protocol(own, net), columns)
-        for (net, own), columns in zip(chosen, matched.columns, strict=True)
+        Member(net, views, columns)
+        for (net, views), columns in zip(chosen, matched.columns, strict=True)
     ]
-    sets = None if labels is None else _label_sets(labels, members[0].net)
-    size = batch_size or _batch_size(members[0].net)
-    records, faults = _test(members, inputs, matched, sets, ensemble, size, console)
-    return _summary(members, inputs, matched, records, ensemble, faults, sets, console)
+    label_sets = None
+    if labels is not None:
+        label_sets = read_label_sets(expand(labels), first.num_classes)
+    test = _Test(members, ensemble, inputs, matched, label_sets)
+    records, faults = _records(test, batch_size or _batch_size(first))
+    for fault in faults:
+        say(console, f"skipped: {fault}")
+    result = _result(test, records, faults)
+    _print_result(test, result, console)
+    return result
 
 
 def write_result(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
@@ -154,37 +171,62 @@ def write_result(path: str | os.PathLike[str], result: Mapping[str, Any]) -> Non
         temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _expanded(
-    item: Tested | tuple[Tested, str | Protocol | None],
-) -> list[tuple[Tested, str | Protocol | None]]:
-    """Nets with their protocols; the runs of a workdir of several seeds."""
-    source, own = item if isinstance(item, tuple) else (item, None)
-    if isinstance(source, TrainedNet):
-        return [(source, own)]
-    if is_remote(source) or expand(source).is_dir():
-        folder = Workdir(source)
-        config = folder.read_config()
-        if config is not None and config.seeds > 1:
-            seeds = range(config.seed, config.seed + config.seeds)
-            return [(folder.path / f"seed-{seed}", own) for seed in seeds]
-    return [(source, own)]
+@dataclasses.dataclass(frozen=True)
+class _Test:
+    """What is tested.
+
+    Attributes:
+      members: the nets.
+      ensemble: how their answers are averaged; None tests no ensemble.
+      inputs: the images.
+      matched: the classes of the images as classes of the nets.
+      label_sets: the right classes of each validation image, in place of its label.
+    """
+
+    members: Sequence[Member]
+    ensemble: Average | None
+    inputs: Inputs
+    matched: Matched
+    label_sets: Sequence[tuple[int, ...]] | None
+
+    def targets(self, output: Output) -> tuple[int, ...]:
+        """The right classes of an image; none if it does not count."""
+        if self.label_sets is None:
+            return (int(self.matched.targets[output.label]),)
+        number = validation_number(output.name)
+        if number > len(self.label_sets):
+            raise UserError(
+                f"{output.name} is beyond the {len(self.label_sets)} items of the file "
+                "of labels"
+            )
+        return self.label_sets[number - 1]
 
 
-def _loaded(
-    source: Tested,
-    options: Mapping[str, Any],
-    overrides: Mapping[str, str] | None,
-    precise_batches: int | None,
-    console: rich.console.Console,
+def _runs(
+    nets: Sequence[Tested | tuple[Tested, str | Protocol | None]],
+) -> Iterator[tuple[Tested, str | Protocol | None]]:
+    """Nets with their protocols; each run of a workdir of several seeds."""
+    for item in nets:
+        source, own = item if isinstance(item, tuple) else (item, None)
+        if not isinstance(source, TrainedNet) and is_workdir(source):
+            folder = Workdir(source)
+            config = folder.read_config()
+            if config is not None and config.seeds > 1:
+                for seed in range(config.seed, config.seed + config.seeds):
+                    yield folder.path / f"seed-{seed}", own
+                continue
+        yield source, own
+
+
+def _with_precise_statistics(
+    net: TrainedNet, num_batches: int, console: rich.console.Console
 ) -> TrainedNet:
-    if isinstance(source, TrainedNet):
-        return source
-    net = load_net(source, **options, overrides=overrides)
+    """The net of a run with batch statistics of some of its first batches."""
     run = net.run
-    if precise_batches is None:
-        return net
     if run is None:
-        raise UserError(f"{source} is not a run, and has no batches: leave them out")
+        raise UserError(
+            f"{net.source} is not a run, and has no batches: leave them out"
+        )
     variables = precise_variables(
         run.model,
         run.config,
@@ -193,16 +235,10 @@ def _loaded(
         run.statistics,
         run.rng,
         run.feed(run.split("train")),
-        precise_batches,
+        num_batches,
     )
-    say(console, f"batch statistics averaged over {precise_batches} batches")
+    say(console, f"batch statistics averaged over {num_batches} batches")
     return dataclasses.replace(net, variables=variables)
-
-
-def _protocol(own: str | Protocol | None, net: TrainedNet) -> Protocol:
-    if own is None:
-        return net.protocol
-    return parse(own, net.protocol) if isinstance(own, str) else own
 
 
 def _batch_size(net: TrainedNet) -> int:
@@ -211,49 +247,33 @@ def _batch_size(net: TrainedNet) -> int:
     return evaluation_batch_size(net.run.config, parallel.local_mesh())
 
 
-def _label_sets(path: str | os.PathLike[str], net: TrainedNet) -> list[tuple[int, ...]]:
-    return read_label_sets(expand(path), net.num_classes)
-
-
-def _test(
-    members: Sequence[Member],
-    inputs: Inputs,
-    matched: Matched,
-    label_sets: list[tuple[int, ...]] | None,
-    ensemble: Average | None,
-    batch_size: int,
-    console: rich.console.Console,
-) -> tuple[list[Records], list[str]]:
-    """Records of each net and of the ensemble, and a sentence for each broken image.
+def _records(test: _Test, batch_size: int) -> tuple[list[Records], list[str]]:
+    """Records of each net and then the ensemble, and a sentence on each broken image.
 
     Each process tests its part of the examples.
 
     Raises:
       RuntimeError: an example was not counted exactly once, a bug here.
     """
-    total = len(inputs.source)
-    faults: list[str] = []
-    records = [Records.empty(total) for _ in range(len(members) + bool(ensemble))]
-    mine = range(jax.process_index(), total, jax.process_count())
-    skips = inputs.data.on_error == "skip"
-    unlabelled = 0
+    source, data = test.inputs.source, test.inputs.data
+    total, faults, unlabelled = len(source), list[str](), 0
+    num_records = len(test.members) + (test.ensemble is not None)
+    records = [Records.empty(total) for _ in range(num_records)]
     for output in outputs.apply(
-        members,
-        inputs.source,
-        data=inputs.data,
+        test.members,
+        source,
+        data=data,
         batch_size=batch_size,
-        indices=mine,
-        on_fault=faults.append if skips else None,
+        indices=range(jax.process_index(), total, jax.process_count()),
+        on_fault=faults.append if data.on_error == "skip" else None,
     ):
-        targets: Sequence[int] = (int(matched.targets[output.label]),)
-        if label_sets is not None:
-            targets = _targets_in(label_sets, output.name)
+        targets = test.targets(output)
         if not targets:
             unlabelled += 1
             continue
         log_probs = list(output.log_probs)
-        if ensemble:
-            log_probs.append(outputs.average(output.log_probs, ensemble))
+        if test.ensemble:
+            log_probs.append(outputs.average(output.log_probs, test.ensemble))
         for record, values in zip(records, log_probs, strict=True):
             record.set(output.index, values, targets)
     records = [_of_all_processes(record) for record in records]
@@ -266,78 +286,46 @@ def _test(
             )
     if left_out == total:
         raise UserError("no image could be tested: all are broken or have no label")
-    for fault in faults:
-        say(console, f"skipped: {fault}")
     return records, faults
-
-
-def _targets_in(label_sets: Sequence[tuple[int, ...]], name: str) -> tuple[int, ...]:
-    number = validation_number(name)
-    if number > len(label_sets):
-        raise UserError(
-            f"{name} is beyond the {len(label_sets)} items of the file of labels"
-        )
-    return label_sets[number - 1]
 
 
 def _of_all_processes(records: Records) -> Records:
     """The records of all processes, each of which has a part of them."""
     if jax.process_count() == 1:
         return records
-    arrays = dataclasses.asdict(records)
-    return Records(
-        **{
-            name: np.asarray(multihost_utils.process_allgather(array)).sum(0)
-            for name, array in arrays.items()
-        }
-    )
+    gathered = multihost_utils.process_allgather(dataclasses.asdict(records))
+    return Records(**{name: np.asarray(gathered[name]).sum(0) for name in gathered})
 
 
-def _summary(
-    members: Sequence[Member],
-    inputs: Inputs,
-    matched: Matched,
-    records: Sequence[Records],
-    ensemble: Average | None,
-    faults: Sequence[str],
-    label_sets: Any,
-    console: rich.console.Console,
+def _result(
+    test: _Test, records: Sequence[Records], faults: Sequence[str]
 ) -> dict[str, Any]:
-    """What ``evaluate_nets`` returns; prints the main figures."""
-    one_label = label_sets is None
-    several = len(members) > 1
+    """What ``evaluate_nets`` returns."""
+    names, one_label = test.matched.class_names, test.label_sets is None
+    found = [figures(record, names, one_label=one_label) for record in records]
     nets = []
-    for member, record in zip(members, records, strict=False):
+    for member, values in zip(test.members, found, strict=False):
         net = member.net
-        found = {
+        about = {
             "source": net.source,
             "model": net.name,
             "checksum": net.checksum,
             "protocol": member.protocol.to_json(),
-            **({"step": net.run.step} if net.run else {}),
-            **figures(record, matched.class_names, one_label=one_label),
         }
-        if several:
-            say(console, f"{net.source}: {net.name}")
-        _print(found, member, inputs.split, console)
-        nets.append(found)
+        step = {"step": net.run.step} if net.run else {}
+        nets.append({**about, **step, **values})
     result: dict[str, Any] = {"nets": nets}
-    if ensemble:
-        content = figures(records[-1], matched.class_names, one_label=one_label)
-        result["ensemble"] = {"average": ensemble, **content}
-        say(console, f"ensemble of {len(members)} nets, mean of {ensemble}")
-        _print(content, None, inputs.split, console)
-    if several and _differ_in_seed(members):
-        spread = Spread.of(found["error"] for found in nets)
+    if test.ensemble:
+        result["ensemble"] = {"average": test.ensemble, **found[-1]}
+    if len(nets) > 1 and _differ_in_seed(test.members):
+        spread = Spread.of(net["error"] for net in nets)
         result["spread"] = dataclasses.asdict(spread)
-        say(console, f"{inputs.split} error {spread.percent()}")
-    elif len(members) == 2:
-        result["difference"] = found = dict(difference(records[0], records[1]))
-        say(console, _describe_difference(found))
+    elif len(nets) == 2:
+        result["difference"] = difference(records[0], records[1])
     return result | {
-        "split": inputs.split,
-        "data": dataclasses.asdict(inputs.identity),
-        "answers": len(matched.class_names),
+        "split": test.inputs.split,
+        "data": dataclasses.asdict(test.inputs.identity),
+        "answers": len(names),
         "skipped": list(faults),
         "command": command_line(),
         "environment": environment(),
@@ -345,23 +333,40 @@ def _summary(
     }
 
 
-def _print(
+def _print_result(
+    test: _Test, result: Mapping[str, Any], console: rich.console.Console
+) -> None:
+    split, count = result["split"], len(test.members)
+    for member, found in zip(test.members, result["nets"], strict=True):
+        if count > 1:
+            say(console, f"{found['source']}: {found['model']}")
+        _print_figures(found, split, console, member.protocol)
+    if "ensemble" in result:
+        say(console, f"ensemble of {count} nets, mean of {test.ensemble}")
+        _print_figures(result["ensemble"], split, console)
+    if "spread" in result:
+        say(console, f"{split} error {Spread(**result['spread']).percent()}")
+    if "difference" in result:
+        say(console, _describe_difference(result["difference"]))
+
+
+def _print_figures(
     found: Mapping[str, Any],
-    member: Member | None,
     split: str,
     console: rich.console.Console,
+    protocol: Protocol | None = None,
 ) -> None:
+    """Prints the main figures of a net, or of an ensemble, which has no protocol."""
     parts = []
-    if member is not None and member.net.run is not None:
-        parts.append(f"checkpoint at step {member.net.run.step}")
+    if "step" in found:
+        parts.append(f"checkpoint at step {found['step']}")
     if "loss" in found:
         parts.append(f"loss {found['loss']:.4f}")
     if parts:
         say(console, ", ".join(parts))
-    if member is not None:
-        averaged = member.protocol.num_views > 1
-        note = " (test-time augmentation)" if averaged else ""
-        say(console, f"protocol {member.protocol.describe()}{note}")
+    if protocol is not None:
+        note = " (test-time augmentation)" if protocol.num_views > 1 else ""
+        say(console, f"protocol {protocol.describe()}{note}")
     if "calibration" in found:
         ece = 100 * found["calibration"]["error"]
         say(console, f"{split} calibration error {ece:.2f} %")
@@ -383,13 +388,13 @@ def _differ_in_seed(members: Sequence[Member]) -> bool:
     """Whether all nets are runs of one config, tested alike, with different seeds."""
     if len({member.protocol for member in members}) > 1:
         return False
-    lasting = {name for name, field in fields().items() if not field.operational}
+    lasting = [name for name, field in fields().items() if not field.operational]
+    others = [name for name in lasting if name not in ("seed", "seeds")]
     configs, seeds = set(), set()
     for member in members:
         if member.net.run is None:
             return False
         values = flatten(member.net.run.config)
         seeds.add(values["seed"])
-        others = lasting - {"seed", "seeds"}
-        configs.add(tuple((name, values[name]) for name in sorted(others)))
+        configs.add(tuple(values[name] for name in others))
     return len(configs) == 1 and len(seeds) == len(members)

@@ -27,7 +27,7 @@ from resnet_jax.evaluation import outputs
 from resnet_jax.evaluation.inputs import open_inputs
 from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.evaluation.outputs import BATCH_SIZE, Member
-from resnet_jax.storage import expand, is_remote, replacing
+from resnet_jax.storage import expand, is_remote, refuse_existing, replacing
 from resnet_jax.weights.files import read_arrays, write_safetensors
 
 SUFFIXES = (".safetensors", ".npz")
@@ -217,6 +217,5 @@ def _target(path: str | os.PathLike[str], force: bool) -> Path:
             f"{target} cannot be written: give a path that ends in "
             f"{' or '.join(SUFFIXES)}"
         )
-    if target.exists() and not force:
-        raise UserError(f"{target} exists; give another path, or --force")
+    refuse_existing(target, force)
     return target

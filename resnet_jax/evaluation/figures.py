@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,7 @@ def _confusion(records: Records) -> list[tuple[int, int, int]]:
     ]
 
 
-def difference(first: Records, second: Records) -> Mapping[str, Any]:
+def difference(first: Records, second: Records) -> dict[str, Any]:
     """The difference of two errors on the same examples, by a paired bootstrap.
 
     Returns:

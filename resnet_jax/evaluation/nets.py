@@ -88,6 +88,11 @@ class TrainedNet:
         }
 
 
+def is_workdir(source: str | os.PathLike[str]) -> bool:
+    """Whether a net's source is the workdir of a run, not a file or a hub name."""
+    return is_remote(source) or expand(source).is_dir()
+
+
 def load_net(
     source: str | os.PathLike[str],
     *,
@@ -112,7 +117,7 @@ def load_net(
     Raises:
       UserError: there is no such net, or it does not say what images it expects.
     """
-    if is_remote(source) or expand(source).is_dir():
+    if is_workdir(source):
         if model is not None or mean is not None or std is not None:
             raise UserError(
                 f"workdir {source} knows its model, mean and std: leave them out"

@@ -203,6 +203,17 @@ def parse(text: str, own: Protocol) -> Protocol:
     return _checked(text, kind(**values))
 
 
+def as_protocol(given: str | Protocol | None, own: Protocol) -> Protocol:
+    """A protocol, from text if it is given so; None means the net's own single view.
+
+    Raises:
+      UserError: see ``parse``.
+    """
+    if given is None:
+        return own
+    return parse(given, own) if isinstance(given, str) else given
+
+
 def from_json(content: Mapping[str, Any]) -> Protocol:
     """The protocol whose ``to_json`` was saved.
 
