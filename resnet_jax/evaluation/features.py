@@ -10,29 +10,17 @@ from pathlib import Path
 import numpy as np
 import rich.console
 
-from resnet_jax.config import override, resolve
-from resnet_jax.config.schema import DataConfig
 from resnet_jax.console import make_console, say
-from resnet_jax.data.sources import Source
 from resnet_jax.data.sources.base import notes
-from resnet_jax.data.sources.folders import (
-    FolderSource,
-    Names,
-    is_image_name,
-    is_leftover,
-    subfolders,
-)
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation import outputs
-from resnet_jax.evaluation.inputs import open_inputs
+from resnet_jax.evaluation.inputs import Inputs, open_inputs
 from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.evaluation.outputs import BATCH_SIZE, Member
-from resnet_jax.storage import expand, is_remote, refuse_existing, replacing
+from resnet_jax.storage import expand, refuse_existing, replacing
 from resnet_jax.weights.files import read_arrays, write_safetensors
 
 SUFFIXES = (".safetensors", ".npz")
-UNKNOWN = -1
-"""The label of an image that has none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,17 +79,17 @@ def extract_features(
         raise UserError(f"the batch size must be at least 1, not {batch_size}")
     target = None if out is None else _target(out, force)
     console = console or make_console()
-    source, config = _open(net, data, split, overrides or {})
-    for note in notes(source):
+    inputs = open_inputs(net, data, split, overrides, unlabelled=True)
+    for note in notes(inputs.source):
         say(console, note)
 
     def skip(fault: str) -> None:
         say(console, f"warning: skipped: {fault}")
 
-    on_fault = skip if config.on_error == "skip" else None
-    found = _collected(net, source, config, batch_size, on_fault)
-    if data is not None and not is_remote(data):
-        folder = f"{expand(data).absolute()}{os.sep}"
+    on_fault = skip if inputs.data.on_error == "skip" else None
+    found = _collected(net, inputs, batch_size, on_fault)
+    if data is not None:
+        folder = f"{inputs.data.path}{os.sep}"
         names = tuple(name.removeprefix(folder) for name in found.names)
         found = dataclasses.replace(found, names=names)
     if target is not None:
@@ -111,42 +99,18 @@ def extract_features(
     return found
 
 
-def _open(
-    net: TrainedNet,
-    data: str | os.PathLike[str] | None,
-    split: str | None,
-    overrides: Mapping[str, str],
-) -> tuple[Source, DataConfig]:
-    """The images that ``extract_features`` is given, and how to read them."""
-    folder = None if data is None or is_remote(data) else expand(data).absolute()
-    if folder and split is None and folder.is_dir() and not subfolders(folder):
-        files = sorted(
-            name
-            for name in os.listdir(folder)
-            if is_image_name(name) and not is_leftover(name)
-        )
-        if files:
-            labels = np.full(len(files), UNKNOWN, np.int32)
-            config = override(resolve({"training": {"steps": 1}}), overrides)
-            return FolderSource(str(folder), Names(files), labels, ()), config.data
-    given = None if data is None else os.fspath(data)
-    inputs = open_inputs(net, given, split, overrides)
-    return inputs.source, inputs.data
-
-
 def _collected(
     net: TrainedNet,
-    source: Source,
-    data: DataConfig,
+    inputs: Inputs,
     batch_size: int,
     on_fault: Callable[[str], object] | None,
 ) -> Features:
-    """The features of a whole source, in its order."""
+    """The features of all images, in their order."""
     found = list(
         outputs.apply(
             [Member(net, net.protocol, features=True)],
-            source,
-            data=data,
+            inputs.source,
+            data=inputs.data,
             batch_size=batch_size,
             on_fault=on_fault,
         )
@@ -157,7 +121,7 @@ def _collected(
         features=np.concatenate([output.log_probs for output in found]),
         labels=np.array([output.label for output in found], np.int32),
         names=tuple(output.name for output in found),
-        class_names=tuple(source.class_names),
+        class_names=inputs.class_names,
     )
 
 

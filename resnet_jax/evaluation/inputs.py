@@ -1,18 +1,35 @@
 """The images that nets are tested on: a run's own split, or other data."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from resnet_jax.config import Config, override, resolve
+import numpy as np
+
+from resnet_jax.config import override, resolve
 from resnet_jax.config.schema import DataConfig
-from resnet_jax.data.sources import Collection, Source, open_collection
-from resnet_jax.data.sources.folders import is_image_name, open_folders, subfolders
+from resnet_jax.data.sources import (
+    Collection,
+    Description,
+    Source,
+    open_collection,
+)
+from resnet_jax.data.sources.folders import (
+    FolderSource,
+    Names,
+    is_image_name,
+    is_leftover,
+    open_folders,
+    subfolders,
+)
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.identity import Identity
 from resnet_jax.storage import expand, is_remote
+
+UNKNOWN = -1
+"""The label of an image that has none."""
 
 _TEST_SPLITS = ("test", "val", "validation")
 
@@ -38,9 +55,11 @@ class Inputs:
 
 def open_inputs(
     net: TrainedNet,
-    data: str | None = None,
+    data: str | os.PathLike[str] | None = None,
     split: str | None = None,
     overrides: Mapping[str, str] | None = None,
+    *,
+    unlabelled: bool = False,
 ) -> Inputs:
     """Opens the images to test a net on.
 
@@ -51,6 +70,7 @@ def open_inputs(
       split: "test" (the default), "holdout" or "train" of the run; or a split of other
         data, by default test or val.
       overrides: values as text for fields of the config's data section.
+      unlabelled: also take a folder of images without classes; their labels are -1.
 
     Raises:
       UserError: there are no such data.
@@ -66,68 +86,81 @@ def open_inputs(
             f"{net.source} brings no data: give them with --data FOLDER, or the name "
             "of a tfds data set"
         )
-    return _other_data(net, data, split, overrides or {})
-
-
-def _other_data(
-    net: TrainedNet,
-    data: str | None,
-    split: str | None,
-    overrides: Mapping[str, str],
-) -> Inputs:
-    values = dict(overrides)
-    if data is not None:
-        is_folder = is_remote(data) or "/" in data or expand(data).exists()
-        values["data.path" if is_folder else "data.name"] = data
-        if is_folder:
-            values.setdefault("data.name", Path(data).name)
-    base = net.run.config if net.run else resolve({"training": {"steps": 1}})
-    config = _quiet_override(base, values).data
-    collection, only = _flat(config) if split is None else (None, None)
-    if collection is None:
+    config = _data_config(net, data, overrides or {})
+    single = _single_split(config, unlabelled) if split is None else None
+    if single is None:
         collection = open_collection(config)
-    split = split or only or _test_split(collection, values)
-    source = collection.source(split)
-    description = collection.description
-    names = tuple(source.class_names)
-    version = description.checksum or description.version
-    identity = Identity(description.kind, version, names, {split: len(source)})
+        split = split or _test_split(collection, overrides or {})
+        source = collection.source(split)
+    else:
+        collection, split = single
+        source = collection.open_split(split)
+    about, names = collection.description, tuple(source.class_names)
+    version = about.checksum or about.version
+    identity = Identity(about.kind, version, names, {split: len(source)})
     return Inputs(source, names, split, identity, config)
 
 
-def _quiet_override(base: Config, values: Mapping[str, str]) -> Config:
-    """A config with the fields of the data section replaced."""
+def _data_config(
+    net: TrainedNet,
+    data: str | os.PathLike[str] | None,
+    overrides: Mapping[str, str],
+) -> DataConfig:
+    """How to read other data: as the net's run did, or by default."""
+    values = dict(overrides)
+    if data is not None:
+        text = os.fspath(data)
+        if is_remote(text) or "/" in text or expand(text).exists():
+            values["data.path"] = text
+            values.setdefault("data.name", Path(text).name)
+        else:
+            values["data.name"] = text
     for name in values:
         if not name.startswith("data."):
             raise UserError(f"{name} cannot be changed for a trained net")
-    return override(base, values)
+    base = net.run.config if net.run else resolve({"training": {"steps": 1}})
+    return override(base, values).data
 
 
-def _flat(config: DataConfig) -> tuple[Collection | None, str | None]:
-    """A folder CLASS/IMAGE as the only split of the folder above, if it is one."""
-    if config.path is None or is_remote(config.path):
-        return None, None
+def _single_split(
+    config: DataConfig, unlabelled: bool
+) -> tuple[Collection, str] | None:
+    """A folder CLASS/IMAGE as the only split of the folder above it, if it is one.
+
+    So is a folder of images alone if ``unlabelled``.
+    """
+    if config.path is None or is_remote(config.path) or not os.path.isdir(config.path):
+        return None
     folder = Path(config.path)
-    classes = subfolders(folder) if folder.is_dir() else []
-    if not classes or not _holds_images(folder / classes[0]):
-        return None, None
-    return open_folders(folder.parent, classes_of=folder.name), folder.name
+    classes = subfolders(folder)
+    if classes and _images_in(folder / classes[0]):
+        return open_folders(folder.parent, classes_of=folder.name), folder.name
+    if not unlabelled or classes or not (names := _images_in(folder)):
+        return None
+    labels = np.full(len(names), UNKNOWN, np.int32)
+    source = FolderSource(config.path, Names(names), labels, ())
+    counts = {folder.name: len(names)}
+    about = Description(config.path, (), source.channels, counts, kind="images")
+    return Collection(about, lambda split: source), folder.name
 
 
-def _holds_images(folder: Path) -> bool:
-    return any(
-        is_image_name(entry.name) and entry.is_file() for entry in folder.iterdir()
+def _images_in(folder: Path) -> list[str]:
+    """Names of the images in a folder itself, sorted."""
+    with os.scandir(folder) as entries:
+        files = (entry.name for entry in entries if entry.is_file())
+        return sorted(n for n in files if is_image_name(n) and not is_leftover(n))
+
+
+def _test_split(collection: Collection, overrides: Mapping[str, str]) -> str:
+    if "data.test_split" in overrides:
+        return overrides["data.test_split"]
+    splits = collection.description.splits
+    for name in _TEST_SPLITS:
+        if name in splits:
+            return name
+    if len(splits) == 1:
+        return splits[0]
+    raise UserError(
+        f"{collection.description.name} has the splits {', '.join(splits)}: say which "
+        "with --split"
     )
-
-
-def _test_split(collection: Collection, values: Mapping[str, str]) -> str:
-    if "data.test_split" in values:
-        return values["data.test_split"]
-    splits: Sequence[str] = collection.description.splits
-    found: Any = [name for name in _TEST_SPLITS if name in splits] or splits
-    if len(found) > 1 and found is splits:
-        raise UserError(
-            f"{collection.description.name} has the splits {', '.join(splits)}: say "
-            "which with --split"
-        )
-    return found[0]

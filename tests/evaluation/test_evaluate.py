@@ -102,7 +102,7 @@ def test_a_net_with_its_classes_in_another_order(problem, tmp_path, console):
 
 def test_a_folder_of_some_classes(problem, tmp_path, console):
     names, data, logits, labels = problem
-    folder = tmp_path / "some"
+    folder = tmp_path / "my pictures"  # no name of a split
     for kind in ("ant", "cat"):
         shutil.copytree(Path(data) / "test" / kind, folder / kind)
     kept = labels != 1
