@@ -29,12 +29,12 @@ def write_page(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
     }
     parts = [pages.facts(about)]
     for name, found in nets:
-        parts += [pages.heading(name), *_net(name, found)]
+        parts += [pages.heading(name), *_net(found)]
     with replacing(expand(path)) as temporary:
         temporary.write_text(pages.page("Evaluation", *parts))
 
 
-def _net(name: str, found: Mapping[str, Any]) -> list[str]:
+def _net(found: Mapping[str, Any]) -> list[str]:
     counts = f"{found['errors']} of {found['count']}"
     parts = [pages.paragraph(f"error {100 * found['error']:.2f} % ({counts})", "error")]
     values: dict[str, Any] = {}
@@ -42,17 +42,17 @@ def _net(name: str, found: Mapping[str, Any]) -> list[str]:
         values["top-5 error"] = f"{100 * found['top5_error']:.2f} %"
     if "loss" in found:
         values["negative log-likelihood"] = describe(found["loss"])
-        ece = f"{100 * found['calibration']['error']:.2f} %"
-        values["expected calibration error"] = ece
-    for key in ("model", "checksum", "step"):
-        if key in found:
-            values[key] = found[key] if key != "step" else describe(found[key])
+        ece = found["calibration"]["error"]
+        values["expected calibration error"] = f"{100 * ece:.2f} %"
+    values |= {key: found[key] for key in ("model", "checksum") if key in found}
+    if "step" in found:
+        values["step"] = describe(found["step"])
     for key, value in found.get("protocol", {}).items():
         values[f"protocol: {key}"] = value
     parts.append(pages.facts(values))
     if "calibration" in found:
         bins = found["calibration"]["bins"]
-        parts.append(pages.svg(calibration_diagram({name: bins})))
+        parts.append(pages.svg(calibration_diagram(bins)))
         parts += _classes(found)
     return parts
 

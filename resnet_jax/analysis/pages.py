@@ -35,24 +35,25 @@ svg {{ max-width: 100%; height: auto; }}
 """
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """Text as HTML, without control characters."""
     return html.escape(printable(text))
 
 
 def page(title: str, *parts: str) -> str:
     """A page with a title and HTML parts."""
-    return _PAGE.format(title=_escape(title), body="\n".join(parts))
+    return _PAGE.format(title=escape(title), body="\n".join(parts))
 
 
 def heading(text: str, level: int = 2) -> str:
     """A heading."""
-    return f"<h{level}>{_escape(text)}</h{level}>"
+    return f"<h{level}>{escape(text)}</h{level}>"
 
 
 def paragraph(text: str, style: str | None = None) -> str:
     """A paragraph; ``style`` is "error" for the main figure, or "note"."""
     mark = f' class="{style}"' if style else ""
-    return f"<p{mark}>{_escape(text)}</p>"
+    return f"<p{mark}>{escape(text)}</p>"
 
 
 def facts(values: Mapping[str, Any], bold: Collection[str] = ()) -> str:
@@ -60,7 +61,7 @@ def facts(values: Mapping[str, Any], bold: Collection[str] = ()) -> str:
     rows = []
     for name, value in values.items():
         mark = ' class="set"' if name in bold else ""
-        cells = f"<th>{_escape(name)}</th><td{mark}>{_escape(str(value))}</td>"
+        cells = f"<th>{escape(name)}</th><td{mark}>{escape(str(value))}</td>"
         rows.append(f"<tr>{cells}</tr>")
     return "\n".join(["<table>", *rows, "</table>"])
 
@@ -70,9 +71,9 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     def cell(text: str) -> str:
         mark = ' class="number"' if text[:1].isdigit() else ""
-        return f"<td{mark}>{_escape(text)}</td>"
+        return f"<td{mark}>{escape(text)}</td>"
 
-    head = "".join(f"<th>{_escape(name)}</th>" for name in header)
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = ["<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows]
     start, end = '<div class="wide"><table class="grid">', "</table></div>"
     return "\n".join([start, f"<tr>{head}</tr>", *body, end])

@@ -297,48 +297,38 @@ def error_by_setting(
     return figure
 
 
-def calibration_diagram(
-    nets: Mapping[str, Sequence[Mapping[str, Any]]], title: str = ""
-) -> Figure:
-    """Accuracy over confidence in bins (Guo et al. 2017, Figure 1), a panel for a net.
+def calibration_diagram(bins: Sequence[Mapping[str, Any]]) -> Figure:
+    """Accuracy over confidence, a bar for each bin (Guo et al. 2017, Figure 1).
 
     Args:
-      nets: the bins of ``evaluation.figures.calibration`` by the net's name. A bar is
-        as dark as the bin is full.
-      title: of the figure.
+      bins: of ``evaluation.figures.calibration``. The fuller a bin, the darker its bar.
     """
-    figure, panels = _figure(title, len(nets), (4.2, 4))
-    for axes, (name, bins) in zip(panels, nets.items(), strict=True):
-        most = max(found["count"] for found in bins)
-        width = 1 / CALIBRATION_BINS
-        for found in bins:
-            shade = 0.25 + 0.75 * found["count"] / most
-            axes.bar(
-                found["from"] + width / 2,
-                found["accuracy"],
-                width,
-                color="#4477aa",
-                alpha=shade,
-                edgecolor="white",
-            )
-        axes.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle="--")
-        axes.set_xlabel("confidence")
-        axes.set_ylabel("accuracy")
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1)
-        axes.set_title(_literal(name), fontsize=10)
+    figure, (axes,) = _figure("", 1, (4.2, 4))
+    counts = np.array([found["count"] for found in bins])
+    width = 1 / CALIBRATION_BINS
+    axes.bar(
+        [found["from"] + width / 2 for found in bins],
+        [found["accuracy"] for found in bins],
+        width,
+        color=[("#4477aa", shade) for shade in 0.25 + 0.75 * counts / counts.max()],
+        edgecolor="white",
+    )
+    axes.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle="--")
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("accuracy")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
     return figure
 
 
 def confusion_figure(
-    pairs: Iterable[tuple[int, int, int]], class_names: Sequence[str], title: str = ""
+    pairs: Iterable[tuple[int, int, int]], class_names: Sequence[str]
 ) -> Figure:
-    """The confusion matrix in percent of each class, rows are the right classes.
+    """The confusion matrix, in percent of each right class; a row for each of them.
 
     Args:
       pairs: (label, predicted, count) for all pairs that occur.
       class_names: of both axes.
-      title: of the figure.
     """
     size = len(class_names)
     matrix = np.zeros((size, size))
@@ -346,7 +336,7 @@ def confusion_figure(
         matrix[label, predicted] = count
     shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = min(2.5 + 0.3 * size, 12.0)
-    figure, (axes,) = _figure(title, 1, (side, side))
+    figure, (axes,) = _figure("", 1, (side, side))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     axes.grid(False)
     names = [_literal(textwrap.shorten(name, 24)) for name in class_names]

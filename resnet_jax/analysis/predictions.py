@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import dataclasses
-import html
 import io
 import json
 import os
@@ -265,7 +264,7 @@ def _figure(pixels: np.ndarray, caption: str) -> str:
     kind = "png" if tiny else "jpeg"
     image.save(file, kind, **({} if tiny else {"quality": 85}))
     data = base64.b64encode(file.getvalue()).decode()
-    text = html.escape(printable(caption))
+    text = pages.escape(caption)
     mark = ' class="tiny"' if tiny else ""
     return (
         f'<figure><img{mark} alt="{text}" src="data:image/{kind};base64,{data}">'
@@ -278,7 +277,7 @@ def _bars(prediction: Prediction) -> str:
     for name, share in zip(prediction.names, prediction.probabilities, strict=True):
         percent = f"{100 * share:.1f} %"
         rows.append(
-            f"<li><span>{html.escape(printable(name))}</span><span>{percent}</span>"
+            f"<li><span>{pages.escape(name)}</span><span>{percent}</span>"
             f'<i style="width:{100 * share:.1f}%"></i></li>'
         )
     return "\n".join(['<ol class="bars">', *rows, "</ol>"])
