@@ -1,8 +1,7 @@
 """The analyses that experiments need besides training, stored as JSON."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from resnet_jax.data.dataset import open_dataset
 from resnet_jax.data.feeds import make_feed
 from resnet_jax.data.transforms import normalize, to_unit
 from resnet_jax.errors import UserError
-from resnet_jax.evaluation import protocols
 from resnet_jax.evaluation.evaluate import evaluate_nets
 from resnet_jax.evaluation.evaluator import Evaluator, evaluation_batch_size
-from resnet_jax.evaluation.nets import TrainedNet, load_net
+from resnet_jax.evaluation.protocols import from_json
 from resnet_jax.evaluation.saved_run import load_run
 from resnet_jax.models.resnet import ResNet
 from resnet_jax.models.surgery import deepen
@@ -49,7 +47,7 @@ def analyse(
       folder: contains their folders.
       console: where to print.
     """
-    kind = experiment.analysis
+    kind = str(experiment.analysis)
     if kind == "ensemble":
         _analyse_together(experiment, members, folder, console)
         return
@@ -57,18 +55,18 @@ def analyse(
         "responses": _responses,
         "gradients": _gradients,
         "deepened": _deepened,
-        "ten_crop": partial(_tested, "ten_crop"),
-        "multi_scale": partial(_tested, "multi_scale"),
+        "ten_crop": lambda _, workdir: _test("ten_crop", workdir.path),
+        "multi_scale": lambda _, workdir: _test("multi_scale", workdir.path),
     }
     for name, config in members.items():
         section, run, seed = name.split("/")
         number = int(seed.removeprefix("seed-"))
-        file = analysis_file(folder / section, str(kind), f"{run}-{number}")
+        file = analysis_file(folder / section, kind, f"{run}-{number}")
         workdir = Workdir(folder / name)
         if file.exists() or workdir.read_failure() is not None:
             continue
         say(console, f"{kind} of {name}")
-        _write(file, analysis[str(kind)](config, workdir))
+        _write(file, analysis[kind](config, workdir))
 
 
 def _analyse_together(
@@ -78,63 +76,56 @@ def _analyse_together(
     console: rich.console.Console,
 ) -> None:
     """Tests the ensemble of an experiment's runs, once all of them are finished."""
+    runs = [
+        f"{run.name}/seed-{seed}"
+        for run in experiment.runs()
+        for seed in range(experiment.seeds_of(run))
+    ]
     for section in {name.split("/")[0] for name in members}:
         file = analysis_file(folder / section, "ensemble", experiment.name)
-        names = [
-            f"{section}/{run.name}/seed-{seed}"
-            for run in experiment.runs()
-            for seed in range(experiment.seeds_of(run))
-        ]
-        workdirs = [Workdir(folder / name) for name in names]
+        workdirs = [Workdir(folder / section / run) for run in runs]
         missing = [
-            name
-            for name, workdir in zip(names, workdirs, strict=True)
+            f"{section}/{run}"
+            for run, workdir in zip(runs, workdirs, strict=True)
             if workdir.read_result() is None
         ]
         if missing:
             say(console, f"no ensemble yet: {', '.join(missing)} not finished")
         elif not file.exists():
-            say(console, f"ensemble of {len(names)} nets")
-            nets = [load_net(workdir.path) for workdir in workdirs]
-            found = _test(nets, "multi_scale")
-            members_of_it = [name.removeprefix(f"{section}/") for name in names]
-            _write(file, {**found, "nets": members_of_it})
+            say(console, f"ensemble of {len(runs)} nets")
+            found = _test("multi_scale", *(workdir.path for workdir in workdirs))
+            _write(file, {**found, "nets": runs})
 
 
 def _write(file: Path, found: Any) -> None:
-    Workdir(file.parent).create()
-    Workdir(file.parent).write(file, json.dumps(found) + "\n")
+    folder = Workdir(file.parent)
+    folder.create()
+    folder.write(file, json.dumps(found) + "\n")
 
 
-def _tested(kind: str, _: Config, workdir: Workdir) -> dict[str, Any]:
-    """Test errors of a trained net with the views of a protocol."""
-    return _test([load_net(workdir.path)], kind)
-
-
-def _test(nets: Sequence[TrainedNet], kind: str) -> dict[str, Any]:
-    """Test errors of a net, or of several as an ensemble.
+def _test(protocol: str, *workdirs: Path) -> dict[str, Any]:
+    """Test errors of a trained net, or of several as an ensemble.
 
     Args:
-      nets: of runs on the same data.
-      kind: of protocol; its sizes are in proportion to each net's own view.
+      protocol: its kind; sizes are in proportion to each net's own view.
+      *workdirs: of runs on the same data.
 
     Returns:
       errors, count, error, top5_error with 100 classes or more, and the protocol's
       description.
     """
-    quiet = rich.console.Console(quiet=True)
-    several = len(nets) > 1
     result = evaluate_nets(
-        nets,
-        protocol=kind,
-        ensemble="probabilities" if several else None,
-        console=quiet,
+        workdirs,
+        protocol=protocol,
+        ensemble="probabilities" if len(workdirs) > 1 else None,
+        console=rich.console.Console(quiet=True),
     )
-    found = result["ensemble"] if several else result["nets"][0]
+    first = result["nets"][0]
+    found = result.get("ensemble", first)
     names = ("errors", "count", "error", "top5_error")
     return {
         **{name: found[name] for name in names if name in found},
-        "protocol": protocols.parse(kind, nets[0].protocol).describe(),
+        "protocol": from_json(first["protocol"]).describe(),
     }
 
 
