@@ -32,16 +32,16 @@ def export_net(
     dtype: Any = None,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Writes a net as one file that jax alone can run, and its facts as JSON.
+    """Writes a net as one file that needs jax alone, and facts about it as JSON.
 
-    The file is a serialised ``jax.export.Exported``; see ``serialize``. The facts go
-    beside it, as ``net.json`` for ``net.jax``: input and output, the view of an image
+    The file is a serialised ``jax.export.Exported``; see ``serialize``. Beside
+    ``net.jax``, ``net.json`` holds the facts: input and output, the view of an image
     that the net expects, class names, and where the net came from.
 
     Args:
       net: from ``load_net``.
       path: ends in .jax.
-      fold: fold batch normalisation into the convolutions where that is possible.
+      fold: fold batch normalisation into the convolutions where possible.
       dtype: of convolutions and maps; None keeps the net's own. Logits are float32.
       force: replace the files if they exist.
 

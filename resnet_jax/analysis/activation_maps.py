@@ -1,4 +1,4 @@
-"""Class activation maps: which places of an image speak for a class.
+"""Class activation maps: which regions of an image support a class.
 
 Zhou et al. 2016, "Learning Deep Features for Discriminative Localization".
 """
@@ -23,7 +23,7 @@ _LEAST_SIDE = 160  # pixels of the longer side of a drawn map
 def has_activation_maps(net: TrainedNet) -> bool:
     """Whether a net has class activation maps.
 
-    It has if global average pooling and one dense layer follow its last map.
+    It does if global average pooling and one dense layer follow its last map.
     """
     return isinstance(net.model, ResNet) and net.num_classes is not None
 
@@ -67,7 +67,7 @@ def heat_over(view: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
     Args:
       view: uint8 (h, w, 1 or 3).
-      heat: float (h', w'); what is below 0 speaks against the class and stays grey.
+      heat: float (h', w'); places below 0 stay grey.
 
     Returns:
       Uint8 (s h, s w, 3), with s > 1 for views too small to see.

@@ -57,14 +57,15 @@ def predict_files(
       paths: image files, and folders, whose images at any depth are taken in the order
         of their names.
       top: the number of classes of each image.
-      json_path: file for a JSON object a line: image, classes, names, probabilities.
+      json_path: file for one JSON object per line: image, classes, names,
+        probabilities.
       html_path: file for a page of the first ``MOST_ON_PAGE`` images.
       console: None means standard output.
       faults: gets a sentence for each broken image or folder; None means standard
         error.
 
     Returns:
-      The number of predicted images, and that of broken images and folders.
+      The numbers of predicted images, and of broken images and folders.
 
     Raises:
       UserError: no image can be read, or a file cannot be written.
@@ -202,7 +203,7 @@ def predictions_page(
     predictions: Sequence[Prediction],
     number: int | None = None,
 ) -> str:
-    """An HTML page: pictures, their likeliest classes, and what speaks for the first.
+    """An HTML page: pictures, their likeliest classes, and evidence for the first.
 
     Args:
       classifier: that predicted.
@@ -221,7 +222,7 @@ def predictions_page(
     if activation is not None:
         notes.append(
             "The second picture is the net's own view of the first. The warmer a "
-            "place, the more it adds to the logit of the likeliest class (class "
+            "region, the more it adds to the logit of the likeliest class (class "
             "activation map, Zhou et al. 2016)."
         )
     parts = [_STYLE, *(pages.paragraph(note, "note") for note in notes)]
@@ -231,7 +232,7 @@ def predictions_page(
         if activation is not None:
             view = classifier.own_view.views(pixels)[0]
             heat = activation(view[None], [prediction.classes[0]])[0]
-            caption = f"what speaks for {prediction.names[0]}"
+            caption = f"evidence for {prediction.names[0]}"
             figures.append(_figure(heat_over(view, heat), caption))
         inner = "\n".join([*figures, _bars(prediction)])
         parts.append(pages.heading(prediction.image))

@@ -35,18 +35,23 @@ def add_parser(commands: Any) -> None:
 
     inference = kinds.add_parser(
         "inference",
-        help="a net on random images on the device, by batch size",
-        description="Times the forward pass on uint8 images, with normalisation, and "
-        "with batch normalisation folded into the convolutions. Prints images per "
-        "second of the median call, percentiles of the latency, and compile times.",
+        help="the forward pass of a net, by batch size",
+        description="Times the forward pass on random uint8 images that are on the "
+        "device. Pixels are normalised; batch normalisation is folded into the "
+        "convolutions. Prints images per second of the median call, percentiles of "
+        "the latency, and compile times.",
     )
     add = inference.add_argument
     add("--weights", metavar="NET", help=f"{NETS} (default: random weights)")
-    add("--model", metavar="NAME", help="net, if NET does not contain its name")
+    add(
+        "--model",
+        metavar="NAME",
+        help="the net's name in resnet_jax.list_models(), if NET lacks it",
+    )
     batches: Any = {"type": images, "nargs": "+", "default": (1, 8, 32)}
     add("--batch", metavar="N", help="images per call (default: 1 8 32)", **batches)
     add("--dtype", choices=dtypes, help="of the convolutions (default: the net's own)")
-    add("--steps", type=steps, default=50, help="timed calls a size (default: 50)")
+    add("--steps", type=steps, default=50, metavar="N", help="calls (default: 50)")
     add("--json", type=output_file, metavar="FILE", help="also write the result here")
     inference.set_defaults(run=_run_inference)
 

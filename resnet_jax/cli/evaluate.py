@@ -18,10 +18,10 @@ _DESCRIPTION = """Evaluate trained nets on a whole split.
   resnet-jax evaluate --workdir runs/r50 runs/r101 runs/r152 --ensemble probabilities
   resnet-jax evaluate --ensemble-config configs/ensemble.py:runs/paper/imagenet
 
-Every example counts once, whatever the batch size. Runs that differ in their seed alone
-get a mean and a deviation, and two other nets the interval of their difference. A run
-reports its last checkpoint; its best one was chosen on a held-out part of the training
-set. Classes are matched by name.
+Every example counts once, whatever the batch size. Classes are matched by name. Runs
+that differ in their seed alone get a mean and a deviation; two other nets get the
+interval of their difference. A run is tested at its last checkpoint; --checkpoint best
+takes the one with the lowest held-out error.
 
 Protocols are KIND or KIND:FIELD=VALUE,FIELD=VALUE:
   center       size, shorter_side, interpolation, flip
@@ -54,17 +54,25 @@ def add_parser(commands: Any) -> None:
         "--split",
         help="of a run: test, holdout or train; or a split of --data (default: test)",
     )
-    add("--protocol", metavar="TEXT", help="the views (default: the net's own)")
+    add(
+        "--protocol",
+        metavar="TEXT",
+        help="views of each image, see above (default: the net's own)",
+    )
     add(
         "--ensemble",
         choices=("probabilities", "logits"),
         help="also test the mean of all nets",
     )
-    add("--labels", metavar="FILE", help="several labels per ImageNet image (ReaL)")
+    add(
+        "--labels",
+        metavar="FILE",
+        help="file with several labels per ImageNet image (ReaL)",
+    )
     add(
         "--class-map",
         metavar="FILE",
-        help="the net's class for each class of the data, where names do not match",
+        help="file with the net's class for each class of the data, if names differ",
     )
     add(
         "--all-classes",
@@ -75,7 +83,7 @@ def add_parser(commands: Any) -> None:
         "--batch-size",
         type=whole(1, MOST_BATCH),
         metavar="N",
-        help="views per batch (default: the config's); changes no result",
+        help="views per batch (default: the config's); does not affect results",
     )
     add(
         "--precise-batches",
@@ -84,8 +92,8 @@ def add_parser(commands: Any) -> None:
         help="first recompute a run's batch statistics over N of its batches (default: "
         "use the checkpoint's)",
     )
-    add("--json", type=output_file, metavar="FILE", help="write all figures here")
-    add("--html", type=output_file, metavar="FILE", help="write a page of them here")
+    add("--json", type=output_file, metavar="FILE", help="write the result here")
+    add("--html", type=output_file, metavar="FILE", help="write a page about it here")
     add_process_flags(parser)
     parser.set_defaults(run=_run, takes_overrides=True)
 

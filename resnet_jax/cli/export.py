@@ -15,8 +15,8 @@ _DESCRIPTION = """Write a trained net as one file that runs with jax alone.
 
 Weights and normalisation are inside; batch normalisation is folded into the
 convolutions. The file runs on CPU, CUDA and TPU. digits.json beside it holds the class
-names and the view of an image that the net expects. For weights alone, in torch's
-layout too, see resnet-jax convert.
+names and the view of an image that the net expects. To write the weights alone, use
+resnet-jax convert.
 """
 
 

@@ -8,7 +8,7 @@ from resnet_jax.cli.nets import add_net_flags, net_options
 from resnet_jax.cli.overrides import parse_overrides
 from resnet_jax.config.schema import MOST_BATCH
 
-_DESCRIPTION = """Write the features of images: what a net gives to its classifier.
+_DESCRIPTION = """Write the features of images: the inputs of a net's classifier.
 
   resnet-jax features --weights torchvision:resnet50 /data/mine/train \\
       --out train.safetensors
@@ -37,7 +37,13 @@ def add_parser(commands: Any) -> None:
         help="a folder of images, of class folders or of a data set, or a tfds name "
         "(default: the data of the run)",
     )
-    add("--out", required=True, type=output_file, help=".safetensors or .npz file")
+    add(
+        "--out",
+        required=True,
+        type=output_file,
+        metavar="FILE",
+        help="the .safetensors or .npz file to write",
+    )
     add_net_flags(parser)
     add(
         "--split",
@@ -48,7 +54,7 @@ def add_parser(commands: Any) -> None:
         default=64,
         type=whole(1, MOST_BATCH),
         metavar="N",
-        help="images per batch (default: 64); changes no result",
+        help="images per batch (default: 64); does not affect results",
     )
     add("--force", action="store_true", help="replace the file if it exists")
     parser.set_defaults(run=_run, takes_overrides=True)

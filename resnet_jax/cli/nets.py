@@ -19,22 +19,22 @@ def add_net_flags(parser: argparse.ArgumentParser, *, several: bool = False) -> 
     add(
         "--model",
         metavar="NAME",
-        help="a name of resnet_jax.list_models(), for a file that does not contain it",
+        help="the net's name in resnet_jax.list_models(), if its file lacks it",
     )
     add(
         "--checkpoint",
         default="last",
         type=_checkpoint,
         metavar="last|best|STEP",
-        help="of a run (default: last)",
+        help="which checkpoint of a run (default: last)",
     )
     for name in ("mean", "std"):
         add(
             f"--{name}",
             type=_numbers,
             metavar="NUMBERS",
-            help=f"{name} of each channel of pixels in [0, 1], as 0.5,0.5,0.5, for "
-            "a file that does not contain it",
+            help=f"{name} of each channel of pixels in [0, 1], such as 0.5,0.5,0.5, if "
+            "the net's file lacks it",
         )
 
 

@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
         type=whole(1, MOST_CLASSES),
         default=5,
         metavar="N",
-        help="classes of each picture (default: 5)",
+        help="classes per picture (default: 5)",
     )
     add(
         "--protocol",
@@ -48,15 +48,15 @@ def add_parser(commands: Any) -> None:
         "--json",
         type=output_file,
         metavar="FILE",
-        help="also write a JSON object a line here: image, classes, names, "
+        help="also write one JSON object per picture here: image, classes, names, "
         "probabilities",
     )
     add(
         "--html",
         type=output_file,
         metavar="FILE",
-        help="also write a page here: the first 100 pictures, their classes, and which "
-        "places of each speak for the first class",
+        help="also write a page here: the first 100 pictures, their classes, and the "
+        "regions that support the first class",
     )
     parser.set_defaults(run=_run)
 

@@ -1,1 +1,1 @@
-"""Evaluation: metrics, the evaluator, and the evaluation of a saved run."""
+"""Trained nets: loading, testing, predictions and features."""

@@ -64,9 +64,9 @@ class Classifier:
         Args:
           net: from ``load_net``.
           protocol: the views of each picture, such as "ten_crop"; see
-            ``evaluation.protocols``. None means the net's own single view. A net whose
-            images were used as they were stored gets pictures cropped to the size of
-            its mean image, if it has one; otherwise all must have one size.
+            ``evaluation.protocols``. None means the net's own single view. For a net
+            that was trained on images as stored, pictures are resized to its mean
+            image; if it has none, all pictures must have the same size.
 
         Raises:
           UserError: the net has no classifier, or there is no such protocol.
@@ -120,9 +120,9 @@ class Classifier:
     ) -> list[Prediction]:
         """The likeliest classes of each picture, in the order given.
 
-        A picture is turned upright as its EXIF says, unlike the images of data sets,
-        whose labels were made without that. Grey and colour pictures are converted to
-        what the net takes.
+        Pictures are turned upright as their EXIF says. (Images of data sets are not,
+        because they were labelled without it.) Grey and colour pictures are converted
+        to what the net takes.
 
         Args:
           images: a picture or any number of them: paths, Pillow images, or uint8
@@ -131,7 +131,7 @@ class Classifier:
           top: the number of classes, at most all.
 
         Raises:
-          UserError: a picture is broken, or is none of these; names it.
+          UserError: names a picture that is broken or none of these.
         """
         return list(self.stream(images, top))
 
@@ -141,9 +141,9 @@ class Classifier:
         top: int = 5,
         on_fault: Callable[[str], object] | None = None,
     ) -> Iterator[Prediction]:
-        """Like a call, but yields predictions as they are computed, also in order.
+        """Like a call, but yields predictions in order, as they are computed.
 
-        Few pictures are in memory at a time.
+        Holds few pictures in memory.
 
         Args:
           images: see ``__call__``.

@@ -49,12 +49,12 @@ def evaluate(net: Tested, **options: Any) -> dict[str, Any]:
       **options: those of ``evaluate_nets``.
 
     Returns:
-      loss, error, errors and count; top5_error with 100 classes or more; calibration,
-      errors by class and the confusion matrix; the net, its checksum and its protocol;
-      and the step of a run's checkpoint.
+      loss, error (a share of 1), errors and count; top5_error with 100 classes or more;
+      calibration, errors by class and the confusion matrix; the net, its checksum and
+      its protocol; and the step of a run's checkpoint. See ``figures.figures``.
 
     Raises:
-      UserError: as ``evaluate_nets``; or the workdir holds runs of several seeds.
+      UserError: see ``evaluate_nets``; or the workdir holds runs of several seeds.
     """
     found = evaluate_nets([net], **options)["nets"]
     if len(found) > 1:
@@ -84,13 +84,13 @@ def evaluate_nets(
     overrides: Mapping[str, str] | None = None,
     console: rich.console.Console | None = None,
 ) -> dict[str, Any]:
-    """Tests nets on the same images, each of which is decoded once.
+    """Tests nets on the same images; each image is decoded once.
 
     Args:
       nets: workdirs, weights files, hub names or loaded nets, each alone or with its
         protocol. The workdir of several seeds counts as its runs.
       protocol: how images are seen, such as "ten_crop" or "multi_scale:flip=false"; see
-        ``protocols.parse``. None is each net's own single view.
+        ``protocols.parse``. None means each net's own single view.
       ensemble: also test the mean of all nets' "probabilities" or "logits".
       data: a folder or the name of a tfds data set; by default the first run's.
       split: "test", "holdout" or "train" of a run; or a split of ``data``.
@@ -103,7 +103,7 @@ def evaluate_nets(
       checkpoint: of runs: "last", "best" (lowest held-out error) or a step.
       mean: of the pixels, for files that do not contain it; see ``load_net``.
       std: standard deviation of the same.
-      batch_size: views per batch; changes no result.
+      batch_size: views per batch; does not affect results.
       precise_batches: first recompute the batch statistics of each run over this many
         of its first batches; None keeps the checkpoint's.
       overrides: values as text for the config's data section, such as
@@ -113,7 +113,7 @@ def evaluate_nets(
     Returns:
       "nets", a dictionary for each (see ``evaluate``); "ensemble" if asked for;
       "spread" for runs that differ in their seed alone; "difference" for two other
-      nets; and what was tested where: data, versions, hardware, command.
+      nets; and data, versions, hardware and command.
 
     Raises:
       UserError: a net, its data or a protocol does not exist or fit.

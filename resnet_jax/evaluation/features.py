@@ -1,4 +1,4 @@
-"""The features of images: what a trained net gives to its classifier."""
+"""The features of images: the inputs of a trained net's classifier."""
 
 import dataclasses
 import json
@@ -54,8 +54,8 @@ def extract_features(
     """Applies a net without its classifier to images, in the net's own single view.
 
     The features are the means over the last map: those that ``create_model(...,
-    num_classes=None)`` returns. They fit in memory; a few batches of images are in
-    memory with them.
+    num_classes=None)`` returns. Holds all features and a few batches of images in
+    memory.
 
     Args:
       net: from ``load_net``.
@@ -66,7 +66,7 @@ def extract_features(
       overrides: values as text for fields of the data, such as
         ``{"data.on_error": "skip"}``, which names broken images and leaves them out.
         For the data of a run, give them to ``load_net``.
-      batch_size: images per batch; changes no result.
+      batch_size: images per batch; does not affect results.
       out: also write them to this file, see ``save_features``.
       force: replace ``out`` if it exists.
       console: where to print; standard output by default.

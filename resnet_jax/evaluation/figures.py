@@ -21,7 +21,7 @@ RESAMPLES = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """What a net said of each example, arrays (n,).
+    """What a net said about each example, arrays (n,).
 
     Attributes:
       counted: int32, how often the example was tested; 0 if its image is broken or it
@@ -83,7 +83,7 @@ def figures(
     Returns:
       error, errors, count; top5_error and top5_errors with 100 classes or more; and
       with one label loss, calibration, classes (those that occur), and confusion with
-      class_names. Shares are of 1.
+      class_names. Errors are shares of 1, not percent.
     """
     some = records.only_counted()
     count, errors = len(some.target), int(some.wrong.sum())
@@ -152,7 +152,7 @@ def difference(first: Records, second: Records) -> dict[str, Any]:
 
     Returns:
       difference (first minus second), the bounds of its 95 % interval, and the examples
-      that only one of both gets wrong.
+      that only one of the two gets wrong.
     """
     some = first.counted > 0
     ours, others = first.wrong[some], second.wrong[some]

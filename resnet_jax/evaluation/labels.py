@@ -127,7 +127,10 @@ def _order(
 
 
 def read_class_map(path: Path) -> dict[str, str | int]:
-    """A class map: a JSON object, or lines of the data's class and the net's.
+    """Reads the net's class for each class of the data.
+
+    Args:
+      path: a JSON object, or a line ``DATA NET`` for each class.
 
     Raises:
       UserError: it cannot be read.
@@ -152,7 +155,7 @@ def read_class_map(path: Path) -> dict[str, str | int]:
 
 
 def read_label_sets(path: Path, num_classes: int) -> list[tuple[int, ...]]:
-    """Several right answers for each ImageNet validation image, or none (ReaL).
+    """Reads several right classes for each ImageNet validation image, or none (ReaL).
 
     Args:
       path: a JSON list of lists of class numbers; item i is image i + 1.
@@ -163,7 +166,7 @@ def read_label_sets(path: Path, num_classes: int) -> list[tuple[int, ...]]:
     """
     content = _json(path, read_text(path))
     if not isinstance(content, list):
-        raise UserError(f"{path} is no list of lists of class numbers")
+        raise UserError(f"{path} is not a list of lists of class numbers")
     for number, item in enumerate(content):
         if not isinstance(item, list) or not all(
             isinstance(label, int) and 0 <= label < num_classes for label in item

@@ -1,4 +1,4 @@
-"""Trained nets, from wherever they are: a run, a weights file, a hub."""
+"""Trained nets from runs, weights files and hubs."""
 
 import dataclasses
 import functools
@@ -111,7 +111,7 @@ def load_net(
       checkpoint: of a run: "last", "best" or a step.
       mean: of each channel of pixels in [0, 1], for a file that does not contain it.
         The default for a net of ImageNet's size and colour images is ImageNet's.
-      std: standard deviation of the same.
+      std: the standard deviations.
       overrides: of a run: where its data are now; see ``load_run``.
 
     Raises:
@@ -186,7 +186,7 @@ def _of_file(
 
 
 def _content(source: str, named: NamedModel, timm: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says, or its publisher, of the images it expects."""
+    """What a file or its publisher says about the images it expects."""
     if PREPROCESSING in named.metadata:
         try:
             saved = json.loads(named.metadata[PREPROCESSING])

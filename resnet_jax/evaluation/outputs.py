@@ -45,8 +45,7 @@ class Member:
 
     Attributes:
       columns: the logits to keep, in the order of the labels; None keeps all.
-      features: give the pooled features, averaged over the views, instead of the
-        log-probabilities.
+      features: compute the pooled features instead of log-probabilities.
     """
 
     net: TrainedNet
@@ -76,14 +75,14 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What the nets say of an image.
+    """What the nets say about an image.
 
     Attributes:
       index: of the example.
       name: of its file.
-      label: as the source has it.
-      log_probs: float32 (members, classes), each averaged over its views; or the
-        features of a ``Member`` for them.
+      label: from the source.
+      log_probs: float32 (members, classes), averaged over the views of each member; or
+        (members, c), if the members ask for features.
     """
 
     index: int
@@ -103,14 +102,14 @@ def apply(
 ) -> Iterator[Output]:
     """Applies nets to images on this process's devices.
 
-    Outputs come as they are finished: in order if all views have one shape. At most a
-    few batches of images are in memory.
+    Yields outputs as they are finished: in order if all views have the same shape.
+    Holds a few batches of images in memory.
 
     Args:
       members: the nets with their protocols.
       source: the images.
       data: its threads, processes and max_image_pixels are used.
-      batch_size: views of the size of a net's own view per batch; changes no result.
+      batch_size: views per batch, fewer of larger ones; does not affect results.
       indices: of the examples; None means all.
       on_fault: receives a sentence for each broken image, which is left out; None
         stops at the first one.

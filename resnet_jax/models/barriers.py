@@ -10,7 +10,7 @@ from jax import lax
 
 
 def apart(x: jax.Array) -> jax.Array:
-    """``x``, which XLA:CPU does not fuse with what follows if it is a narrow float.
+    """``x``; XLA:CPU fuses no later operation with it if it is a narrow float.
 
     From jaxlib 0.11 on, XLA:CPU fuses a reduction or pooling with the layers around it.
     Two bfloat16 ReLUs in one such fusion return garbage and NaN. Programs for other
@@ -23,7 +23,7 @@ def apart(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def computed_once(x: jax.Array) -> jax.Array:
-    """``x``, which XLA:CPU then computes once in inference, and not for each use.
+    """``x``; in inference XLA:CPU computes it once, not again for each use.
 
     A sum of a block and its shortcut is cheap, so XLA:CPU computes it again for each
     later sum of the stage, from the maps of all blocks before. Training programs do

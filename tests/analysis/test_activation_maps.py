@@ -71,5 +71,5 @@ def test_colours_over_a_view():
     assert found[0, 0, 0] > found[0, 0, 1] > found[0, 0, 2]  # red
     np.testing.assert_array_equal(found[-1, 0], [100, 100, 100])
     np.testing.assert_array_equal(found[0, -1], [100, 100, 100])
-    # Where nothing speaks for the class, the view is grey.
+    # Where nothing supports the class, the view is grey.
     np.testing.assert_array_equal(heat_over(view, -np.abs(heat)), 100)

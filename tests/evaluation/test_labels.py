@@ -105,7 +105,7 @@ def test_several_labels_for_each_image(tmp_path):
     for text, sentence in {
         "[3]": "item 0",
         "[[3]]": "from 0 to 2",
-        "{}": "no list",
+        "{}": "not a list",
     }.items():
         file.write_text(text)
         with pytest.raises(UserError, match=sentence):
