@@ -7,37 +7,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.models import VGG, create_model
+from resnet_jax.models import VGG, ResNet, create_model
+from resnet_jax.models.blocks import BottleneckBlock
 from resnet_jax.models.masking import apply_masked, sizes_of_map
+from resnet_jax.models.resnet import DeepStem
+from resnet_jax.models.shortcuts import Projection
 from tests.models.reference import random_variables
 
 SIZES = [(33, 64), (64, 41), (50, 37), (64, 64)]
 X = np.zeros((1, 64, 64, 3), np.float32)
-SMALL = {"num_classes": 5}
+NARROW = functools.partial(ResNet, (1, 1, 1, 1), width=8, num_classes=5)
+
+
+def cifar(name="cifar_resnet8", **options):
+    return functools.partial(create_model, name, num_classes=5, **options)
+
+
 NETS = {
-    "biases": functools.partial(
-        create_model, "cifar_resnet20", normalization="none", **SMALL
-    ),
+    "biases": cifar(normalization="none"),
     "bottleneck, pooled shortcuts, deep stem": functools.partial(
-        create_model, "resnet26d", **SMALL
+        NARROW, BottleneckBlock, Projection(pooled=True), DeepStem
     ),
-    "squeeze and excitation": functools.partial(
-        create_model, "cifar_resnet20", squeeze_excite=True, **SMALL
-    ),
-    "pre-activation": functools.partial(create_model, "cifar_preact_resnet20", **SMALL),
-    "scanned": functools.partial(create_model, "cifar_resnet20", scan=True, **SMALL),
-    "remat": functools.partial(
-        create_model, "cifar_resnet20_b", scan=True, remat=True, **SMALL
-    ),
-    "gates": functools.partial(
-        create_model, "cifar_resnet20", shortcut="exclusive_gate", **SMALL
-    ),
-    "dilated": functools.partial(create_model, "resnet18_a", output_stride=8, **SMALL),
-    "highway": functools.partial(create_model, "cifar_highway19", **SMALL),
+    "squeeze and excitation": cifar(squeeze_excite=True),
+    "pre-activation": cifar("cifar_preact_resnet8"),
+    "scanned": cifar("cifar_resnet14", scan=True),
+    "remat": cifar("cifar_resnet14", shortcut="B", scan=True, remat=True),
+    "gates": cifar(shortcut="exclusive_gate"),
+    "dilated": functools.partial(NARROW, output_stride=8),
+    "highway": cifar("cifar_highway19"),
     "vgg": lambda: VGG((1, 1, 1), (4, 8, 8), 5, 16, batch_norm=True),
-    "bfloat16": functools.partial(
-        create_model, "cifar_resnet20", dtype=jnp.bfloat16, **SMALL
-    ),
+    "bfloat16": cifar(dtype=jnp.bfloat16),
 }
 
 
@@ -75,7 +74,7 @@ def test_logits_are_those_of_each_image_alone(name, images):
 
 
 def test_maps_and_a_larger_canvas(images):
-    model = create_model("resnet18", num_classes=5)
+    model = NARROW()
     variables = random_variables(model, X)
     sizes = np.array(SIZES, np.int32)
     apply = jax.jit(functools.partial(apply_masked, model, method="features"))
@@ -95,7 +94,7 @@ def test_maps_and_a_larger_canvas(images):
 
 
 def test_a_canvas_that_strides_do_not_divide(images):
-    model = create_model("resnet18", num_classes=5)
+    model = NARROW()
     variables = random_variables(model, X)
     with pytest.raises(ValueError, match="multiples of the net's stride"):
-        apply_masked(model, variables, jnp.zeros((1, 72, 64, 3)), np.array([[60, 60]]))
+        apply_masked(model, variables, jnp.zeros((1, 72, 64, 3)), np.int32([[60, 60]]))
