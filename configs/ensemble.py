@@ -4,9 +4,9 @@ resnet-jax evaluate --ensemble-config configs/ensemble.py:runs/paper/imagenet \
     --data /data/imagenet --split val
 
 The argument is the folder of the runs; `resnet-jax paper run table5` trains them. The
-paper combines "six models of different depth", only two of them with 152 layers, and
-names none of the others. Ours are the nets of Table 4. Its 3.57 % is the top-5 error on
-the test set of ImageNet. Measured here: not measured.
+paper combines "six models of different depth", two of them with 152 layers, and does
+not name the others; ours are the nets of Table 4. The paper's 3.57 % is the top-5 error
+on ImageNet's test set. Measured here: not measured.
 """
 
 import ml_collections

@@ -3,7 +3,7 @@
 resnet-jax train --config configs/finetune.py:torchvision:resnet50 \
     --workdir runs/mine --config.data.path=/data/mine --config.data.name=mine
 
-The argument is the name of the weights, torchvision:NET[.WEIGHTS] or
+The argument names the weights, torchvision:NET[.WEIGHTS] or
 hf-hub:OWNER/NET[@REVISION], or a net whose weights are in a file:
 
   resnet-jax train --config configs/finetune.py:resnet18 ... \
@@ -12,11 +12,11 @@ hf-hub:OWNER/NET[@REVISION], or a net whose weights are in a file:
 The path holds train/CLASS/IMAGE and test/CLASS/IMAGE, in any sizes; configs/folder.py
 says how to split one folder. The classifier is new. The stem learns at 0.7 ** 5 = 0.17
 of the classifier's rate, the stages in between (optimizer.layer_decay). With few images
-a class, keep parts as they are; with small batches, keep all batch statistics:
+per class, freeze parts of the net; with small batches, freeze all batch statistics:
 
   --config.model.frozen=stem,stage1,stage2 --config.model.frozen_statistics=true
 
-Weights of another origin need the size and the pixels that they were trained with:
+Other weights need the image size and normalisation of their training:
 data.image_size, data.eval_shorter_side and data.normalization.
 
 A generic recipe, not tuned on any data set. On a held-out part

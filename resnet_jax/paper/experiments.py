@@ -70,6 +70,6 @@ def print_experiments(console: rich.console.Console | None = None) -> None:
         say(console, f"{experiment.name}: {experiment.title}")
         say(console, f"    {experiment.source}")
         say(console, wrapper.fill(f"runs: {runs}"))
-    say(console, "Tables and figures that are no experiments")
+    say(console, "Other tables and figures")
     for name, where in ELSEWHERE.items():
         say(console, f"    {name}: {where}")
