@@ -158,12 +158,12 @@ def test_the_command_writes_a_file_that_needs_jax_alone(tmp_path, capsys):
         ("no/folder/net.jax", "cannot be written .No such file"),
     ],
 )
-def test_what_cannot_be_written_is_said(name, words, tmp_path):
+def test_targets_that_cannot_be_written(name, words, tmp_path):
     with pytest.raises(UserError, match=words):
         export_net(trained(), tmp_path / name)
 
 
-def test_the_images_are_those_of_the_net_s_own_view():
+def test_images_have_the_size_of_the_own_view():
     per_pixel = PixelStatistics(np.zeros((28, 24, 1)), np.ones((28, 24, 1)))
     assert image_shape(trained()) == (32, 32, 3)
     assert image_shape(trained(protocol=Center(16, 20))) == (16, 16, 3)

@@ -7,34 +7,25 @@ import numpy as np
 import pytest
 
 from resnet_jax.analysis.activation_maps import class_activation_map, heat_over
-from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.errors import UserError
-from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.evaluation.outputs import normalized
-from resnet_jax.evaluation.protocols import Stored
 from resnet_jax.models import ResNet, create_model
 from resnet_jax.models.blocks import PreActBasicBlock
+from tests.evaluation.reference import MEAN, STD, TorchProtocols, small_net
 from tests.models.reference import random_variables
 
-MEAN, STD = np.float32([0.4, 0.5, 0.6]), np.float32([0.2, 0.25, 0.3])
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 96, 64, 3), np.uint8)
 CLASSES = np.array([2, 0, 6])
 
 
 @pytest.fixture(scope="module")
 def net():
-    model = ResNet((1, 1, 1, 1), width=8, num_classes=7)
-    variables = random_variables(model, np.zeros((1, 64, 64, 3), np.float32))
-    statistics = PixelStatistics(MEAN[None, None], STD[None, None])
-    return TrainedNet("", "", {}, model, variables, statistics, Stored(), None)
+    return small_net()
 
 
 def test_against_torch(net):
-    torch = pytest.importorskip("torch")
-    from tests.torch_reference import make_net
-
-    sizes = {"stage_sizes": (1, 1, 1, 1), "width": 8, "num_classes": 7}
-    module = make_net(net.variables, **sizes, stem="imagenet").eval()
+    reference = TorchProtocols(net)
+    torch, module = reference.torch, reference.module
     x = torch.from_numpy((IMAGES / 255.0 - MEAN) / STD).movedim(-1, 1)
     with torch.no_grad():
         maps = module.features(x)[-1].numpy()

@@ -75,7 +75,7 @@ def test_arrays():
         ("/nowhere/a.jpg", "image /nowhere/a.jpg cannot be read: No such file"),
     ],
 )
-def test_others_are_refused_by_name(picture, sentence):
+def test_other_objects_are_refused_by_name(picture, sentence):
     source = Pictures([PIXELS, picture], 3, start=6)
     assert source[0].name == "image 6"
     with pytest.raises(UserError, match=sentence):

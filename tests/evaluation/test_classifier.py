@@ -20,7 +20,7 @@ from resnet_jax.evaluation.outputs import Member
 from resnet_jax.evaluation.protocols import Center, MultiScale, Stored, TenCrop
 from resnet_jax.models import ResNet, create_model
 from resnet_jax.models.highway import HighwayNet
-from tests.evaluation.test_outputs import (
+from tests.evaluation.reference import (
     CLASSES,
     MEAN,
     SIDES,
@@ -28,6 +28,7 @@ from tests.evaluation.test_outputs import (
     STD,
     Photographs,
     TorchProtocols,
+    small_net,
 )
 from tests.models.reference import random_variables
 
@@ -36,13 +37,7 @@ NAMES = ("tench", "goldfish", "great white shark", "tiger shark")
 
 @pytest.fixture(scope="module")
 def trained():
-    model = ResNet((1, 1, 1, 1), width=8, num_classes=CLASSES)
-    variables = random_variables(model, np.zeros((1, SIZE, SIZE, 3), np.float32))
-    # Such that probabilities are neither 0 nor 1.
-    variables["params"]["head"]["kernel"] /= 20
-    statistics = PixelStatistics(MEAN[None, None], STD[None, None])
-    names, view = class_ids()[:CLASSES], Center(SIZE, 70)
-    return TrainedNet("", "", {}, model, variables, statistics, view, names)
+    return small_net(protocol=Center(SIZE, 70), class_names=class_ids()[:CLASSES])
 
 
 @pytest.fixture(scope="module")

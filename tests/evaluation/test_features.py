@@ -143,7 +143,7 @@ def test_the_command_writes_a_file_that_loads(weights, net, image_folder, suffix
     assert main([*command, "--force"]) == 0
 
 
-def test_what_is_no_source_or_target_is_one_sentence(net, image_folder, weights):
+def test_wrong_sources_and_targets_are_refused(net, image_folder, weights):
     empty = image_folder / "empty"
     empty.mkdir()
     for data, options, sentence in (

@@ -90,7 +90,7 @@ def test_a_class_map(tmp_path, form):
         match_classes([net], ["cat"], class_map)
 
 
-def test_files_that_are_no_maps(tmp_path):
+def test_wrong_class_maps_are_refused(tmp_path):
     file = tmp_path / "map"
     for text, sentence in {"a b c": "line 1", "{1": "not JSON"}.items():
         file.write_text(text)
@@ -98,7 +98,7 @@ def test_files_that_are_no_maps(tmp_path):
             read_class_map(file)
 
 
-def test_several_labels_for_each_image(tmp_path):
+def test_files_of_several_labels_per_image(tmp_path):
     file = tmp_path / "real.json"
     file.write_text("[[1], [], [0, 2]]")
     assert read_label_sets(file, 3) == [(1,), (), (0, 2)]

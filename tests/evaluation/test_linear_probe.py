@@ -71,7 +71,7 @@ FEATURES, LABELS = np.ones((4, 2), np.float32), np.array([0, 1, 2, 0])
         ({"l2": 0.0}, "l2 must be above 0, not 0"),
     ],
 )
-def test_wrong_features_are_one_sentence(changes, sentence):
+def test_wrong_features_are_refused(changes, sentence):
     given = {
         "features": FEATURES,
         "labels": LABELS,

@@ -87,20 +87,15 @@ def test_a_file_that_says_nothing_needs_a_mean(tmp_path):
     net = load_net(path, mean=[0.5, 0.5, 0.5], std=[1, 1, 1])
     assert net.protocol == Stored()
     assert net.class_names is None
-    for options, sentence in {
-        ("mean",): "both the mean and the std",
-        ("mean", "std", "grey"): "for images of 3 channels",
-        ("mean", "std", "zero"): "must be above 0",
-        ("checkpoint",): "is not a workdir",
-    }.items():
-        given = {"mean": [0.5] * 3, "std": [1.0] * 3, "checkpoint": 4}
-        chosen = {name: given[name] for name in options if name in given}
-        if "grey" in options:
-            chosen["mean"] = [0.5]
-        if "zero" in options:
-            chosen["std"] = [1.0, 0.0, 1.0]
+    grey, half, zero = [0.5], [0.5, 0.5, 0.5], [1, 0, 1]
+    for options, sentence in (
+        ({"mean": half}, "both the mean and the std"),
+        ({"mean": grey, "std": half}, "for images of 3 channels"),
+        ({"mean": half, "std": zero}, "must be above 0"),
+        ({"checkpoint": 4}, "is not a workdir"),
+    ):
         with pytest.raises(UserError, match=sentence):
-            load_net(path, **chosen)
+            load_net(path, **options)
 
 
 def test_weights_of_a_run_keep_what_it_expects(tiny_config, tmp_path, console):

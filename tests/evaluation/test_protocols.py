@@ -62,8 +62,20 @@ FAULTS = {
 def test_faults_are_named(text):
     with pytest.raises(UserError, match=FAULTS[text].replace("?", r"\?")):
         parse(text, OWN)
-    with pytest.raises(UserError):
-        from_json({"kind": text})
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({}, "is not a test protocol"),
+        ({"kind": "centre"}, "is not a test protocol"),
+        ({"kind": "center", "sise": 3}, "is not a test protocol"),
+        ({"kind": "center", "size": 0}, "sizes range from 1 to 8192"),
+    ],
+)
+def test_damaged_json_is_refused(content, sentence):
+    with pytest.raises(UserError, match=sentence):
+        from_json(content)
 
 
 def test_the_number_of_views():

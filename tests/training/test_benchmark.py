@@ -59,7 +59,7 @@ def test_a_net_that_cannot_be_folded_is_timed_in_the_dtype(capsys):
     assert (result["folded"], result["dtype"]) == (False, "bfloat16")
 
 
-def test_what_cannot_be_timed_is_said(capsys):
+def test_wrong_use_is_refused(capsys):
     assert main(["benchmark", "inference"]) == 1
     assert "give --model NAME" in capsys.readouterr().err
     with pytest.raises(UserError, match="at least 1"):
