@@ -1,7 +1,6 @@
 """``resnet-jax evaluate``."""
 
 import argparse
-import typing
 from typing import Any
 
 from resnet_jax.cli.arguments import output_file, whole
@@ -112,19 +111,24 @@ def _run(options: argparse.Namespace) -> None:
         nets, ensemble = [*nets, *members], ensemble or average
     if not nets:
         raise UserError("give nets with --weights, --workdir or --ensemble-config")
-    names = ("protocol", "data", "split", "labels", "class_map", "all_classes")
-    chosen = {name: getattr(options, name) for name in names}
     with connected(options):
         result = evaluate_nets(
             nets,
-            ensemble=typing.cast(Any, ensemble),
+            protocol=options.protocol,
+            ensemble=ensemble,
+            data=options.data,
+            split=options.split,
+            labels=options.labels,
+            class_map=options.class_map,
+            all_classes=options.all_classes,
             batch_size=options.batch_size,
             precise_batches=options.precise_batches,
             overrides=parse_overrides(options.rest),
-            **chosen,
             **net_options(options),
         )
-        if is_primary() and options.json:
+        if not is_primary():
+            return
+        if options.json:
             write_result(options.json, result)
-        if is_primary() and options.html:
+        if options.html:
             write_page(options.html, result)

@@ -65,9 +65,8 @@ def _run(options: argparse.Namespace) -> None:
     from resnet_jax.analysis.predictions import predict_files
     from resnet_jax.evaluation.classifier import Classifier
 
-    net = net_options(options)
     classifier = Classifier.from_pretrained(
-        options.weights, protocol=options.protocol, **net
+        options.weights, protocol=options.protocol, **net_options(options)
     )
     number, broken = predict_files(
         classifier,

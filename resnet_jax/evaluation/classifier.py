@@ -90,30 +90,22 @@ class Classifier:
         cls,
         source: str | os.PathLike[str],
         *,
-        model: str | None = None,
-        checkpoint: int | str = "last",
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
         protocol: Protocol | str | None = None,
+        **options: Any,
     ) -> Self:
         """A classifier with the net of a run, of a file or of a hub.
 
         Args:
           source: the workdir of a run, a file of weights, or a name such as
             "torchvision:resnet50" or "hf-hub:timm/resnet18.a1_in1k".
-          model: name in the catalog, for a file that does not contain it.
-          checkpoint: of a run: "last", "best" or a step.
-          mean: of each channel of pixels in [0, 1], for a file that does not contain
-            it.
-          std: standard deviation of the same.
           protocol: the views of each picture, such as "ten_crop"; see ``Classifier``.
+          **options: of ``load_net``: model, checkpoint, mean, std.
 
         Raises:
           UserError: there is no such net or protocol, or the net does not say what
             images it expects.
         """
-        net = load_net(source, model=model, checkpoint=checkpoint, mean=mean, std=std)
-        return cls(net, protocol)
+        return cls(load_net(source, **options), protocol)
 
     def __call__(
         self, images: Picture | Iterable[Picture], top: int = 5

@@ -10,11 +10,7 @@ from flax import linen as nn
 
 from resnet_jax.models.conv import INITIALIZATIONS, Conv
 from resnet_jax.models.factories import ModuleFactory
-from resnet_jax.models.features import (
-    FeatureMap,
-    FeatureNet,
-    check_stages,
-)
+from resnet_jax.models.features import FeatureMap, FeatureNet, check_stages
 from resnet_jax.models.pooling import Pool, global_average, max_pool
 from resnet_jax.models.residual import HighwayLayer
 

@@ -13,11 +13,7 @@ from flax import linen as nn
 
 from resnet_jax.models.conv import INITIALIZATIONS, Conv
 from resnet_jax.models.factories import ModuleFactory
-from resnet_jax.models.features import (
-    FeatureMap,
-    FeatureNet,
-    check_stages,
-)
+from resnet_jax.models.features import FeatureMap, FeatureNet, check_stages
 from resnet_jax.models.fused import widen
 from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
 from resnet_jax.models.pooling import (
