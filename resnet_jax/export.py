@@ -17,7 +17,7 @@ from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.evaluation.protocols import Center
 from resnet_jax.models import fold_batch_norm
 from resnet_jax.models.catalog import catalog_entry
-from resnet_jax.storage import expand, refuse_existing, replacing
+from resnet_jax.storage import expand, refuse_existing, writing
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 """Where an artefact runs; it holds one program for the CPU and one for the others."""
@@ -73,13 +73,10 @@ def export_net(
         "source": net.source,
         "checksum": net.checksum,
     }
-    try:
-        with replacing(target) as file:
-            file.write_bytes(content)
-        with replacing(facts_file) as file:
-            file.write_text(json.dumps(facts, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from error
+    with writing(target) as file:
+        file.write_bytes(content)
+    with writing(facts_file) as file:
+        file.write_text(json.dumps(facts, indent=2) + "\n")
     return facts
 
 

@@ -146,6 +146,20 @@ def replacing(path: Path) -> Iterator[Path]:
         signals.temporary_files.discard(temporary)
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """``replacing`` for a file that the user named.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        with replacing(expand(path)) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def refuse_existing(path: Path, force: bool) -> None:
     """Raises UserError if a file exists that ``force`` does not allow to replace."""
     if path.exists() and not force:

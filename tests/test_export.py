@@ -155,7 +155,7 @@ def test_the_command_writes_a_file_that_needs_jax_alone(tmp_path, capsys):
         ("net.onnx", "docs/export.md"),
         ("net.safetensors", "resnet-jax convert"),
         ("net", "ends in .jax"),
-        ("no/folder/net.jax", "cannot be written .No such file"),
+        ("no/folder/net.jax", "cannot be written: No such file"),
     ],
 )
 def test_targets_that_cannot_be_written(name, words, tmp_path):

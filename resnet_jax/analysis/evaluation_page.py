@@ -8,7 +8,7 @@ from resnet_jax.analysis import pages
 from resnet_jax.analysis.plots import calibration_diagram, confusion_figure
 from resnet_jax.console import describe
 from resnet_jax.data.sources.imagenet import readable_names
-from resnet_jax.storage import expand, replacing
+from resnet_jax.storage import writing
 
 _MOST_ROWS = 20
 _MOST_DRAWN = 60
@@ -16,7 +16,11 @@ _MOST_DRAWN = 60
 
 
 def write_page(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
-    """Writes the result of ``evaluate_nets`` as a self-contained HTML page."""
+    """Writes the result of ``evaluate_nets`` as a self-contained HTML page.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     nets = [(found["source"], found) for found in result["nets"]]
     if "ensemble" in result:
         nets.append((f"ensemble of {len(nets)} nets", result["ensemble"]))
@@ -30,7 +34,7 @@ def write_page(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
     parts = [pages.facts(about)]
     for name, found in nets:
         parts += [pages.heading(name), *_net(found)]
-    with replacing(expand(path)) as temporary:
+    with writing(path) as temporary:
         temporary.write_text(pages.page("Evaluation", *parts))
 
 

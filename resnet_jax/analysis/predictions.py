@@ -30,7 +30,7 @@ from resnet_jax.data.sources.folders import image_suffixes, images_below
 from resnet_jax.errors import UserError, printable
 from resnet_jax.evaluation.classifier import Classifier, Prediction
 from resnet_jax.evaluation.nets import TrainedNet
-from resnet_jax.storage import expand, replacing
+from resnet_jax.storage import expand, writing
 
 MOST_ON_PAGE = 100
 """Images on the page of ``predict_files``: a browser holds them all."""
@@ -95,7 +95,7 @@ def predict_files(
         raise UserError(f"none of the {len(files)} images can be read")
     if html_path is not None:
         page = predictions_page(classifier, [p.image for p in kept], kept, number)
-        with _writing(html_path), replacing(expand(html_path)) as temporary:
+        with writing(html_path) as temporary:
             temporary.write_text(page, "utf-8")
         say(console, f"page: {html_path}")
     return number, len(broken)

@@ -34,7 +34,7 @@ from resnet_jax.evaluation.nets import TrainedNet, is_workdir, load_net
 from resnet_jax.evaluation.outputs import Member, Output
 from resnet_jax.evaluation.precise_statistics import precise_variables
 from resnet_jax.evaluation.protocols import Average, Protocol, as_protocol
-from resnet_jax.storage import expand, replacing
+from resnet_jax.storage import expand, writing
 from resnet_jax.workdir import Workdir
 
 Tested = str | os.PathLike[str] | TrainedNet
@@ -166,8 +166,12 @@ def evaluate_nets(
 
 
 def write_result(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
-    """Writes the result of ``evaluate_nets`` as JSON, complete or not at all."""
-    with replacing(expand(path)) as temporary:
+    """Writes the result of ``evaluate_nets`` as JSON, complete or not at all.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    with writing(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -17,7 +17,7 @@ from resnet_jax.evaluation import outputs
 from resnet_jax.evaluation.inputs import Inputs, open_inputs
 from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.evaluation.outputs import BATCH_SIZE, Member
-from resnet_jax.storage import expand, refuse_existing, replacing
+from resnet_jax.storage import expand, refuse_existing, writing
 from resnet_jax.weights.files import read_arrays, write_safetensors
 
 SUFFIXES = (".safetensors", ".npz")
@@ -142,7 +142,7 @@ def save_features(path: str | os.PathLike[str], features: Features) -> None:
         write_safetensors(target, arrays, metadata)
         return
     texts = {key: np.array(lists[key], np.str_) for key in lists}
-    with replacing(target) as temporary, open(temporary, "wb") as file:
+    with writing(target) as temporary, open(temporary, "wb") as file:
         np.savez(file, allow_pickle=False, **arrays, **texts)
 
 
