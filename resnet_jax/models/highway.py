@@ -99,7 +99,8 @@ class HighwayNet(FeatureNet):
         x = dropout(images.astype(self.dtype))
         for index, (size, width) in enumerate(zip(sizes, self.widths, strict=True)):
             if index > 0:
-                x = dropout(Pool(functools.partial(max_pool, size=2))(x))
+                pool = functools.partial(max_pool, size=2)
+                x = dropout(Pool(pool, rounds_down=True)(x))
             name = f"stage{index + 1}"
             x = HighwayStage(size, width, conv, self.gate_bias, name=name)(x)
             maps.append(FeatureMap(x, f"C{index + 1}", 2**index))

@@ -51,7 +51,7 @@ def sizes_of_map(sizes: jax.Array, stride: int) -> jax.Array:
 
 def _masking(padded: tuple[int, ...], sizes: jax.Array) -> Callable[..., Any]:
     """An interceptor that hides the padding from convolutions and poolings."""
-    # A pooling without padding rounds down, and all maps after it are that small.
+    # Sizes of maps by stride; poolings that round down add theirs.
     known = {1: sizes}
 
     def stride_of(x: jax.Array) -> int:
@@ -79,15 +79,9 @@ def _masking(padded: tuple[int, ...], sizes: jax.Array) -> Callable[..., Any]:
         if isinstance(module, Pool):
             stride = stride_of(x)
             own = sizes_of(stride)
-            y = call(x, own)
-            if y.ndim == x.ndim and _rounds_down(module):
+            if module.rounds_down:
                 known[2 * stride] = own // 2
-            return y
+            return call(x, own)
         return call(*args, **kwargs)
 
     return intercept
-
-
-def _rounds_down(pool: Pool) -> bool:
-    """Whether a pooling is the 2x2 one without padding, of VGG and highway nets."""
-    return getattr(pool.function, "keywords", {}).get("size") == 2

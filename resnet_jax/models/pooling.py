@@ -19,9 +19,12 @@ class Pool(nn.Module):
 
     Attributes:
       function: ``function(x, sizes=None)``, one of this module with its options bound.
+      rounds_down: whether it halves maps without padding, so that an odd side loses a
+        pixel.
     """
 
     function: Callable[..., jax.Array]
+    rounds_down: bool = False
 
     def __call__(self, x: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
         """Pools maps (n, h, w, c); see ``inside`` for ``sizes``."""

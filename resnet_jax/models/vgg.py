@@ -105,7 +105,7 @@ class VGG(FeatureNet):
                 )
             x = VGGStage(size, width, norm, self.dtype, name=name)(x)
             maps.append(FeatureMap(x, f"C{index + 1}", 2**index))
-            x = Pool(functools.partial(max_pool, size=2))(x)
+            x = Pool(functools.partial(max_pool, size=2), rounds_down=True)(x)
         if self.num_classes is None:
             return tuple(maps), Pool(global_average)(x)
         to_square = functools.partial(adaptive_average_pool, size=POOLED_SIZE)
