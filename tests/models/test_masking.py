@@ -98,4 +98,6 @@ def test_a_canvas_that_strides_do_not_divide(images):
     model = create_model("resnet18", num_classes=5)
     variables = random_variables(model, X)
     with pytest.raises(ValueError, match="multiples of the net's stride"):
-        apply_masked(model, variables, jnp.zeros((1, 72, 64, 3)), np.array([[60, 60]]))
+        apply_masked(
+            model, variables, jnp.zeros((1, 72, 64, 3)), np.array([[60, 60]], np.int32)
+        )
