@@ -95,7 +95,7 @@ def test_a_folded_program_has_no_normalisation_and_takes_images_alone():
 
 
 def test_bfloat16_is_kept_apart_on_the_cpu_wherever_it_was_exported(monkeypatch):
-    """The barriers of ``models.barriers.apart`` are in the file of a GPU machine too."""
+    """``models.barriers.apart`` is in the file of a GPU machine too."""
     net, variables = net_of("resnet18")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     content = serialize(net, variables, STATISTICS, (32, 32, 3), dtype="bfloat16")
