@@ -164,8 +164,9 @@ _KEEPS_AXES = frozenset((
     "abs", "add", "add_any", "and", "clamp", "convert_element_type", "copy", "cos",
     "div", "eq", "erf", "exp", "expm1", "ge", "gt", "integer_pow", "is_finite", "le",
     "log", "log1p", "logistic", "lt", "max", "min", "mul", "name", "ne", "neg", "not",
-    "or", "pow", "reduce_precision", "rsqrt", "select_n", "sharding_constraint", "sign",
-    "sin", "sqrt", "square", "stop_gradient", "sub", "tanh", "xor",
+    "optimization_barrier", "or", "pow", "reduce_precision", "rsqrt", "select_n",
+    "sharding_constraint", "sign", "sin", "sqrt", "square", "stop_gradient", "sub",
+    "tanh", "xor",
 ))  # fmt: skip
 
 
