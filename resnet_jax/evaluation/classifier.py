@@ -14,7 +14,7 @@ from resnet_jax.errors import UserError
 from resnet_jax.evaluation import outputs, protocols
 from resnet_jax.evaluation.nets import TrainedNet, load_net
 from resnet_jax.evaluation.outputs import Member, Output
-from resnet_jax.evaluation.protocols import Center, Protocol, Stored
+from resnet_jax.evaluation.protocols import Protocol
 
 _AT_ONCE = 1024  # pictures of an iterator that are in memory
 
@@ -73,7 +73,7 @@ class Classifier:
         """
         if net.num_classes is None:
             raise UserError(f"{net.source} has no classifier: give a net with classes")
-        own = _own_view(net)
+        own = net.sized_view
         if isinstance(protocol, str):
             protocol = protocols.parse(protocol, own)
         self.net, self.own_view, self.protocol = net, own, protocol or own
@@ -171,14 +171,6 @@ class Classifier:
             names=tuple(self.names[index] for index in classes),
             probabilities=tuple(map(float, np.exp(log_probs[classes]))),
         )
-
-
-def _own_view(net: TrainedNet) -> Protocol:
-    """The net's own view; pictures of any size become as large as its mean image."""
-    height, width = np.shape(net.statistics.mean)[:2]
-    if isinstance(net.protocol, Stored) and height == width > 1:
-        return Center(height, height)
-    return net.protocol
 
 
 def _parts(images: Any) -> Iterator[tuple[int, Sequence[Picture]]]:

@@ -94,7 +94,7 @@ def evaluate_nets(
       data: a folder or the name of a tfds data set; by default the first run's.
       split: "test", "holdout" or "train" of a run; or a split of ``data``.
       labels: a JSON list of lists of class numbers: several right answers for each
-        ImageNet validation image, or none (ReaL).
+        ImageNet validation image, or none (ReaL). The nets choose among all classes.
       class_map: a file with the net's class for each class of the data, where names do
         not match.
       all_classes: if the data have only some classes, let the nets choose among all.
@@ -121,6 +121,8 @@ def evaluate_nets(
     for name, value in given.items():
         if value is not None and value < 1:
             raise UserError(f"the {name} must be at least 1, not {value}")
+    if isinstance(nets, (str, os.PathLike, TrainedNet)) or not nets:
+        raise UserError("give a list of nets, with at least one")
     console = console or make_console()
     options = {"model": model, "mean": mean, "std": std, "checkpoint": checkpoint}
     moved = overrides if data is None else None
@@ -134,7 +136,7 @@ def evaluate_nets(
         [net for net, _ in chosen],
         inputs.class_names,
         None if class_map is None else read_class_map(expand(class_map)),
-        all_classes,
+        all_classes or labels is not None,
     )
     if matched.note:
         say(console, matched.note)
@@ -202,7 +204,7 @@ def _loaded(
 def _protocol(own: str | Protocol | None, net: TrainedNet) -> Protocol:
     if own is None:
         return net.protocol
-    return parse(own, net.protocol) if isinstance(own, str) else own
+    return parse(own, net.sized_view) if isinstance(own, str) else own
 
 
 def _batch_size(net: TrainedNet) -> int:
@@ -264,6 +266,7 @@ def _test(
                 f"evaluation counted {record.counted.sum()} of {total - left_out} "
                 "examples"
             )
+    faults = sorted(distributed.gather(faults))
     if left_out == total:
         raise UserError("no image could be tested: all are broken or have no label")
     for fault in faults:

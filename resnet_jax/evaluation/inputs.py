@@ -80,11 +80,11 @@ def _other_data(
         is_folder = is_remote(data) or "/" in data or expand(data).exists()
         values["data.path" if is_folder else "data.name"] = data
         if is_folder:
-            values.setdefault("data.name", Path(data).name)
+            values.setdefault("data.name", Path(data).name or "data")
     base = net.run.config if net.run else resolve({"training": {"steps": 1}})
     config = _quiet_override(base, values).data
-    collection, only = _flat(config) if split is None else (None, None)
-    if collection is None:
+    collection, only = _flat(config)
+    if collection is None or split not in (None, only):
         collection = open_collection(config)
     split = split or only or _test_split(collection, values)
     source = collection.source(split)
@@ -109,7 +109,9 @@ def _flat(config: DataConfig) -> tuple[Collection | None, str | None]:
         return None, None
     folder = Path(config.path)
     classes = subfolders(folder) if folder.is_dir() else []
-    if not classes or not _holds_images(folder / classes[0]):
+    splits = {*_TEST_SPLITS, "train"}.intersection(classes)
+    # ImageNet's validation images lie in one folder, beside a list of their labels.
+    if splits or not classes or not _holds_images(folder / classes[0]):
         return None, None
     return open_folders(folder.parent, classes_of=folder.name), folder.name
 
