@@ -7,10 +7,11 @@ names it, instead of waiting in a collective forever.
 
 import contextlib
 import dataclasses
+import json
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -88,6 +89,18 @@ def sum_over_processes(value: int) -> int:
     if process_count() == 1:
         return value
     return int(multihost_utils.process_allgather(np.int32(value)).sum())
+
+
+def gather(texts: Sequence[str]) -> list[str]:
+    """The texts of all processes, on all processes."""
+    if process_count() == 1:
+        return list(texts)
+    own = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
+    length = int(multihost_utils.process_allgather(np.int32(len(own))).max())
+    padded = np.full(length, ord(" "), np.uint8)
+    padded[: len(own)] = own
+    gathered = np.asarray(multihost_utils.process_allgather(padded))
+    return [text for row in gathered for text in json.loads(row.tobytes())]
 
 
 def wait_for_all(name: str) -> None:

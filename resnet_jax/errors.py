@@ -1,7 +1,7 @@
 """User-fixable errors, and a requested stop."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -38,9 +38,16 @@ def printable(text: str) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest valid name, or all of them."""
+    """A hint for a misspelt name: the nearest valid name, or the valid ones."""
     valid = list(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]}?"
-    return f"valid are {', '.join(valid)}"
+    return f"valid are {some_of(valid)}"
+
+
+def some_of(names: Sequence[str], most: int = 100) -> str:
+    """Names joined by commas; of very many, the first ones and their number."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:10])}, ... ({len(names):,} in all)"

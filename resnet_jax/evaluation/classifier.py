@@ -14,7 +14,7 @@ from resnet_jax.errors import UserError
 from resnet_jax.evaluation import outputs
 from resnet_jax.evaluation.nets import TrainedNet, load_net
 from resnet_jax.evaluation.outputs import Member, Output
-from resnet_jax.evaluation.protocols import Center, Protocol, Stored, as_protocol
+from resnet_jax.evaluation.protocols import Protocol, as_protocol
 
 _AT_ONCE = 1024  # pictures of an iterator that are in memory
 
@@ -73,7 +73,7 @@ class Classifier:
         """
         if net.num_classes is None:
             raise UserError(f"{net.source} has no classifier: give a net with classes")
-        self.net, self.own_view = net, _own_view(net)
+        self.net, self.own_view = net, net.sized_view
         self.protocol = as_protocol(protocol, self.own_view)
         self.names = readable_names(
             net.class_names or [str(index) for index in range(net.num_classes)]
@@ -161,14 +161,6 @@ class Classifier:
             names=tuple(self.names[index] for index in classes),
             probabilities=tuple(map(float, np.exp(log_probs[classes]))),
         )
-
-
-def _own_view(net: TrainedNet) -> Protocol:
-    """The net's own view; pictures of any size become as large as its mean image."""
-    height, width = np.shape(net.statistics.mean)[:2]
-    if isinstance(net.protocol, Stored) and height == width > 1:
-        return Center(height, height)
-    return net.protocol
 
 
 def _parts(images: Any) -> Iterator[tuple[int, Sequence[Picture]]]:

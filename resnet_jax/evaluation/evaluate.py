@@ -95,7 +95,7 @@ def evaluate_nets(
       data: a folder or the name of a tfds data set; by default the first run's.
       split: "test", "holdout" or "train" of a run; or a split of ``data``.
       labels: a JSON list of lists of class numbers: several right answers for each
-        ImageNet validation image, or none (ReaL).
+        ImageNet validation image, or none (ReaL). The nets choose among all classes.
       class_map: a file with the net's class for each class of the data, where names do
         not match.
       all_classes: if the data have only some classes, let the nets choose among all.
@@ -124,6 +124,8 @@ def evaluate_nets(
     ):
         if value is not None and value < 1:
             raise UserError(f"the {name} must be at least 1, not {value}")
+    if isinstance(nets, (str, os.PathLike, TrainedNet)) or not nets:
+        raise UserError("give a list of nets, with at least one")
     console = console or make_console()
     load = functools.partial(
         load_net,
@@ -138,14 +140,15 @@ def evaluate_nets(
         net = source if isinstance(source, TrainedNet) else load(source)
         if precise_batches is not None and net is not source:
             net = _with_precise_statistics(net, precise_batches, console)
-        chosen.append((net, as_protocol(own or protocol, net.protocol)))
+        views = as_protocol(own or protocol or net.protocol, net.sized_view)
+        chosen.append((net, views))
     first = chosen[0][0]
     inputs = open_inputs(first, data, split, overrides)
     matched = match_classes(
         [net for net, _ in chosen],
         inputs.class_names,
         None if class_map is None else read_class_map(expand(class_map)),
-        all_classes,
+        all_classes or labels is not None,
     )
     if matched.note:
         say(console, matched.note)
@@ -288,6 +291,7 @@ def _records(test: _Test, batch_size: int) -> tuple[list[Records], list[str]]:
                 f"evaluation counted {record.counted.sum()} of {total - left_out} "
                 "examples"
             )
+    faults = sorted(distributed.gather(faults))
     if left_out == total:
         raise UserError("no image could be tested: all are broken or have no label")
     return records, faults

@@ -87,8 +87,8 @@ def open_inputs(
             "of a tfds data set"
         )
     config = _data_config(net, data, overrides or {})
-    single = _single_split(config, unlabelled) if split is None else None
-    if single is None:
+    single = _single_split(config, unlabelled)
+    if single is None or split not in (None, single[1]):
         collection = open_collection(config)
         split = split or _test_split(collection, overrides or {})
         source = collection.source(split)
@@ -112,7 +112,7 @@ def _data_config(
         text = os.fspath(data)
         if is_remote(text) or "/" in text or expand(text).exists():
             values["data.path"] = text
-            values.setdefault("data.name", Path(text).name)
+            values.setdefault("data.name", Path(text).name or "data")
         else:
             values["data.name"] = text
     for name in values:
@@ -133,7 +133,9 @@ def _single_split(
         return None
     folder = Path(config.path)
     classes = subfolders(folder)
-    if classes and _images_in(folder / classes[0]):
+    # A split's images may be in one folder, beside a list of their labels.
+    are_splits = {"train", *_TEST_SPLITS}.issuperset(classes)
+    if not are_splits and _images_in(folder / classes[0]):
         return open_folders(folder.parent, classes_of=folder.name), folder.name
     if not unlabelled or classes or not (names := _images_in(folder)):
         return None

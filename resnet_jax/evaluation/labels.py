@@ -48,18 +48,27 @@ def match_classes(
     have 200, the nets choose among these alone.
 
     Args:
-      nets: with the same classes, perhaps in different orders.
+      nets: with the same classes, perhaps in different orders. A net without names
+        has the order of the data's classes.
       data_classes: names by label.
       class_map: the net's class, by name or number, for each name in the data.
       all_classes: let the nets choose among all of their classes.
 
     Raises:
-      UserError: a class is unknown to a net.
+      UserError: a class is unknown to a net, or a net has no classifier.
     """
-    first = nets[0]
+    for net in nets:
+        if net.num_classes is None:
+            raise UserError(f"{net.source} has no classifier: give a net with classes")
+    first = next((net for net in nets if net.class_names is not None), nets[0])
     names = first.class_names or tuple(map(str, range(first.num_classes)))
     found = _found(first, names, data_classes, class_map)
-    orders = [_order(net, first, names) for net in nets]
+    orders = [
+        _order(net, first, names)
+        if net.class_names is not None or first.class_names is None
+        else _order_by_data(net, first, found, data_classes, class_map)
+        for net in nets
+    ]
     kept = np.unique(found)
     if all_classes or len(kept) == first.num_classes:
         return Matched(names, tuple(orders), found.astype(np.int32))
@@ -113,17 +122,44 @@ def _order(
     net: TrainedNet, first: TrainedNet, names: Sequence[str]
 ) -> tuple[int, ...] | None:
     """The net's logits in the order of the first net's classes."""
+    _refuse_other_number(net, first)
+    if net.class_names is None or net.class_names == tuple(names):
+        return None
+    own = {name: number for number, name in enumerate(net.class_names)}
+    return tuple(_known(net, own, name) for name in names)
+
+
+def _order_by_data(
+    net: TrainedNet,
+    first: TrainedNet,
+    found: np.ndarray,
+    data_classes: Sequence[str],
+    class_map: Mapping[str, str | int] | None,
+) -> tuple[int, ...] | None:
+    """The logits of a net without names in the order of the first net's classes.
+
+    Its own class for each class of the data is what it would be for the net alone.
+    """
+    _refuse_other_number(net, first)
+    numbers = tuple(map(str, range(net.num_classes)))
+    own = _found(net, numbers, data_classes, class_map)
+    if np.array_equal(own, found):
+        return None
+    if len(np.unique(found)) < net.num_classes:
+        raise UserError(
+            f"{net.source} does not name its classes, and the data do not have all of "
+            f"them: their order cannot be compared with that of {first.source}"
+        )
+    order = dict(zip(found.tolist(), own.tolist(), strict=True))
+    return tuple(order[number] for number in range(net.num_classes))
+
+
+def _refuse_other_number(net: TrainedNet, first: TrainedNet) -> None:
     if net.num_classes != first.num_classes:
         raise UserError(
             f"{net.source} has {net.num_classes} classes and {first.source} "
             f"{first.num_classes}: give nets with the same classes"
         )
-    if net.class_names is None or net.class_names == tuple(names):
-        return None
-    own = {name: number for number, name in enumerate(net.class_names)}
-    if first.class_names is None:
-        return None
-    return tuple(_known(net, own, name) for name in names)
 
 
 def read_class_map(path: Path) -> dict[str, str | int]:
@@ -169,7 +205,7 @@ def read_label_sets(path: Path, num_classes: int) -> list[tuple[int, ...]]:
         raise UserError(f"{path} is not a list of lists of class numbers")
     for number, item in enumerate(content):
         if not isinstance(item, list) or not all(
-            isinstance(label, int) and 0 <= label < num_classes for label in item
+            type(label) is int and 0 <= label < num_classes for label in item
         ):
             raise UserError(
                 f"{path}, item {number} is {item!r:.80}; expected a list of class "

@@ -67,6 +67,14 @@ class TrainedNet:
         """Channels of the images: 1 for grey, 3 for colour."""
         return np.shape(self.statistics.mean)[-1]
 
+    @property
+    def sized_view(self) -> Protocol:
+        """``protocol``; for images as stored, a view of the mean image's size."""
+        height, width = np.shape(self.statistics.mean)[:2]
+        if isinstance(self.protocol, Stored) and height == width > 1:
+            return Center(height, height)
+        return self.protocol
+
     @functools.cached_property
     def checksum(self) -> str:
         """SHA-256 of all arrays by name, in hexadecimal digits."""

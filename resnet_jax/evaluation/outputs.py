@@ -202,7 +202,7 @@ class _Batches:
         self._queue: collections.deque[tuple[int, list[_Place], Any]]
         self._queue = collections.deque()
         self._done: list[int] = []
-        self._stored: tuple[int, ...] | None = None
+        self._stored: tuple[int, ...] | None = None  # height and width
 
     def add(self, found: dict[str, Any]) -> None:
         """Takes what a ``ViewReader`` read; computes the batches that are full."""
@@ -240,8 +240,8 @@ class _Batches:
         if isinstance(protocol, MultiScale):
             return *padded_size(*image.shape[:2]), image.shape[2]
         if isinstance(protocol, Stored):
-            self._stored = self._stored or image.shape
-            if image.shape != self._stored:
+            self._stored = self._stored or image.shape[:2]
+            if image.shape[:2] != self._stored:
                 raise UserError(
                     f"image {name} is {image.shape[1]}x{image.shape[0]} and the first "
                     f"is {self._stored[1]}x{self._stored[0]}: give a protocol that "
@@ -299,7 +299,7 @@ def padded_size(height: int, width: int) -> tuple[int, int]:
     shorter, longer = sorted((height, width))
     shorter = -(-shorter // _STRIDE) * _STRIDE
     sides = (math.ceil(shorter * aspect / _STRIDE) * _STRIDE for aspect in _ASPECTS)
-    longer = next(side for side in sides if side >= longer)
+    longer = next((s for s in sides if s >= longer), -(-longer // _STRIDE) * _STRIDE)
     return (shorter, longer) if height <= width else (longer, shorter)
 
 
@@ -310,7 +310,8 @@ def _program(member: Member, mesh: Mesh) -> Callable[[Any, Any], jax.Array]:
     forward = _forward(member)
 
     def run(variables: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        images = normalized(images, net.statistics)
+        own = sizes if isinstance(member.protocol, MultiScale) else None
+        images = normalized(images, net.statistics, own)
         return forward(variables, images, sizes, columns)
 
     same, cut = parallel.replicated(mesh), parallel.batch_sharding(mesh)
@@ -353,16 +354,36 @@ def _forward(member: Member) -> Callable[..., jax.Array]:
     return forward
 
 
-def normalized(images: jax.Array, statistics: PixelStatistics) -> jax.Array:
+def normalized(
+    images: jax.Array, statistics: PixelStatistics, sizes: jax.Array | None = None
+) -> jax.Array:
     """Uint8 images (n, h, w, c) as a net expects them.
 
     A mean image of another size is replaced by its mean colour.
+
+    Args:
+      images: padded below and to the right if ``sizes`` is given.
+      statistics: of the pixels.
+      sizes: integers (n, 2), height and width of each image without its padding.
     """
-    if np.shape(statistics.mean)[:2] not in ((1, 1), images.shape[1:3]):
-        statistics = jax.tree.map(
-            lambda pixels: jnp.mean(pixels, (0, 1), keepdims=True), statistics
-        )
-    return normalize(to_unit(images), statistics)
+    height, width = np.shape(statistics.mean)[:2]
+    padding = images.shape[1] - height, images.shape[2] - width
+    unit = to_unit(images)
+    if (height, width) == (1, 1) or (padding == (0, 0) and sizes is None):
+        return normalize(unit, statistics)
+    colour = jax.tree.map(
+        lambda pixels: jnp.mean(pixels, (0, 1), keepdims=True), statistics
+    )
+    if sizes is None or min(padding) < 0:
+        return normalize(unit, colour)
+    around = ((0, padding[0]), (0, padding[1]), (0, 0))
+    shape = np.shape(statistics.mean)
+    whole = jax.tree.map(
+        lambda pixels: jnp.pad(jnp.broadcast_to(pixels, shape), around, "edge"),
+        statistics,
+    )
+    fits = (sizes == jnp.array([height, width])).all(-1)[:, None, None, None]
+    return jnp.where(fits, normalize(unit, whole), normalize(unit, colour))
 
 
 def _window_log_probs(

@@ -184,7 +184,7 @@ def parse(text: str, own: Protocol) -> Protocol:
         scales of "multi_scale" are the paper's in proportion to its size.
 
     Raises:
-      UserError: an unknown kind or field, or a wrong value.
+      UserError: an unknown kind or field, a wrong value, or a size that is unknown.
     """
     name, _, rest = text.partition(":")
     if name not in KINDS:
@@ -200,6 +200,8 @@ def parse(text: str, own: Protocol) -> Protocol:
                 f"with one of {', '.join(known)}"
             )
         values[field] = _from_text(text, field, typing.get_type_hints(kind), value)
+    if isinstance(own, Stored):
+        _refuse_unknown_size(text, name, values)
     return _checked(text, kind(**values))
 
 
@@ -212,6 +214,28 @@ def as_protocol(given: str | Protocol | None, own: Protocol) -> Protocol:
     if given is None:
         return own
     return parse(given, own) if isinstance(given, str) else given
+
+
+def _refuse_unknown_size(text: str, name: str, values: dict[str, Any]) -> None:
+    """Raises UserError if a net of images as stored would get ImageNet's sizes."""
+    windows = values.get("pooling") == "windows"
+    wanted = {
+        "center": ["size"],
+        "ten_crop": ["size"],
+        "multi_scale": ["shorter_sides", *(["size"] if windows else [])],
+    }
+    missing = [field for field in wanted.get(name, ()) if field not in values]
+    if missing:
+        example = ",".join(
+            f"{field}={'32+40' if field == 'shorter_sides' else 32}"
+            for field in missing
+        )
+        raise UserError(
+            f"protocol {text!r}: the net takes images as they are stored, and their "
+            f"size is unknown: give {' and '.join(missing)}, such as {name}:{example}"
+        )
+    if name in ("center", "ten_crop"):
+        values.setdefault("shorter_side", values["size"])
 
 
 def from_json(content: Mapping[str, Any]) -> Protocol:

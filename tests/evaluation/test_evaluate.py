@@ -1,5 +1,6 @@
 """evaluate and evaluate_nets: files, runs, seeds, ensembles, other label sets."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -133,10 +134,47 @@ def test_several_right_labels_or_none(tmp_path, console):
         net,
         data=str(tmp_path / "data"),
         labels=tmp_path / "real.json",
-        all_classes=True,
         console=console,
     )
     assert (found["errors"], found["count"]) == (1, 3)
+
+
+def test_grey_and_colour_nets_on_images_as_stored(problem, tmp_path, console):
+    names, data, *_ = problem
+    model = create_model(NAME, num_classes=3)
+    variables = random_variables(model, np.zeros((1, SIZE, SIZE, 1), np.float32))
+    content = {"mean": [0.5], "std": [0.25], "protocol": {"kind": "stored"}}
+    grey = tmp_path / "grey.safetensors"
+    metadata = {"preprocessing": json.dumps(content)}
+    resnet_jax.save_weights(grey, variables, model, name=NAME, metadata=metadata)
+    both = evaluate_nets([names[0], grey], data=data, console=console)
+    for net, together in zip([names[0], grey], both["nets"], strict=True):
+        alone = resnet_jax.evaluate(net, data=data, console=console)
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("split", [None, "test"])
+def test_a_folder_of_class_folders_by_its_name(problem, monkeypatch, console, split):
+    names, data, *_ = problem
+    expected = resnet_jax.evaluate(names[0], data=data, console=console)
+    monkeypatch.chdir(Path(data) / "test")
+    found = resnet_jax.evaluate(names[0], data=".", split=split, console=console)
+    assert (found["loss"], found["count"]) == (expected["loss"], 15)
+
+
+def test_images_of_a_split_in_one_folder_with_a_list(problem, tmp_path, console):
+    names, data, *_ = problem
+    expected = resnet_jax.evaluate(names[0], data=data, console=console)
+    (tmp_path / "test").mkdir()
+    lines = []
+    for file in sorted((Path(data) / "test").rglob("*.png")):
+        lines.append(f"{file.parent.name}{file.name} {file.parent.name}\n")
+        shutil.copy(file, tmp_path / "test" / lines[-1].split()[0])
+    (tmp_path / "test.txt").write_text("".join(lines))
+    for kind in ("ant", "bee", "cat"):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+    found = resnet_jax.evaluate(names[0], data=str(tmp_path), console=console)
+    assert (found["errors"], found["count"]) == (expected["errors"], 15)
 
 
 def test_broken_images_stop_or_are_left_out(problem, tmp_path, console):
@@ -198,6 +236,13 @@ FAULTS = {
     "no split 'tset'": {"data": "DATA", "split": "tset"},
     "is not a run, and has no batches": {"data": "DATA", "precise_batches": 2},
     "cannot be changed for a trained net": {"overrides": {"model.name": "resnet18"}},
+    "has no classifier": {"data": "DATA", "nets": ["HEADLESS"]},
+    "give a list of nets": {"data": "DATA", "nets": "runs/a"},
+    "with at least one": {"data": "DATA", "nets": []},
+    "their size is unknown: give size, such as ten_crop:size=32": {
+        "data": "DATA",
+        "protocol": "ten_crop",
+    },
 }
 
 
@@ -205,5 +250,9 @@ FAULTS = {
 def test_faults_are_named(problem, sentence, console):
     names, data, *_ = problem
     options = {k: data if v == "DATA" else v for k, v in FAULTS[sentence].items()}
+    nets = options.pop("nets", names)
+    if nets == ["HEADLESS"]:
+        net = resnet_jax.load_net(names[0])
+        nets = [dataclasses.replace(net, model=net.model.clone(num_classes=None))]
     with pytest.raises(UserError, match=sentence):
-        evaluate_nets(names, console=console, **options)
+        evaluate_nets(nets, console=console, **options)

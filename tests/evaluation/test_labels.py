@@ -73,6 +73,16 @@ def test_nets_with_classes_in_different_orders():
     nets = [a_net("abcd"), a_net("dcba"), a_net("abcd")]
     assert match_classes(nets, "abcd").columns == (None, (3, 2, 1, 0), None)
     assert match_classes(nets, "ca").columns == ((0, 2), (3, 1), (0, 2))
+    # A net without names has the order of the data's classes, in any company.
+    nets = [a_net(None, 3), a_net("cab"), a_net(None, 3)]
+    found = match_classes(nets, "abc")
+    assert found.class_names == tuple("cab")
+    assert found.columns == ((2, 0, 1), None, (2, 0, 1))
+    assert found.targets.tolist() == [1, 2, 0]
+    by_number = match_classes([a_net(None, 3), a_net("cab")], "02")
+    assert by_number.columns == ((0, 2), (0, 2))
+    with pytest.raises(UserError, match="give --class-map"):
+        match_classes([a_net("abcd"), a_net(None, 4)], "abc")
     with pytest.raises(UserError, match="give nets with the same classes"):
         match_classes([a_net("abcd"), a_net("abc")], "abc")
 
@@ -117,3 +127,9 @@ def test_files_of_several_labels_per_image(tmp_path):
 
 def test_targets_are_integers_of_32_bits():
     assert match_classes([a_net("ab")], "ba").targets.dtype == np.int32
+
+
+def test_a_thousand_classes_are_not_all_printed():
+    with pytest.raises(UserError, match=r"\(1,000 in all\)") as found:
+        match_classes([a_net(class_ids())], ["val"])
+    assert len(str(found.value)) < 200

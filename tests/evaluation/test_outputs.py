@@ -15,6 +15,7 @@ from resnet_jax.evaluation.outputs import Member, padded_size
 from resnet_jax.evaluation.protocols import Center, MultiScale, Stored, TenCrop
 from tests.evaluation.reference import (
     SIZE,
+    STD,
     Photographs,
     TorchProtocols,
     small_net,
@@ -174,3 +175,20 @@ def test_whole_images_are_padded_to_few_sizes():
         assert padded[1] >= width
         assert all(side % 32 == 0 for side in padded)
     assert padded_size(224, 224) == (224, 224)
+
+
+def test_whole_images_of_the_mean_images_size_use_its_pixels(net):
+    rng = np.random.default_rng(0)
+    mean = rng.uniform(0.2, 0.8, (40, 40, 3)).astype(np.float32)
+    statistics = PixelStatistics(mean, STD[None, None])
+    net = dataclasses.replace(net, statistics=statistics)
+    whole = Member(net, MultiScale((40,), flip=False))
+    found = log_probs([whole, Member(net, Center(40, 40))], Photographs())
+    square = 2  # of SIDES: the others have another size, and use the mean colour
+    np.testing.assert_allclose(found[0, square], found[1, square], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 200_000), (200_000, 7)])
+def test_a_line_of_pixels_has_a_padded_size(size):
+    padded = padded_size(*size)
+    assert all(0 <= p - s < p for s, p in zip(size, padded, strict=True))

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 from resnet_jax.data.sources.base import Description, Example, Source, notes
-from resnet_jax.errors import UserError
+from resnet_jax.errors import UserError, some_of
 
 _BOUND = r"-?\d+(?:\.\d+)?%|-?\d+"
 _PART = re.compile(
@@ -83,7 +83,7 @@ def _part(match: re.Match[str], expression: str, description: Description) -> Pa
     if split not in description.num_examples:
         raise UserError(
             f"{description.name} has no split {split!r}; its splits are "
-            f"{', '.join(description.splits) or 'none'}"
+            f"{some_of(description.splits) or 'none'}"
         )
     if low and high and low.endswith("%") != high.endswith("%"):
         raise UserError(
