@@ -1,5 +1,6 @@
 """Exported nets run without this library, and compute what the net computes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_a_folded_program_has_no_normalisation_and_takes_images_alone():
 
 
 def test_bfloat16_is_kept_apart_on_the_cpu_wherever_it_was_exported(monkeypatch):
-    """The barriers of ``models.barriers.apart`` are in the file of a GPU machine too."""
+    """The barriers of ``models.barriers.apart`` are in a GPU machine's file too."""
     net, variables = net_of("resnet18")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     content = serialize(net, variables, STATISTICS, (32, 32, 3), dtype="bfloat16")
@@ -151,12 +152,24 @@ def test_the_command_writes_a_file_that_needs_jax_alone(tmp_path, capsys):
         ("net.onnx", "docs/export.md"),
         ("net.safetensors", "resnet-jax convert"),
         ("net", "ends in .jax"),
-        ("no/folder/net.jax", "cannot be written .No such file"),
+        ("no/folder/net.jax", "there is no folder"),
     ],
 )
 def test_what_cannot_be_written_is_said(name, words, tmp_path):
     with pytest.raises(UserError, match=words):
         export_net(trained(), tmp_path / name)
+
+
+def test_a_net_without_a_classifier_gives_features(tmp_path):
+    net = trained()
+    model = net.model.clone(num_classes=None)
+    params = {k: v for k, v in net.variables["params"].items() if k != "head"}
+    net = dataclasses.replace(
+        net, model=model, variables={**net.variables, "params": params}
+    )
+    facts = export_net(net, tmp_path / "net.jax")
+    assert facts["output"]["shape"] == ["batch", 64]
+    assert facts["output_is"] == "features"
 
 
 def test_the_images_are_those_of_the_net_s_own_view():
