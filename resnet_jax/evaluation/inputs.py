@@ -109,9 +109,9 @@ def _flat(config: DataConfig) -> tuple[Collection | None, str | None]:
         return None, None
     folder = Path(config.path)
     classes = subfolders(folder) if folder.is_dir() else []
-    splits = {*_TEST_SPLITS, "train"}.intersection(classes)
     # ImageNet's validation images lie in one folder, beside a list of their labels.
-    if splits or not classes or not _holds_images(folder / classes[0]):
+    only_splits = {"train", *_TEST_SPLITS}.issuperset(classes)
+    if only_splits or not _holds_images(folder / classes[0]):
         return None, None
     return open_folders(folder.parent, classes_of=folder.name), folder.name
 
