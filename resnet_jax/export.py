@@ -54,18 +54,21 @@ def export_net(
     target = expand(path)
     _check_suffix(target.suffix, path)
     facts_file = target.with_suffix(".json")
+    if not target.parent.is_dir():
+        raise UserError(f"{path} cannot be written: there is no folder {target.parent}")
     for file in (target, facts_file):
         refuse_existing(file, force)
     shape = image_shape(net)
     content = serialize(
         net.model, net.variables, net.statistics, shape, fold=fold, dtype=dtype
     )
+    (outputs,) = export.deserialize(bytearray(content)).out_avals
     facts = {
         "format": "jax.export",
         "jax": jax.__version__,
         "platforms": PLATFORMS,
         "input": {"dtype": "uint8", "shape": ["batch", *shape]},
-        "output": {"dtype": "float32", "shape": ["batch", net.num_classes]},
+        "output": {"dtype": "float32", "shape": ["batch", outputs.shape[1]]},
         "output_is": "features" if net.num_classes is None else "logits",
         "view": net.protocol.to_json(),
         "class_names": net.class_names,

@@ -14,7 +14,8 @@ import pytest
 from resnet_jax.cli import main
 from resnet_jax.distributed import Processes
 from resnet_jax.errors import UserError
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, write_image_folder
+from tests.evaluation.test_evaluate import SIZE, save_net
 from tests.test_checkpoints import same
 from tests.training.helpers import final_state, plain_arrays
 from tests.training.test_train import rows_of
@@ -264,3 +265,27 @@ def test_sums_and_numbers_of_a_lone_process():
     assert distributed.process_count() == 1
     assert distributed.broadcast(3) == distributed.sum_over_processes(3) == 3
     np.testing.assert_equal(distributed.wait_for_all("nobody"), None)
+
+
+def test_an_evaluation_by_two_processes_has_the_same_result(tmp_path):
+    net, *_ = save_net(tmp_path / "net.safetensors", 0)
+    data = tmp_path / "data"
+    write_image_folder(data, per_class={"test": 4}, shape=(SIZE, SIZE))
+    for name in ("ant/1", "bee/2", "cat/3"):  # both processes meet broken ones
+        (data / "test" / f"{name}.png").write_bytes(b"nothing")
+    flags = ["--weights", net, "--data", str(data), "--config.data.on_error=skip"]
+    results = []
+    for command in (
+        [sys.executable, "-m", "resnet_jax"],
+        [*LAUNCH, "--processes=2", "--"],
+    ):
+        file = tmp_path / f"{len(results)}.json"
+        subprocess.run(
+            [*command, "evaluate", *flags, "--json", str(file)],
+            check=True, env=environment(JAX_PLATFORMS="cpu"), capture_output=True,
+        )  # fmt: skip
+        results.append(json.loads(file.read_text()))
+    alone, both = results
+    assert len(alone["skipped"]) == 3
+    for name in ("nets", "skipped", "data", "answers"):
+        assert alone[name] == both[name]

@@ -1,5 +1,6 @@
 """Exported nets run without this library, and compute what the net computes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -155,12 +156,24 @@ def test_the_command_writes_a_file_that_needs_jax_alone(tmp_path, capsys):
         ("net.onnx", "docs/export.md"),
         ("net.safetensors", "resnet-jax convert"),
         ("net", "ends in .jax"),
-        ("no/folder/net.jax", "cannot be written: No such file"),
+        ("no/folder/net.jax", "there is no folder"),
     ],
 )
 def test_targets_that_cannot_be_written(name, words, tmp_path):
     with pytest.raises(UserError, match=words):
         export_net(trained(), tmp_path / name)
+
+
+def test_a_net_without_a_classifier_gives_features(tmp_path):
+    net = trained()
+    model = net.model.clone(num_classes=None)
+    params = {k: v for k, v in net.variables["params"].items() if k != "head"}
+    net = dataclasses.replace(
+        net, model=model, variables={**net.variables, "params": params}
+    )
+    facts = export_net(net, tmp_path / "net.jax")
+    assert facts["output"]["shape"] == ["batch", 64]
+    assert facts["output_is"] == "features"
 
 
 def test_images_have_the_size_of_the_own_view():

@@ -47,8 +47,9 @@ def _run(options: argparse.Namespace) -> None:
     net = load_net(options.weights, **net_options(options))
     facts = export_net(net, options.target, dtype=options.dtype, force=options.force)
     size = "x".join(map(str, facts["input"]["shape"][1:]))
+    output = f"{facts['output']['shape'][1]} {facts['output_is']}"
     say(
         make_console(),
         f"wrote {options.target}: {net.name}, uint8 images of {size} to "
-        f"{net.num_classes} {facts['output_is']}, for {', '.join(facts['platforms'])}",
+        f"{output}, for {', '.join(facts['platforms'])}",
     )

@@ -131,6 +131,12 @@ def load_net(
                 f"workdir {source} knows its model, mean and std: leave them out"
             )
         return _of_run(source, load_run(source, checkpoint, overrides))
+    hub = os.fspath(source).startswith((HUB_PREFIX, TORCHVISION_PREFIX))
+    if not hub and os.sep in os.fspath(source) and not expand(source).exists():
+        raise UserError(
+            f"{source} does not exist; give the workdir of a run, a file of weights, "
+            f"{HUB_PREFIX}OWNER/NAME or {TORCHVISION_PREFIX}MODEL"
+        )
     if checkpoint != "last":
         raise UserError(
             f"{source} is not a workdir, and has no checkpoint {checkpoint}"
@@ -245,6 +251,8 @@ def _statistics(source: str, named: NamedModel, mean: Any, std: Any) -> PixelSta
                 f"{source} is for images of {channels} channels, but the mean or std "
                 f"has the shape {array.shape}; give a number for each channel"
             )
+        if not np.isfinite(array).all():
+            raise UserError(f"{source}: the mean and std of the pixels must be finite")
         arrays.append(array)
     if not (arrays[1] > 0).all():
         raise UserError("the std of the pixels must be above 0 in each channel")

@@ -128,3 +128,14 @@ def test_damaged_preprocessing_is_named(tmp_path):
         )
         with pytest.raises(UserError, match=r"damaged|protocol"):
             load_net(path)
+
+
+def test_a_net_that_does_not_exist(tmp_path):
+    with pytest.raises(UserError, match="give the workdir of a run, a file of weights"):
+        load_net(tmp_path / "run")
+
+
+def test_a_mean_must_be_finite(resnet18):
+    numbers = {"mean": [float("nan")] * 3, "std": [0.5] * 3}
+    with pytest.raises(UserError, match="must be finite"):
+        load_net(resnet18, model="resnet18", **numbers)
