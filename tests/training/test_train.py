@@ -144,7 +144,9 @@ def test_evaluate_faults_are_named(finished, tmp_path, console):
         resnet_jax.evaluate(workdir, split="holdout", console=console)
     with pytest.raises(UserError, match=r"no best checkpoint"):
         resnet_jax.evaluate(workdir, checkpoint="best", console=console)
-    with pytest.raises(UserError, match=r"no file of weights"):
+    with pytest.raises(
+        UserError, match=r"nowhere does not exist; give the workdir of a run"
+    ):
         resnet_jax.evaluate(tmp_path / "nowhere", console=console)
 
 
