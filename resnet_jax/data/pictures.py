@@ -46,7 +46,7 @@ def read_picture(picture: Picture, channels: int, name: str) -> np.ndarray:
     """The pixels of a picture, upright: contiguous uint8 (h, w, channels).
 
     Colours become grey for 1 channel, and grey pictures get three equal channels for 3.
-    Otherwise pixels are those of ``data.images.decode``.
+    Otherwise pixels are as ``data.images.decode`` returns them.
 
     Args:
       picture: see ``Picture``.

@@ -46,7 +46,7 @@ def evaluate(net: Tested, **options: Any) -> dict[str, Any]:
 
     Args:
       net: the workdir of a run, a weights file, a hub name or a loaded net.
-      **options: those of ``evaluate_nets``.
+      **options: see ``evaluate_nets``.
 
     Returns:
       loss, error (a share of 1), errors and count; top5_error with 100 classes or more;

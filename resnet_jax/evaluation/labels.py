@@ -41,7 +41,7 @@ def match_classes(
     class_map: Mapping[str, str | int] | None = None,
     all_classes: bool = False,
 ) -> Matched:
-    """Finds the classes of a data set among those of the nets.
+    """Matches the classes of a data set with the nets' classes.
 
     Names are compared, also as readable ImageNet names; folders 0, 1, 2, ... are
     numbers of classes. If the data have only some of the classes, as ImageNet-A and -R

@@ -26,8 +26,8 @@ def apply_masked(
 ) -> Any:
     """``model.apply`` on padded images, in evaluation.
 
-    Logits equal those of each image alone up to rounding. Maps of ``method="features"``
-    do so inside ``sizes_of_map``; outside they are undefined.
+    Each image gets the logits it has alone, up to rounding. So do the maps of
+    ``method="features"`` inside ``sizes_of_map``; outside they are undefined.
 
     Args:
       model: any net of this library that takes images.
