@@ -239,20 +239,20 @@ def compiled_step(
     model: str, target: str, batch: int, dtype: str, **options: Any
 ) -> str:
     """The optimised HLO of a training step; see ``targets.compile.target_mesh``."""
+    from resnet_jax.models.platforms import compiling_for
     from resnet_jax.targets.compile import target_mesh
     from resnet_jax.training.benchmark import abstract_batch, synthetic_learner
     from resnet_jax.training.step import make_train_step
 
-    platform = "cpu" if target == "cpu" else "cuda"
-    if target != "cpu":
-        # "auto" depends on the backend of this process, not on the target.
-        options = {"conv_algorithm": "xla"} | options
     mesh = target_mesh(target)
+    platform = mesh.devices.flat[0].platform
     learner = synthetic_learner(model, batch, dtype=dtype, mesh=mesh, **options)
-    traced = make_train_step(learner).trace(
-        learner.abstract_state(), None, abstract_batch(learner)
-    )
-    text = traced.lower(lowering_platforms=(platform,)).compile().as_text()
+    with compiling_for(platform):
+        traced = make_train_step(learner).trace(
+            learner.abstract_state(), None, abstract_batch(learner)
+        )
+    lowering = {"gpu": "cuda"}.get(platform, platform)
+    text = traced.lower(lowering_platforms=(lowering,)).compile().as_text()
     assert text is not None
     return text
 

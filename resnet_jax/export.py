@@ -17,6 +17,7 @@ from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.evaluation.protocols import Center
 from resnet_jax.models import fold_batch_norm
 from resnet_jax.models.catalog import catalog_entry
+from resnet_jax.models.platforms import compiling_for
 from resnet_jax.storage import expand, refuse_existing, writing
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -145,22 +146,19 @@ def image_shape(net: TrainedNet) -> tuple[int, int, int]:
 
 
 def _forward(model: Any) -> Any:
-    """The function of variables and images, in the form that suits each platform.
+    """The function of variables and images, in the form that suits each platform."""
 
-    ``conv_algorithm="auto"`` asks for the backend of this machine, not of the one that
-    will run the program.
-    """
+    def on(platform: str) -> Any:
+        def apply(variables: Any, images: jax.Array) -> jax.Array:
+            with compiling_for(platform):
+                return model.apply(variables, images, train=False)
 
-    def of(net: Any) -> Any:
-        return lambda variables, images: net.apply(variables, images, train=False)
-
-    if getattr(model, "conv_algorithm", None) != "auto":
-        return of(model)
-    on_cpu = of(model.clone(conv_algorithm="pointwise"))
-    elsewhere = of(model.clone(conv_algorithm="xla"))
+        return apply
 
     def forward(variables: Any, images: jax.Array) -> jax.Array:
-        return lax.platform_dependent(variables, images, cpu=on_cpu, default=elsewhere)
+        return lax.platform_dependent(
+            variables, images, cpu=on("cpu"), cuda=on("gpu"), default=on("tpu")
+        )
 
     return forward
 

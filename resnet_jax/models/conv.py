@@ -12,9 +12,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from resnet_jax.models.fused import along
+from resnet_jax.models.fused import along, widen
+from resnet_jax.models.platforms import platform
 
-ALGORITHMS = ("auto", "xla", "pointwise", "products", "patches")
+ALGORITHMS = ("auto", "xla", "packed", "products", "patches")
+_BEST = {"cpu": "products", "gpu": "packed"}
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+_COLUMNS = 4
+"""Of the blocks of ``packed_convolve``."""
+_IMAGE_CHANNELS = 4
+"""To which it pads images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +113,18 @@ def convolve(
 ) -> jax.Array:
     """A two-dimensional convolution with symmetric padding.
 
-    "xla" is XLA's convolution. "pointwise" writes a 1x1 convolution as a matrix
-    product. "products" also writes the gradient of a 3x3 kernel as nine products, one
-    for each tap. XLA's kernel gradients are slow on the CPU, where a training step of
-    ResNet-50 takes about 0.7 of the time with "products" (benchmarks/results). "auto"
-    is "products" on the CPU and "xla" elsewhere. "patches" writes a 3x3 convolution as
-    one product, with the nine pixels of each output side by side: for loops on the
-    CPU, see ``loop_algorithm``.
+    The algorithms agree up to rounding. "auto" is "products" on the CPU, "packed" on
+    GPUs and "xla" elsewhere.
+
+    - "xla" is XLA's convolution.
+    - "packed" packs neighbouring pixels into channels where a bfloat16 map
+      has too few channels for tensor cores; see ``packed_convolve``.
+    - "products" writes a 1x1 convolution, and the gradient of a 3x3
+      kernel, as matrix products: one for each tap. XLA's kernel gradients are slow
+      on the CPU, where a training step of ResNet-50 then takes about 0.7 of the time
+      (benchmarks/results).
+    - "patches" writes a 3x3 convolution as one product, with the nine pixels of each
+      output side by side: for loops on the CPU, see ``loop_algorithm``.
 
     x is (n, h, w, c), and the kernel (height, width, c / groups, features), with odd
     height and width. The options and the result are those of ``Conv``.
@@ -126,9 +138,15 @@ def convolve(
             f"not {algorithm!r}"
         )
     if algorithm == "auto":
-        algorithm = "products" if jax.default_backend() == "cpu" else "xla"
+        algorithm = _BEST.get(platform(), "xla")
     size = kernel.shape[:2]
-    if algorithm != "xla" and groups == 1:
+    if (
+        algorithm == "packed"
+        and dilation == groups == 1
+        and is_packable(x, kernel, strides)
+    ):
+        return packed_convolve(x, kernel, strides)
+    if algorithm in ("products", "patches") and groups == 1:
         if size == (1, 1):
             return jnp.dot(x[:, ::strides, ::strides, :], kernel[0, 0])
         if size == (3, 3) and algorithm == "patches":
@@ -146,8 +164,84 @@ def loop_algorithm(algorithm: str) -> str:
     Outside loops, XLA:CPU calls a library of fast convolutions. Inside a loop,
     gradients run on slow generic code, except for matrix products.
     """
-    in_slow_loop = algorithm == "auto" and jax.default_backend() == "cpu"
+    in_slow_loop = algorithm == "auto" and platform() == "cpu"
     return "patches" if in_slow_loop else algorithm
+
+
+def is_packable(x: jax.Array, kernel: jax.Array, strides: int) -> bool:
+    """Whether ``packed_convolve`` takes a convolution and is worth it.
+
+    Measured on an H200 (benchmarks/notes.md): the first layer of a net, which then
+    takes half of the time, and 16 channels at stride 1. At 32 nothing is gained.
+    """
+    _, height, width, channels = x.shape
+    features = kernel.shape[-1]
+    is_first = channels <= _IMAGE_CHANNELS and features <= 64
+    is_narrow = channels == features == 16 and strides == 1
+    return (
+        jnp.finfo(x.dtype).bits == 16
+        and kernel.shape[:2] != (1, 1)
+        and (is_first or is_narrow)
+        and height % strides == width % _COLUMNS == 0
+    )
+
+
+def packed_convolve(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
+    """A convolution over blocks of pixels, whose pixels are channels.
+
+    Tensor cores multiply large tiles, which 3 or 16 channels leave mostly empty. A
+    block holds four columns, and as many rows as the stride. Its pixels are input
+    channels, and the output pixels in it are output channels. The kernel over blocks
+    holds zeros where a pixel and an output are too far apart.
+
+    x is (n, h, w, c), the kernel (height, width, c, features). The stride, 1, 2 or 4,
+    divides h, and 4 divides w.
+    """
+    n, height, width, channels = x.shape
+    features, dtype = kernel.shape[-1], x.dtype
+    # Each value of the kernel occurs several times: add their gradients in float32.
+    kernel = widen(kernel)
+    if channels < _IMAGE_CHANNELS:
+        missing = (0, _IMAGE_CHANNELS - channels)
+        x = jnp.pad(x, (*[(0, 0)] * 3, missing))
+        kernel = jnp.pad(kernel, (*[(0, 0)] * 2, missing, (0, 0)))
+    channels, rows, columns = x.shape[3], height // strides, width // _COLUMNS
+    x = x.reshape(n, rows, strides, columns, _COLUMNS * channels).swapaxes(2, 3)
+    x = x.reshape(n, rows, columns, strides * _COLUMNS * channels)
+    kernel, beside = _kernel_of_blocks(kernel, strides, _COLUMNS, axis=1)
+    kernel, above = _kernel_of_blocks(kernel, strides, strides, axis=0)
+    y = lax.conv_general_dilated(
+        x, kernel.astype(dtype), (1, 1), (above, beside), dimension_numbers=_LAYOUT
+    )
+    return y.reshape(n, height // strides, width // strides, features)
+
+
+def _kernel_of_blocks(kernel, strides, length, axis):
+    """The kernel over blocks of ``length`` pixels along an axis, and its padding.
+
+    Output b of a block reads ``reach`` pixels on each side of pixel ``strides * b``.
+    A block's pixels come in front of the channels, its outputs in front of the
+    features.
+    """
+    size = kernel.shape[axis]
+    reach, outputs = size // 2, length // strides
+    before = -(-reach // length)
+    after = (strides * (outputs - 1) + reach) // length
+    blocks = before + 1 + after
+
+    def placed(output):
+        start = before * length + strides * output - reach
+        around = [(0, 0)] * kernel.ndim
+        around[axis] = start, blocks * length - start - size
+        return jnp.pad(kernel, around)
+
+    kernel = jnp.stack([placed(output) for output in range(outputs)], axis=-2)
+    shape = [*kernel.shape]
+    shape[axis : axis + 1] = blocks, length
+    kernel = jnp.moveaxis(kernel.reshape(shape), axis + 1, -4)
+    rows, columns, _, channels, _, features = kernel.shape
+    kernel = kernel.reshape(rows, columns, length * channels, outputs * features)
+    return kernel, (before, after)
 
 
 def _xla_convolve(x, kernel, strides, dilation, groups=1):
@@ -157,7 +251,7 @@ def _xla_convolve(x, kernel, strides, dilation, groups=1):
         window_strides=(strides, strides),
         padding=[(size // 2 * dilation,) * 2 for size in kernel.shape[:2]],
         rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=_LAYOUT,
         feature_group_count=groups,
     )
 

@@ -24,6 +24,7 @@ from resnet_jax.console import say
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.data.feeds import is_resident
 from resnet_jax.errors import UserError
+from resnet_jax.models.platforms import compiling_for
 from resnet_jax.training.step import make_train_step
 from resnet_jax.training.train import learner_for
 
@@ -187,12 +188,9 @@ def _lower_step(config: Config, dataset: Dataset, mesh: Mesh) -> jax.stages.Lowe
     """The training step of a run on a mesh, lowered for the mesh's platform."""
     learner = learner_for(config, dataset, mesh)
     platform = mesh.devices.flat[0].platform
-    if platform != "cpu" and getattr(learner.model, "conv_algorithm", None) == "auto":
-        # "auto" depends on the backend of this process, not on the target.
-        model = learner.model.clone(conv_algorithm="xla")
-        learner = dataclasses.replace(learner, model=model)
-    resident, batch = _abstract_batch(config, dataset, mesh)
-    traced = make_train_step(learner).trace(learner.abstract_state(), resident, batch)
+    inputs = _abstract_batch(config, dataset, mesh)
+    with compiling_for(platform):
+        traced = make_train_step(learner).trace(learner.abstract_state(), *inputs)
     lowering = {"gpu": "cuda"}.get(platform, platform)
     return traced.lower(lowering_platforms=(lowering,))
 

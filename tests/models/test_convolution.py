@@ -6,12 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
-from resnet_jax.models import Conv
-from resnet_jax.models.conv import ALGORITHMS, convolve, loop_algorithm
+from resnet_jax.models import Conv, create_model
+from resnet_jax.models.conv import (
+    ALGORITHMS,
+    convolve,
+    is_packable,
+    loop_algorithm,
+    packed_convolve,
+)
+from resnet_jax.models.platforms import compiling_for
 from tests.models.reference import (
     KEY,
     apply,
+    assert_trees_close,
     convolution,
     double_precision,
     torch_or_skip,
@@ -65,8 +74,8 @@ def test_convolution_computes_in_its_dtype_from_a_float32_kernel():
 @pytest.mark.parametrize(
     ("algorithm", "channels", "size", "strides", "dilation"),
     [
-        ("pointwise", 4, 3, 2, 2),
-        ("pointwise", 4, 1, 2, 1),
+        ("packed", 4, 3, 2, 2),
+        ("packed", 4, 1, 2, 1),
         ("products", 32, 3, 1, 1),
         ("products", 32, 3, 1, 2),
         ("products", 4, 3, 2, 2),
@@ -111,6 +120,106 @@ def test_every_algorithm_has_the_gradients_of_the_definition(
     assert np.vdot(tangent, dy) == pytest.approx(squared, rel=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("channels", "size", "strides"),
+    [
+        (3, 7, 2),
+        (1, 3, 2),
+        (3, 3, 1),
+        (16, 3, 1),
+        (4, 5, 1),
+        (4, 3, 4),
+        (4, 1, 1),
+        (4, 1, 2),
+    ],
+)
+def test_packed_pixels_change_nothing(channels, size, strides):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 8, 12, channels))
+    kernel = rng.normal(size=(size, size, channels, 5))
+    dy = rng.normal(size=(2, 8 // strides, 12 // strides, 5))
+
+    def results(function):
+        y, pull = jax.vjp(function, x, kernel)
+        return y, *pull(dy)
+
+    with double_precision():
+        expected = results(
+            lambda x, k: convolve(x, k, strides, algorithm="xla"),
+        )
+        found = results(lambda x, k: packed_convolve(x, k, strides))
+        assert_trees_close(found, expected, 1e-13)
+
+
+def packed_layers(name, side):
+    """The paths of a bfloat16 net's convolutions that are packed."""
+    found = []
+
+    def record(call, args, kwargs, context):
+        module = context.module
+        if isinstance(module, Conv) and context.method_name == "__call__":
+            x = args[0]
+            shape = (*module.kernel_size, x.shape[-1], module.features)
+            kernel = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+            if is_packable(x.astype(jnp.bfloat16), kernel, module.strides):
+                found.append("/".join(module.path))
+        return call(*args, **kwargs)
+
+    net = create_model(name, dtype=jnp.bfloat16)
+    with nn.intercept_methods(record):
+        jax.eval_shape(net.init, KEY, jnp.zeros((1, side, side, 3)))
+    return found
+
+
+def test_a_gpu_packs_the_stem_and_the_layers_of_16_channels():
+    assert packed_layers("resnet50", 224) == ["stem/conv"]
+    assert packed_layers("resnet50", 230) == []  # 4 does not divide it
+    assert packed_layers("resnet50d", 224) == ["stem/conv1"]
+    blocks = [f"stage1/block{b}/conv{c}" for b in (1, 2, 3) for c in (1, 2)]
+    assert packed_layers("cifar_resnet20", 32) == ["stem/conv", *blocks]
+
+
+def test_packing_is_for_narrow_types():
+    x, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
+    assert not is_packable(x, kernel, 1)
+    assert is_packable(x.astype(jnp.bfloat16), kernel, 1)
+
+
+def test_a_packed_layer_rounds_like_others():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 16, 16, 16)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 16, 16)).astype(np.float32)
+
+    def results(algorithm, dtype):
+        conv = Conv(16, (3, 3), dtype=dtype, algorithm=algorithm)
+
+        def loss(kernel, x):
+            y = conv.apply({"params": {"kernel": kernel}}, x)
+            return jnp.square(y.astype(jnp.float32)).mean()
+
+        return jax.jit(jax.value_and_grad(loss))(kernel, x)
+
+    expected = results("xla", jnp.float32)
+    for algorithm in ("xla", "packed"):
+        assert_trees_close(results(algorithm, jnp.bfloat16), expected, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("platform", "algorithm"), [("cpu", "products"), ("gpu", "packed"), ("tpu", "xla")]
+)
+def test_auto_follows_the_platform(platform, algorithm):
+    x = jnp.ones((2, 8, 8, 16), jnp.bfloat16)
+
+    def program(algorithm):
+        gradient = jax.grad(lambda k: convolve(x, k, algorithm=algorithm).sum())
+        return str(jax.make_jaxpr(gradient)(jnp.ones((3, 3, 16, 16), jnp.bfloat16)))
+
+    with compiling_for(platform):
+        assert program("auto") == program(algorithm)
+    others = {program(name) for name in ("xla", "packed")}
+    assert len(others) == 2
+
+
 def test_an_unknown_algorithm_is_refused():
     names = ", ".join(ALGORITHMS)
     match = rf"one of {names}, not 'fft'$"
@@ -118,9 +227,11 @@ def test_an_unknown_algorithm_is_refused():
         convolve(np.ones((1, 3, 3, 1)), np.ones((1, 1, 1, 1)), algorithm="fft")
 
 
-def test_auto_is_another_algorithm_in_a_loop_on_the_cpu(monkeypatch):
-    for backend, algorithm in (("cpu", "patches"), ("gpu", "auto"), ("tpu", "auto")):
-        monkeypatch.setattr(jax, "default_backend", lambda name=backend: name)
+@pytest.mark.parametrize(
+    ("platform", "algorithm"), [("cpu", "patches"), ("gpu", "auto"), ("tpu", "auto")]
+)
+def test_auto_is_another_algorithm_in_a_loop_on_the_cpu(platform, algorithm):
+    with compiling_for(platform):
         assert loop_algorithm("auto") == algorithm
         for chosen in ("xla", "products", "patches"):
             assert loop_algorithm(chosen) == chosen
