@@ -1,7 +1,9 @@
 """Max-pooling and averages of maps, also of maps that are padded."""
 
 import functools
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,6 @@ from jax import lax
 
 from resnet_jax.models.barriers import apart
 from resnet_jax.models.fused import widen
-
-_TAPS = [(row, column) for row in range(3) for column in range(3)]
 
 
 class Pool(nn.Module):
@@ -196,22 +196,16 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
 
 
 def _largest(x):
-    """The largest value of each window, and its place among the nine (uint8)."""
+    """The largest value of each window, and its place, 4 row + column (uint8)."""
     height, width = (-(-size // 2) for size in x.shape[1:3])
     lowest = jnp.array(-jnp.inf, x.dtype)
     padded = lax.pad(x, lowest, ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
-    values = [
-        lax.slice(
-            padded,
-            (0, row, column, 0),
-            (len(x), row + 2 * height - 1, column + 2 * width - 1, x.shape[3]),
-            (1, 2, 2, 1),
-        )
-        for row, column in _TAPS
-    ]
-    largest, place = values[0], jnp.zeros(values[0].shape, jnp.uint8)
-    for index, value in enumerate(values[1:], start=1):
-        place = jnp.where(value > largest, jnp.uint8(index), place)
+    largest = jnp.full((len(x), height, width, x.shape[3]), lowest)
+    place = jnp.zeros(largest.shape, jnp.uint8)
+    for row, column in itertools.product(range(3), range(3)):
+        value = padded[:, row : row + 2 * height - 1 : 2]
+        value = value[:, :, column : column + 2 * width - 1 : 2]
+        place = jnp.where(value > largest, jnp.uint8(4 * row + column), place)
         largest = jnp.maximum(largest, value)  # Keeps NaN.
     return largest, place
 
@@ -222,22 +216,31 @@ def _forward(x):
 
 
 def _backward(saved, gradient):
-    """The gradient of each input: a sum over the windows that hold it, at most four."""
-    place, shape = saved
-    wide = widen(gradient)
-    zero = jnp.zeros((), wide.dtype)
-    total = jnp.zeros(shape, wide.dtype)
-    for index, (row, column) in enumerate(_TAPS):
-        part = jnp.where(place == index, wide, 0)
-        # Every second pixel from the tap's place on; pixels outside are padding.
-        around = [
-            (tap - 1, size + 2 - tap - 2 * outputs, 1)
-            for tap, size, outputs in zip(
-                (row, column), shape[1:3], gradient.shape[1:3], strict=True
-            )
-        ]
-        total += lax.pad(part, zero, ((0, 0, 0), *around, (0, 0, 0)))
-    return (total.astype(gradient.dtype),)
+    """The gradient of each input: a sum over the windows that hold it, at most four.
+
+    The input is cut into squares of 2 x 2 pixels, one for each window. Pixel (i, j) of
+    a square is at row i + 1 and column j + 1 of its window, and two less in the window
+    below or to the right. A row or column of -1 equals no place.
+    """
+    place, (n, height, width, channels) = saved
+    rows, columns = place.shape[1:3]
+    i = jnp.arange(2, dtype=jnp.int32).reshape(1, 1, 2, 1, 1, 1)
+    j = i.reshape(1, 1, 1, 1, 2, 1)
+    total: Any = 0
+    for down, right in itertools.product(range(2), range(2)):
+        here = 4 * (i + 1 - 2 * down) + j + 1 - 2 * right
+        there = _neighbor(place, down, right).astype(jnp.int32)
+        part = jnp.where(there == here, _neighbor(gradient, down, right), 0)
+        total += widen(part)
+    total = total.reshape(n, 2 * rows, 2 * columns, channels)
+    return (total[:, :height, :width].astype(gradient.dtype),)
+
+
+def _neighbor(maps, down, right):
+    """Each pixel's neighbour, ``down`` and ``right`` of it: to (n, h, 1, w, 1, c)."""
+    around = ((0, 0, 0), (-down, down, 0), (-right, right, 0), (0, 0, 0))
+    zero = jnp.zeros((), maps.dtype)
+    return lax.pad(maps, zero, around)[:, :, None, :, None]
 
 
 max_pool_3x3.defvjp(_forward, _backward)
