@@ -29,7 +29,6 @@ _NORM_FIELDS = {
     "batch_norm_groups": "groups",
     "batch_norm_momentum": "momentum",
     "batch_norm_epsilon": "epsilon",
-    "norm_variance": "variance",
     "fused_norm": "fused",
 }
 _BLOCK_FIELDS = {

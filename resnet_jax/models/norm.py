@@ -10,6 +10,7 @@ from flax import linen as nn
 from resnet_jax.models.barriers import computed_once
 from resnet_jax.models.factories import ModuleFactory, field_names, option_of
 from resnet_jax.models.fused import Form, fused_batch_norm, normalize, plain_batch_norm
+from resnet_jax.models.platforms import platform
 
 
 class BatchNorm(nn.Module):
@@ -20,7 +21,8 @@ class BatchNorm(nn.Module):
     normalised by its own statistics: the paper's 8 GPUs with 32 ImageNet images each
     are ``groups=8`` at batch 256.
 
-    Statistics are at least float32 for every ``dtype``. The running variance averages
+    Statistics are at least float32 for every ``dtype``, and computed in one pass over
+    the map; see ``batch_moments``. The running variance averages
     the unbiased estimate, m / (m - 1) times the variance of a group's m values, as in
     algorithm 2 of Ioffe & Szegedy, Caffe and torch.
 
@@ -33,10 +35,10 @@ class BatchNorm(nn.Module):
       unbiased: False averages the biased variance, as Linen's BatchNorm does.
       dtype: dtype of the output.
       scale_init: initialiser of the scale.
-      variance: "two_pass" averages squared deviations: never negative, and exact where
-        E[x^2] - E[x]^2 cancels. "fast" is that difference; see ``batch_moments``.
-      fused: in training, compute normalisation, addition and ReLU as one function that
-        keeps less for the gradient. Equal up to rounding; see ``models.fused``.
+      fused: in training, compute normalisation, addition and ReLU as one function with
+        its own gradient, see ``models.fused``. False differentiates it automatically,
+        also in forward mode (``jax.jvp``). Equal up to rounding. None is False on TPUs,
+        whose compiler moves less memory with it, and True elsewhere.
     """
 
     use_running_average: bool
@@ -46,8 +48,7 @@ class BatchNorm(nn.Module):
     unbiased: bool = True
     dtype: Any = jnp.float32
     scale_init: Callable[..., Any] = nn.initializers.ones
-    variance: str = "two_pass"
-    fused: bool = False
+    fused: bool | None = None
 
     @nn.compact
     def __call__(
@@ -79,13 +80,13 @@ class BatchNorm(nn.Module):
             )
         groups = 1 if self.is_initializing() else self.groups
         shape = (groups, x.shape[0] // groups, *x.shape[1:])
-        compute = fused_batch_norm if self.fused else plain_batch_norm
+        compute = fused_batch_norm if is_fused(self) else plain_batch_norm
         y, mean, var = compute(
             x.reshape(shape),
             None if shortcut is None else shortcut.reshape(shape),
             scale,
             bias,
-            Form(self.epsilon, self.variance, relu, self.dtype),
+            Form(self.epsilon, relu, self.dtype),
         )
         if not self.is_initializing():
             keep = self.momentum
@@ -117,7 +118,7 @@ def norm_act(
 
     ``norm`` may be any function of x. None leaves out the activation or the sum.
     """
-    if isinstance(norm, BatchNorm) and norm.fused and activation is nn.relu:
+    if is_fused(norm) and activation is nn.relu:
         y = norm(x, added, relu=True)
     else:
         y = norm(x) if added is None else norm(x) + added
@@ -128,6 +129,14 @@ def norm_act(
 def is_frozen(frozen: bool | Sequence[str], part: str) -> bool:
     """Whether a net's ``batch_norm_frozen`` applies to one of its parts."""
     return frozen if isinstance(frozen, bool) else part in frozen
+
+
+def is_fused(norm: Any) -> bool:
+    """Whether a BatchNorm, or a factory of them, is fused: only ever in training."""
+    if "fused" not in field_names(norm) or option_of(norm, "use_running_average"):
+        return False
+    fused = option_of(norm, "fused")
+    return platform() != "tpu" if fused is None else fused
 
 
 def groups_of(norm: ModuleFactory) -> int:

@@ -17,7 +17,6 @@ from resnet_jax.errors import UserError
 from resnet_jax.models import shortcuts
 from resnet_jax.models.blocks import STRIDE_VERSIONS
 from resnet_jax.models.conv import ALGORITHMS, INITIALIZATIONS
-from resnet_jax.models.fused import VARIANCES
 
 NORMALIZATIONS = ("batch", "none")
 
@@ -117,16 +116,10 @@ class ModelOptions:
     batch_norm_epsilon: float = option(
         1e-5, "added to the variance", at_least=0, at_most=1
     )
-    norm_variance: str = option(
-        "two_pass",
-        "how batch normalisation computes the variance: fast reads the map once, and "
-        "is inaccurate where the mean is large relative to the deviation",
-        choices=VARIANCES,
-    )
-    fused_norm: bool = option(
-        False,
-        "compute normalisation, addition and ReLU as one function whose gradient keeps "
-        "less; equal up to rounding",
+    fused_norm: bool | None = option(
+        None,
+        "in training, gradients by hand of normalisation, addition, ReLU and the "
+        "stem's pooling; false: automatic ones, forward mode too; None: not on TPUs",
     )
     scan: bool | None = option(
         None,

@@ -19,10 +19,16 @@ from resnet_jax.models.factories import (
     ModuleFactory,
     class_of,
     field_names,
-    option_of,
 )
 from resnet_jax.models.features import FeatureMap, FeatureNet
-from resnet_jax.models.norm import BatchNorm, NoNorm, groups_of, is_frozen, norm_act
+from resnet_jax.models.norm import (
+    BatchNorm,
+    NoNorm,
+    groups_of,
+    is_frozen,
+    is_fused,
+    norm_act,
+)
 from resnet_jax.models.pooling import Pool, global_average, max_pool
 from resnet_jax.models.shortcuts import Dropped, Projection, Shortcut
 from resnet_jax.models.stages import Stage
@@ -93,9 +99,7 @@ class CifarStem(nn.Module):
 
 def _max_pool(x, norm):
     """3x3 max-pooling of stride 2; its gradient is by hand if the norm's is."""
-    fused = "fused" in field_names(norm) and option_of(norm, "fused")
-    by_hand = fused and not option_of(norm, "use_running_average")
-    pool = functools.partial(max_pool, size=3, padding=1, by_hand=by_hand)
+    pool = functools.partial(max_pool, size=3, padding=1, by_hand=is_fused(norm))
     return Pool(pool)(x)
 
 

@@ -905,8 +905,7 @@ NORM_OPTIONS = {
     "batch_norm_groups": ("resnet50", 8, "groups"),
     "batch_norm_momentum": ("vgg16_bn", 0.99, "momentum"),
     "batch_norm_epsilon": ("resnet50", 1e-3, "epsilon"),
-    "norm_variance": ("resnet50", "fast", "variance"),
-    "fused_norm": ("vgg16_bn", True, "fused"),
+    "fused_norm": ("vgg16_bn", False, "fused"),
 }
 
 
@@ -967,7 +966,6 @@ def test_gate_bias_of_a_gated_shortcut(letter, shortcut):
         ("batch_norm_epsilon", 1e-3),
         ("batch_norm_frozen", ("stem",)),
         ("zero_init_last", True),
-        ("norm_variance", "fast"),
         ("fused_norm", True),
     ],
 )
@@ -1005,7 +1003,6 @@ def test_other_kinds_of_net_take_the_options_they_have():
         ("vgg16", "remat", True),
         ("vgg16", "conv_algorithm", "xla"),
         ("vgg16", "fused_norm", True),
-        ("vgg16", "norm_variance", "fast"),
         ("cifar_preact_resnet20", "zero_init_last", True),
         ("vgg16", "gate_bias", -1.0),
         ("vgg16", "normalization", "none"),
@@ -1052,7 +1049,6 @@ def test_an_option_that_a_net_has_not_is_refused(name, option, value):
             "fft",
             rf"is one of {', '.join(ALGORITHMS)}, not 'fft'$",
         ),
-        ("resnet50", "norm_variance", "slow", r"is one of two_pass, fast, not 'slow'"),
         ("resnet50", "num_classes", 0, r"^num_classes must be at least 1, not 0$"),
         ("vgg16", "num_classes", -3, r"^num_classes must be at least 1, not -3$"),
         ("resnet50", "batch_norm_groups", 0, r"groups must be from 1 to .*, not 0$"),

@@ -18,8 +18,8 @@ REGULARIZED = {"squeeze_excite": True, "stochastic_depth_rate": 0.3}
 NETS = {
     "cifar": ("cifar_resnet8", {}),
     "regularised": ("cifar_resnet8_b", REGULARIZED),
-    "ghost": ("cifar_resnet8", {"batch_norm_groups": 2, "norm_variance": "fast"}),
-    "fused": ("resnet10t", {"fused_norm": True, "zero_init_last": True}),
+    "ghost": ("cifar_resnet8", {"batch_norm_groups": 2}),
+    "automatic": ("resnet10t", {"fused_norm": False, "zero_init_last": True}),
     "preactivation": ("cifar_preact_bottleneck_resnet11", {"dropout_rate": 0.2}),
     "scanned": ("cifar_resnet14", {"scan": True, "remat": True}),
     "imagenet": ("resnet18", {}),
