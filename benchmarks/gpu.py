@@ -6,12 +6,12 @@
 
 Cases: ResNet-50's training step in bfloat16, ours in several forms, Flax's example's
 and torch's; ResNet-20 on small images on the device, beside torch; inference. Each case
-has its own process, because XLA reads its flags once. The next process imports its
-libraries while a case is measured and waits. Windows last about a second; the figure is
+has its own process. The next process imports its libraries while a case is measured,
+and waits. Windows last about a second; the figure is
 their median. FOLDER/gpu.json is written after each case; cases that do not fit into
 --minutes are recorded as not measured.
 
-Of our steps of ResNet-50 the compiled program is kept, and of two forms a trace of
+Of our steps of ResNet-50 the compiled program is kept, and of the default a trace of
 three steps with the time and traffic of each operation.
 
 --paper trains ResNet-20 and plain-20, then the nets of 56 layers, at the paper's length
@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -33,14 +34,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from benchmarks import hlo, record
 
-CANDIDATE = {"fused_norm": True, "norm_variance": "fast"}
-GRAPHS = "--xla_gpu_enable_command_buffer=+CONVOLUTION"
-TRACED = ("default", "candidate")
+TRACED = "default"
 STEPS_PER_CALL = 128
 _MATMUL = {"tf32": "tensorfloat32", "bfloat16": "bfloat16"}
 
@@ -58,7 +58,6 @@ class Case:
       batch: images per step.
       precision: bfloat16, or tf32: float32 whose products may round their factors.
       options: of our net.
-      flags: of XLA.
     """
 
     kind: str
@@ -68,7 +67,6 @@ class Case:
     batch: int = 0
     precision: str = "bfloat16"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    flags: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,38 +91,30 @@ def plan(tiny: bool) -> list[Case]:
     if tiny:
         large = small = {"model": "cifar_resnet8", "batch": 4}
         compiled = "eager"
-    graphs: dict[str, Any] = {
-        "name": "candidate, graphs",
-        "options": CANDIDATE,
-        "flags": GRAPHS,
+    automatic: dict[str, Any] = {
+        "name": "automatic gradients",
+        "options": {"fused_norm": False},
+    }
+    xla: dict[str, Any] = {
+        "name": "XLA's convolutions",
+        "options": {"conv_algorithm": "xla"},
     }
     cases = [
         Case("ceilings"),
         Case("step", "ours", "default", **large),
-        Case("step", "ours", "candidate", options=CANDIDATE, **large),
         Case("step", "flax", "jitted", **large),
-        Case("step", "ours", "fast", options={"norm_variance": "fast"}, **large),
         Case("step", "torch", compiled, **large),
-        Case("resident", "ours", **graphs, **small),
-        Case("resident", "torch", compiled, **small),
         Case("resident", "ours", "default", **small),
-        Case("step", "torch", "eager", **large),
-        Case("resident", "ours", precision="tf32", **graphs, **small),
-        Case("resident", "torch", compiled, precision="tf32", **small),
+        Case("resident", "torch", compiled, **small),
         Case("inference", "ours", "folded", **large),
         Case("inference", "torch", compiled, **large),
-        Case("inference", "ours", "default", **large),
-        Case("resident", "ours", "candidate", options=CANDIDATE, **small),
+        Case("step", "ours", **automatic, **large),
+        Case("step", "ours", **xla, **large),
+        Case("resident", "ours", **xla, **small),
         Case("resident", "ours", "default", precision="tf32", **small),
-        Case(
-            "step",
-            "ours",
-            "candidate, pointwise",
-            options=CANDIDATE | {"conv_algorithm": "pointwise"},
-            **large,
-        ),
-        # Fails on an H200 with jax 0.11.2: cuDNN's status 5003.
-        Case("resident", "ours", "default, graphs", flags=GRAPHS, **small),
+        Case("resident", "torch", compiled, precision="tf32", **small),
+        Case("inference", "ours", "default", **large),
+        Case("step", "torch", "eager", **large),
     ]
     if tiny:
         # One of each kind and framework; a CPU compiles for long.
@@ -138,12 +128,10 @@ class Worker:
 
     def __init__(self, case: Case, out: str, tiny: bool):
         self.case = case
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {case.flags}".strip()
         library = "torch" if case.framework == "torch" else "jax"
         command = [sys.executable, "-m", "benchmarks.gpu", "--worker", library]
         self._process = subprocess.Popen(
             [*command, "--out", out, *(["--tiny"] if tiny else [])],
-            env=os.environ | {"XLA_FLAGS": flags},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -213,7 +201,7 @@ def work(library: str, out: Path, tiny: bool) -> None:
         name = re.sub(r"\W+", "_", case.name)
         text = contender.program.as_text() or ""
         (out / f"hlo_{name}.txt.gz").write_bytes(gzip.compress(text.encode()))
-        if case.name in TRACED:
+        if case.name == TRACED:
             rows = traced(contender, text, out / f"trace_{name}")
             (out / f"operations_{name}.json").write_text(json.dumps(rows, indent=0))
             print(
@@ -315,6 +303,8 @@ def ceilings(out: Path, tiny: bool) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
+    from resnet_jax.environment import environment
+
     def seconds(function: Any, *arguments: Any) -> float:
         compiled = jax.jit(function)
         times = []
@@ -342,8 +332,7 @@ def ceilings(out: Path, tiny: bool) -> dict[str, Any]:
         "status": "measured",
         "copy_gigabytes_per_second": 8 * words / copy / 1e9,
         "product_teraflops": 2 * side**3 / product / 1e12,
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
+        "environment": environment(),
     }
 
 
@@ -432,7 +421,13 @@ def main(arguments: Sequence[str]) -> None:
     Path(options.out).mkdir(parents=True, exist_ok=True)
     cases = plan(options.tiny)
     rows: list[dict[str, Any]] = []
-    content = {"benchmark": "gpu", "nvidia_smi": _nvidia_smi(), "rows": rows}
+    content = {
+        "benchmark": "gpu",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.gpu", *arguments]),
+        "nvidia_smi": _nvidia_smi(),
+        "rows": rows,
+    }
     worker: Worker | None = Worker(cases[0], options.out, options.tiny)
     for index, case in enumerate(cases):
         left = min(end - time.monotonic(), 60 * options.case_minutes)
