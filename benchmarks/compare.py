@@ -3,7 +3,7 @@
     python -m benchmarks.compare train_step --model resnet50 --json FILE
     python -m benchmarks.compare forward_backward --model cifar_resnet20
     python -m benchmarks.compare inference --model resnet50 --json FILE
-    python -m benchmarks.compare options --option "xla=conv_algorithm:xla"
+    python -m benchmarks.compare options --forms fused_norm=false remat=true
     python -m benchmarks.compare loop
 
   train_step        our step, Flax's example's, torch's (eager)
@@ -11,8 +11,8 @@
                     conv_algorithm="xla"; on a GPU also torch compiled
   inference         the forward pass of the same nets; ours with batch normalisation
                     folded into the convolutions, and without; torch's folded
-  options           our step with options of the net: by default norm_variance="fast",
-                    and with it fused_norm=True
+  options           our step with options of the net: by default fused_norm=false, and
+                    conv_algorithm=xla
   loop              the whole training loop on the digits, and its bare jitted step
 
 A turn is one step that is not timed and then --steps timed steps. Ratios are medians of
@@ -41,7 +41,6 @@ import rich.console
 
 from benchmarks import contenders, peers, record
 from benchmarks.contenders import OURS, Contender
-from benchmarks.hlo import parse_options
 from resnet_jax import parallel
 from resnet_jax.config import Config, load_config
 from resnet_jax.data.dataset import open_dataset
@@ -54,7 +53,7 @@ from resnet_jax.training.train import learner_for, steps_per_call, train
 BATCHES = {"resnet18": 16, "resnet34": 16, "resnet50": 8, "resnet101": 8}
 """Images per step, for a CPU; other nets take 128."""
 
-FORMS = ("fast=norm_variance:fast", "fused, fast=fused_norm:true,norm_variance:fast")
+FORMS = ("fused_norm=false", "conv_algorithm=xla")
 DIGITS = Path(__file__).parent.parent / "configs" / "digits.py"
 Times = dict[str, list[float]]
 
@@ -113,12 +112,11 @@ def inference(options: argparse.Namespace) -> Times:
 def net_options(options: argparse.Namespace) -> Times:
     """Our step with other options of the net."""
     entered = [contenders.our_step(options.model, options.batch, options.dtype)]
-    for text in options.option or FORMS:
-        name, _, pairs = text.partition("=")
-        chosen = parse_options(pair.replace(":", "=") for pair in pairs.split(","))
+    for form in options.forms:
+        chosen = contenders.parse_options(form)
         entered.append(
             contenders.our_step(
-                options.model, options.batch, options.dtype, name, **chosen
+                options.model, options.batch, options.dtype, form, **chosen
             )
         )
     return take_turns(entered, options)
@@ -370,7 +368,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=count, default=9, metavar="N")
     parser.add_argument("--steps", type=count, default=10, metavar="N", help="a turn")
     parser.add_argument(
-        "--option", action="append", metavar="NAME=OPTION:VALUE,...", help="a form"
+        "--forms",
+        nargs="+",
+        default=FORMS,
+        metavar="OPTION=VALUE,...",
+        help="of options",
     )
     parser.add_argument("--data-dir", metavar="DIR", help="of the digits, for loop")
     parser.add_argument("--json", metavar="FILE", help="also write the result here")

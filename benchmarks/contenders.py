@@ -9,6 +9,7 @@ convolutions and maps in JAX, and of torch's autocast.
 import dataclasses
 import functools
 import importlib
+import json
 import math
 import warnings
 from collections.abc import Callable
@@ -63,6 +64,20 @@ def synthetic(model: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     shape = (count, layout.image_size, layout.image_size, 3)
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     return images, rng.integers(0, layout.num_classes, count).astype(np.int32)
+
+
+def parse_options(form: str) -> dict[str, Any]:
+    """Options of the net from OPTION=VALUE,...; values as in JSON, else text."""
+    options: dict[str, Any] = {}
+    for pair in form.split(",") if form != "default" else ():
+        name, separator, text = pair.partition("=")
+        if not separator:
+            raise SystemExit(f"{form!r} is no form: give default or OPTION=VALUE,...")
+        try:
+            options[name] = json.loads(text)
+        except json.JSONDecodeError:
+            options[name] = text
+    return options
 
 
 def our_step(
@@ -149,7 +164,7 @@ def our_inference(
 ) -> Contender:
     """The forward pass of evaluation, with or without folded normalisations."""
     net: Any = create_model(model, dtype=jnp.dtype(dtype))
-    variables = _fresh_variables(net, model)
+    variables = fresh_variables(net, model)
     if folded:
         net, variables = fold_batch_norm(net, variables)
     return _jax_inference(name, net, variables, model, batch, "resnet_jax")
@@ -158,12 +173,13 @@ def our_inference(
 def flax_inference(model: str, batch: int, dtype: str = "bfloat16") -> Contender:
     """The forward pass of evaluation of Flax's example, whose norms are not folded."""
     net = FlaxResNet(LAYOUTS[model], dtype=jnp.dtype(dtype))
-    variables = _fresh_variables(net, model)
+    variables = fresh_variables(net, model)
     source = "benchmarks/peers.py"
     return _jax_inference("flax_example", net, variables, model, batch, source)
 
 
-def _fresh_variables(net: nn.Module, model: str) -> Any:
+def fresh_variables(net: nn.Module, model: str) -> Any:
+    """Random variables of a net for the images of ``LAYOUTS``."""
     side = LAYOUTS[model].image_size
     init = functools.partial(net.init, train=False)
     return jax.jit(init)(jax.random.key(0), jnp.zeros((1, side, side, 3)))
@@ -186,18 +202,23 @@ def _jax_inference(
     return Contender(name, run, _jax_facts(implementation, variables["params"]))
 
 
-def flax_step(model: str, batch: int, dtype: str = "float32") -> Contender:
-    """The net of Flax's ImageNet example in a plain jitted step."""
-    net = FlaxResNet(LAYOUTS[model], dtype=jnp.dtype(dtype))
+def flax_training(model: str, dtype: str) -> tuple[Callable[..., Any], Any]:
+    """The net of Flax's ImageNet example in a plain jitted step.
+
+    Returns:
+      A function of a key to the first state: params, batch_stats, opt_state; and one of
+      (state, images, labels) to the next state and the loss.
+    """
+    layout = LAYOUTS[model]
+    net = FlaxResNet(layout, dtype=jnp.dtype(dtype))
     optimizer = optax.chain(
         optax.add_decayed_weights(_RECIPE.weight_decay),
         optax.sgd(_RECIPE.learning_rate, momentum=_RECIPE.momentum),
     )
-    images, labels = jax.device_put(synthetic(model, batch))
 
-    @jax.jit
     def init(key):
-        variables = net.init(key, jnp.zeros((1, *images.shape[1:])))
+        side = layout.image_size
+        variables = net.init(key, jnp.zeros((1, side, side, 3)))
         params = variables["params"]
         return params, variables["batch_stats"], optimizer.init(params)
 
@@ -210,7 +231,14 @@ def flax_step(model: str, batch: int, dtype: str = "float32") -> Contender:
         updates, opt_state = optimizer.update(gradients, opt_state, params)
         return (optax.apply_updates(params, updates), batch_stats, opt_state), loss
 
-    state = init(jax.random.key(0))
+    return init, train_step
+
+
+def flax_step(model: str, batch: int, dtype: str = "float32") -> Contender:
+    """``flax_training`` on one fixed batch."""
+    init, train_step = flax_training(model, dtype)
+    images, labels = jax.device_put(synthetic(model, batch))
+    state = jax.jit(init)(jax.random.key(0))
 
     def run(steps: int) -> bool:
         nonlocal state

@@ -1,22 +1,13 @@
-"""Memory traffic of a compiled program, operation by operation.
-
-    JAX_PLATFORMS=cpu python -m benchmarks.hlo resnet50 --target h200 --batch 256
-    python -m benchmarks.hlo cifar_resnet20 fused_norm=true norm_variance=fast
-
-prints the operations of a training step by kind, counted in XLA's optimised HLO. The
-target need not be here (``resnet-jax plan --compile`` says which wheels it needs).
+"""Launches and memory traffic of a compiled program, read from XLA's optimised HLO.
 
 XLA's cost analysis gives one sum for a program. Here each operation that the device
-launches counts on its own: the bytes of its operands and results. A fusion is one
-operation.
+launches counts on its own: the bytes of its operands and results in the device's main
+memory. A fusion is one operation. ``program.py`` is the command.
 """
 
-import argparse
 import dataclasses
-import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -31,7 +22,12 @@ _MOVES = {"bitcast", "broadcast", "concatenate", "constant", "convert", "copy"}
 _MOVES |= {"iota", "pad", "parameter", "reshape", "slice", "transpose", "tuple"}
 """A fusion of these alone computes nothing."""
 
-_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<= ]*)\]")
+_SLICES = {"slice", "dynamic-slice"}
+
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<= ]*)\](\{[^}]*\})?")
+_ON_CHIP = "S(1)"
+"""In the layout of an array that a TPU keeps outside of its main memory."""
+
 _COMMENT = re.compile(r"/\*.*?\*/")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -46,7 +42,7 @@ class Instruction:
       nbytes: size of the result.
       opcode: such as "fusion".
       operands: names.
-      attributes: the rest of the line.
+      attributes: the rest of the line; of a parameter its number.
     """
 
     name: str
@@ -63,12 +59,14 @@ class Operation:
     Attributes:
       kind: convolution, product, pooling, reduction, elementwise, copy or other.
       name: of the instruction.
-      nbytes: of its operands and results, over all iterations of a loop around it.
+      nbytes: of its operands and results, of one launch.
+      times: launches, by the loops around it.
     """
 
     kind: str
     name: str
     nbytes: int
+    times: int = 1
 
 
 Computations = dict[str, dict[str, Instruction]]
@@ -104,23 +102,26 @@ def operations(computations: Computations, name: str = "") -> Iterator[Operation
             trips = _TRIPS.search(instruction.attributes)
             for called in _CALLED.findall(instruction.attributes):
                 for operation in operations(computations, called):
-                    nbytes = operation.nbytes * (int(trips[1]) if trips else 1)
-                    yield dataclasses.replace(operation, nbytes=nbytes)
+                    times = operation.times * (int(trips[1]) if trips else 1)
+                    yield dataclasses.replace(operation, times=times)
         elif instruction.opcode not in _FREE and not instruction.opcode.endswith(
             "-done"
         ):
-            operands = {name for name in instruction.operands if name in inside}
-            nbytes = instruction.nbytes + sum(inside[name].nbytes for name in operands)
+            nbytes = instruction.nbytes + _read(computations, inside, instruction)
             kind = _kind(list(_parts(computations, instruction)))
             yield Operation(kind, instruction.name, nbytes)
 
 
 def by_kind(found: Iterable[Operation]) -> dict[str, tuple[int, int]]:
-    """The number of operations of each kind, and their bytes."""
+    """The launches of each kind, and their bytes."""
     kinds: dict[str, tuple[int, int]] = {}
     for operation in found:
         count, nbytes = kinds.get(operation.kind, (0, 0))
-        kinds[operation.kind] = count + 1, nbytes + operation.nbytes
+        count, nbytes = (
+            count + operation.times,
+            nbytes + operation.times * operation.nbytes,
+        )
+        kinds[operation.kind] = count, nbytes
     return kinds
 
 
@@ -173,6 +174,39 @@ def sums_by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return kinds
 
 
+def _read(
+    computations: Computations,
+    inside: dict[str, Instruction],
+    instruction: Instruction,
+) -> int:
+    """The bytes of the operands; of one that a fusion only slices, of the slices."""
+    operands = dict.fromkeys(name for name in instruction.operands if name in inside)
+    sizes = {name: inside[name].nbytes for name in operands}
+    if instruction.opcode == "fusion":
+        for called in _CALLED.findall(instruction.attributes):
+            parts = computations[called]
+            for part in parts.values():
+                if part.opcode == "parameter":
+                    name = instruction.operands[int(part.attributes)]
+                    if name in sizes:
+                        sizes[name] = min(sizes[name], _taken(parts, part))
+    return sum(sizes.values())
+
+
+def _taken(parts: dict[str, Instruction], array: Instruction) -> int:
+    """The bytes of an array that a fusion's instructions take."""
+    total = 0
+    for user in parts.values():
+        if array.name in user.operands:
+            if user.opcode in _SLICES:
+                total += user.nbytes
+            elif user.opcode == "bitcast":
+                total += _taken(parts, user)
+            else:
+                return array.nbytes
+    return total or array.nbytes
+
+
 def _plain(name: str) -> str:
     """A name as both HLO and kernels may write it."""
     return re.sub(r"[.\-]", "_", name.lstrip("%"))
@@ -210,16 +244,19 @@ def _instruction(line: str) -> Instruction:
     shape, rest = rest[:end], rest[end:].lstrip()
     start = rest.index("(")
     end = _closing(rest, start)
+    opcode, inside = rest[:start], rest[start + 1 : end]
     return Instruction(
         name.lstrip("%"),
-        sum(_nbytes(kind, sizes) for kind, sizes in _ARRAY.findall(shape)),
-        rest[:start],
-        tuple(re.findall(r"%([\w.\-]+)", rest[start:end])),
-        rest[end + 1 :],
+        sum(_nbytes(*array) for array in _ARRAY.findall(shape)),
+        opcode,
+        tuple(re.findall(r"%([\w.\-]+)", inside)),
+        inside if opcode == "parameter" else rest[end + 1 :],
     )
 
 
-def _nbytes(kind: str, sizes: str) -> int:
+def _nbytes(kind: str, sizes: str, layout: str) -> int:
+    if _ON_CHIP in layout:
+        return 0
     bits = re.search(r"\d+", kind)
     size = int(bits[0]) if bits else _SIZES.get(kind, 8)
     return math.prod(int(size) for size in re.findall(r"\d+", sizes)) * size // 8
@@ -233,62 +270,3 @@ def _closing(text: str, start: int) -> int:
         if not depth:
             return index
     raise ValueError(f"no closing parenthesis in {text[:80]!r}")
-
-
-def compiled_step(
-    model: str, target: str, batch: int, dtype: str, **options: Any
-) -> str:
-    """The optimised HLO of a training step; see ``targets.compile.target_mesh``."""
-    from resnet_jax.models.platforms import compiling_for
-    from resnet_jax.targets.compile import target_mesh
-    from resnet_jax.training.benchmark import abstract_batch, synthetic_learner
-    from resnet_jax.training.step import make_train_step
-
-    mesh = target_mesh(target)
-    platform = mesh.devices.flat[0].platform
-    learner = synthetic_learner(model, batch, dtype=dtype, mesh=mesh, **options)
-    with compiling_for(platform):
-        traced = make_train_step(learner).trace(
-            learner.abstract_state(), None, abstract_batch(learner)
-        )
-    lowering = {"gpu": "cuda"}.get(platform, platform)
-    text = traced.lower(lowering_platforms=(lowering,)).compile().as_text()
-    assert text is not None
-    return text
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("options", nargs="*", metavar="OPTION=VALUE")
-    parser.add_argument("--target", default="cpu", choices=("cpu", "h100", "h200"))
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--dtype", default="bfloat16")
-    given = parser.parse_args(arguments)
-    options = parse_options(given.options)
-    text = compiled_step(given.model, given.target, given.batch, given.dtype, **options)
-    kinds = by_kind(operations(read(text)))
-    counts, sizes = zip(*kinds.values(), strict=True)
-    kinds["all"] = sum(counts), sum(sizes)
-    print(f"{'kind':<12}{'operations':>11}{'MB/image':>10}")
-    for kind, (count, nbytes) in kinds.items():
-        print(f"{kind:<12}{count:>11,}{nbytes / 1e6 / given.batch:>10.2f}")
-
-
-def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
-    """Options of the net from OPTION=VALUE; values as in JSON, else text."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, _, text = pair.partition("=")
-        try:
-            options[name] = json.loads(text)
-        except json.JSONDecodeError:
-            options[name] = text
-    return options
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

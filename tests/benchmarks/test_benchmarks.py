@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import compare, gpu, hlo, input_pipeline, peers
+from benchmarks import compare, contenders, gpu, hlo, input_pipeline, peers, program
 from resnet_jax.analysis.complexity import (
     abstract_variables,
     count_multiply_adds,
@@ -100,7 +100,7 @@ def test_inference_side_by_side(one_device, tmp_path, capsys):
 @pytest.mark.slow
 def test_options_side_by_side(one_device, tmp_path, capsys):
     rows = run_compare(tmp_path, capsys, "options", *SMALL)
-    assert list(rows) == ["resnet_jax", "fast", "fused, fast"]
+    assert list(rows) == ["resnet_jax", *compare.FORMS]
 
 
 @pytest.mark.slow
@@ -240,6 +240,21 @@ def test_bytes_of_a_compiled_program_are_xla_s():
     assert found["convolution"] == (1, arrays)
 
 
+def test_of_an_array_that_is_only_sliced_the_slice_counts():
+    compiled = jax.jit(lambda x: 2 * x[8:16].T).lower(jnp.ones((64, 32))).compile()
+    found = hlo.by_kind(hlo.operations(hlo.read(compiled.as_text())))
+    _, nbytes = found["elementwise"]
+    assert nbytes == pytest.approx(2 * 4 * 8 * 32, abs=8)  # and the constant
+
+
+def test_the_options_of_a_form():
+    assert contenders.parse_options("default") == {}
+    expected = {"fused_norm": False, "conv_algorithm": "xla"}
+    assert contenders.parse_options("fused_norm=false,conv_algorithm=xla") == expected
+    with pytest.raises(SystemExit, match="'fast' is no form"):
+        contenders.parse_options("fast")
+
+
 def test_a_loop_counts_once_per_iteration():
     def powers(x, matrix):
         return jax.lax.scan(lambda y, _: (jnp.tanh(y @ matrix), None), x, length=7)[0]
@@ -283,11 +298,17 @@ def test_a_gpu_s_custom_calls_are_read():
 
 
 @pytest.mark.slow
-def test_a_training_step_is_counted(capsys):
-    hlo.main(["cifar_resnet8", "fused_norm=false", "--batch", "4"])
-    printed = capsys.readouterr().out
-    assert "convolution" in printed
-    assert float(printed.split()[-1]) > 0
+def test_training_steps_are_counted(tmp_path, capsys):
+    file = tmp_path / "program.json"
+    forms = ["default", "fused_norm=false", "flax"]
+    arguments = ["cifar_resnet8", "--batch", "4", "--largest", "2", "--forms", *forms]
+    program.main([*arguments, "--json", str(file)])
+    assert "convolution" in capsys.readouterr().out
+    found = json.loads(file.read_text())["forms"]
+    assert list(found) == forms
+    for form in found.values():
+        assert form["kinds"]["all"]["megabytes_per_image"] > 0
+        assert len(form["largest"]) == 2
 
 
 def test_input_pipelines_side_by_side(tmp_path, capsys):
