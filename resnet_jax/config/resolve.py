@@ -60,11 +60,11 @@ def resolve(config: Any) -> Config:
     if isinstance(config, Config):
         return config
     given = flatten(config)
-    for name, default in _REMOVED.items():
-        if given.pop(name, default) != default:
+    for name, old in _REMOVED.items():
+        if given.pop(name, old[0]) not in old:
             raise UserError(
                 f"config field {name} no longer exists; only its old default, "
-                f"{default!r}, can be loaded"
+                f"{old[0]!r}, can be loaded"
             )
     for name in given:
         _known_field(name)
@@ -80,8 +80,12 @@ def resolve(config: Any) -> Config:
     return resolved
 
 
-_REMOVED = {"model.norm_arithmetic": "wide", "model.stem_form": "conv"}
-"""Fields of older runs and their defaults."""
+_REMOVED = {
+    "model.norm_arithmetic": ("wide",),
+    "model.norm_variance": ("two_pass", "fast"),
+    "model.stem_form": ("conv",),
+}
+"""Fields of older runs, and values that differ by rounding from what is done now."""
 
 
 def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:

@@ -405,6 +405,9 @@ def test_removed_fields_of_old_runs_load_at_their_defaults():
     old = {"model": {"norm_arithmetic": "wide", "stem_form": "conv"}}
     config = {"training": {"steps": 10}}
     assert resolve(config | old) == resolve(config)
+    for value in ("two_pass", "fast"):
+        old = {"model": {"norm_variance": value}}
+        assert resolve(config | old) == resolve(config)
     for name, value in (("norm_arithmetic", "narrow"), ("stem_form", "four_channels")):
         with pytest.raises(UserError, match=f"model.{name} no longer exists"):
             resolve(config | {"model": {name: value}})
