@@ -117,8 +117,8 @@ def convolve(
     GPUs and "xla" elsewhere.
 
     - "xla" is XLA's convolution.
-    - "packed" packs neighbouring pixels into channels where a bfloat16 map
-      has too few channels for tensor cores; see ``packed_convolve``.
+    - "packed" packs neighbouring pixels into channels where a bfloat16 map has too few
+      channels for tensor cores; see ``packed_convolve``.
     - "products" writes a 1x1 convolution, and the gradient of a 3x3
       kernel, as matrix products: one for each tap. XLA's kernel gradients are slow
       on the CPU, where a training step of ResNet-50 then takes about 0.7 of the time
@@ -171,8 +171,8 @@ def loop_algorithm(algorithm: str) -> str:
 def is_packable(x: jax.Array, kernel: jax.Array, strides: int) -> bool:
     """Whether ``packed_convolve`` takes a convolution and is worth it.
 
-    Measured on an H200 (benchmarks/notes.md): the first layer of a net, which then
-    takes half of the time, and 16 channels at stride 1. At 32 nothing is gained.
+    These layers were the faster ones in timings on an H200; with 32 channels nothing
+    was gained. benchmarks/notes.md has what it gains in whole nets.
     """
     _, height, width, channels = x.shape
     features = kernel.shape[-1]
@@ -182,7 +182,7 @@ def is_packable(x: jax.Array, kernel: jax.Array, strides: int) -> bool:
         jnp.finfo(x.dtype).bits == 16
         and kernel.shape[:2] != (1, 1)
         and (is_first or is_narrow)
-        and height % strides == width % _COLUMNS == 0
+        and _COLUMNS % strides == height % strides == width % _COLUMNS == 0
     )
 
 

@@ -183,6 +183,7 @@ def test_packing_is_for_narrow_types():
     x, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
     assert not is_packable(x, kernel, 1)
     assert is_packable(x.astype(jnp.bfloat16), kernel, 1)
+    assert not is_packable(jnp.ones((1, 24, 24, 3), jnp.bfloat16), kernel, 3)
 
 
 def test_a_packed_layer_rounds_like_others():
