@@ -159,23 +159,20 @@ def _backward(form, saved, cotangents):
             gradient = jnp.where(positive, gradient, 0)
         return deviation, gradient
 
-    # Compute the mask here and again below. XLA would else keep it, or the masked
-    # gradient, in memory for its consumers: further passes over the map.
+    # The barriers keep XLA from storing the mask or the masked gradient, and from adding
+    # up the groups' sums by another pass over the map.
     deviation, masked = read(*lax.optimization_barrier((x, gradient)))
     shortcut_gradient = None if joined is None else masked.astype(joined.dtype)
-    masked = widen(masked)
     axes = _reduced(x)
-    total = masked.sum(axes, keepdims=True)
-    moment = (masked * deviation).sum(axes, keepdims=True)
+    total = widen(masked).sum(axes, keepdims=True)
+    moment = (widen(masked) * deviation).sum(axes, keepdims=True)
+    x, gradient, total, moment = lax.optimization_barrier((x, gradient, total, moment))
+    if joined is None:
+        deviation, masked = read(x, gradient)
     count = math.prod(x.shape[axis] for axis in axes)
     tilt = (2 * var_gradient - slope * jnp.square(inverse) * moment) / count
     constant = (mean_gradient - slope * total) / count
-    if form.relu and joined is None:
-        apart = lax.optimization_barrier((x, gradient, tilt, constant))
-        x, gradient, tilt, constant = apart
-        deviation, masked = read(x, gradient)
-        masked = widen(masked)
-    x_gradient = slope * masked + tilt * deviation + constant
+    x_gradient = slope * widen(masked) + tilt * deviation + constant
     others = tuple(range(x.ndim - 1))
     return (
         x_gradient.astype(x.dtype),
