@@ -159,8 +159,8 @@ def _backward(form, saved, cotangents):
             gradient = jnp.where(positive, gradient, 0)
         return deviation, gradient
 
-    # The barriers keep XLA from storing the mask or the masked gradient, and from adding
-    # up the groups' sums by another pass over the map.
+    # The barriers keep XLA from storing the mask or the masked gradient, and from
+    # adding up the groups' sums by another pass over the map.
     deviation, masked = read(*lax.optimization_barrier((x, gradient)))
     shortcut_gradient = None if joined is None else masked.astype(joined.dtype)
     axes = _reduced(x)
