@@ -22,9 +22,9 @@ class BatchNorm(nn.Module):
     are ``groups=8`` at batch 256.
 
     Statistics are at least float32 for every ``dtype``, and computed in one pass over
-    the map; see ``batch_moments``. The running variance averages
-    the unbiased estimate, m / (m - 1) times the variance of a group's m values, as in
-    algorithm 2 of Ioffe & Szegedy, Caffe and torch.
+    the map; see ``batch_moments``. The running variance averages the unbiased estimate,
+    m / (m - 1) times the variance of a group's m values, as in algorithm 2 of Ioffe &
+    Szegedy, Caffe and torch.
 
     Attributes:
       use_running_average: normalise by the running statistics and leave them
