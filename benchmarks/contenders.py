@@ -29,12 +29,18 @@ from resnet_jax.config.schema import AugmentationConfig
 from resnet_jax.data.order import Order
 from resnet_jax.evaluation.metrics import cross_entropy
 from resnet_jax.models import create_model, fold_batch_norm
+from resnet_jax.models.options import ModelOptions, declared
 from resnet_jax.training.benchmark import synthetic_inputs, synthetic_learner
 from resnet_jax.training.step import make_train_step, make_train_steps
 
 OURS = "resnet_jax"
 _MEAN = 0.5
 _PAD = 4
+_OPTIONS = [
+    field.name
+    for field in declared(ModelOptions)
+    if field.name not in ("name", "dtype")
+]
 _RECIPE = Config().optimizer
 
 
@@ -73,6 +79,8 @@ def parse_options(form: str) -> dict[str, Any]:
         name, separator, text = pair.partition("=")
         if not separator:
             raise SystemExit(f"{form!r} is no form: give default or OPTION=VALUE,...")
+        if name not in _OPTIONS:
+            raise SystemExit(f"{name!r} is no option; there are {', '.join(_OPTIONS)}")
         try:
             options[name] = json.loads(text)
         except json.JSONDecodeError:

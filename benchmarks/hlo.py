@@ -22,6 +22,7 @@ _MOVES = {"bitcast", "broadcast", "concatenate", "constant", "convert", "copy"}
 _MOVES |= {"iota", "pad", "parameter", "reshape", "slice", "transpose", "tuple"}
 """A fusion of these alone computes nothing."""
 
+_COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "collective-permute"}
 _SLICES = {"slice", "dynamic-slice"}
 
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,<= ]*)\](\{[^}]*\})?")
@@ -57,7 +58,8 @@ class Operation:
     """One launch on the device.
 
     Attributes:
-      kind: convolution, product, pooling, reduction, elementwise, copy or other.
+      kind: convolution, product, pooling, reduction, collective, elementwise, copy or
+        other.
       name: of the instruction.
       nbytes: of its operands and results, of one launch.
       times: launches, by the loops around it.
@@ -107,7 +109,9 @@ def operations(computations: Computations, name: str = "") -> Iterator[Operation
         elif instruction.opcode not in _FREE and not instruction.opcode.endswith(
             "-done"
         ):
-            nbytes = instruction.nbytes + _read(computations, inside, instruction)
+            nbytes = instruction.nbytes
+            if not instruction.opcode.endswith("-start"):  # whose results hold operands
+                nbytes += _read(computations, inside, instruction)
             kind = _kind(list(_parts(computations, instruction)))
             yield Operation(kind, instruction.name, nbytes)
 
@@ -223,7 +227,7 @@ def _parts(computations: Computations, whole: Instruction) -> Iterator[Instructi
 
 
 def _kind(parts: Sequence[Instruction]) -> str:
-    opcodes = {part.opcode for part in parts}
+    opcodes = {part.opcode.removesuffix("-start") for part in parts}
     calls = " ".join(p.attributes for p in parts if p.opcode == "custom-call")
     if "convolution" in opcodes or "dim_labels=" in calls:
         return "convolution"
@@ -233,6 +237,8 @@ def _kind(parts: Sequence[Instruction]) -> str:
         return "pooling"
     if "reduce" in opcodes:
         return "reduction"
+    if opcodes & _COLLECTIVES:
+        return "collective"
     if opcodes & {"custom-call", "conditional", "sort", "rng-bit-generator"}:
         return "other"
     return "copy" if opcodes <= _MOVES else "elementwise"

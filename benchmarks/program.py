@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from benchmarks import contenders, hlo, record
 from resnet_jax import parallel
 from resnet_jax.data.transforms import PixelStatistics, normalize, to_unit
+from resnet_jax.errors import UserError
 from resnet_jax.models import create_model, fold_batch_norm
 from resnet_jax.models.platforms import compiling_for
 from resnet_jax.targets.compile import target_mesh
@@ -176,18 +177,21 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--batch", type=record.positive, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--work", default="step", choices=("step", "loop", "inference"))
-    parser.add_argument("--largest", type=int, default=0, metavar="N")
+    parser.add_argument("--largest", type=record.positive, default=0, metavar="N")
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args(arguments)
     content = record.circumstances("program", arguments)
-    mesh = target_mesh(given.target)
     rows = {}
-    for form in given.forms:
-        program = compiled(
-            given.model, form, mesh, given.batch, given.dtype, given.work
-        )
-        images = given.batch // mesh.size
-        rows[form] = counted(program, images, given.work, given.largest)
+    try:
+        mesh = target_mesh(given.target)
+        for form in given.forms:
+            program = compiled(
+                given.model, form, mesh, given.batch, given.dtype, given.work
+            )
+            images = given.batch // mesh.size
+            rows[form] = counted(program, images, given.work, given.largest)
+    except (UserError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
     print_table(rows, given.largest)
     record.write(given.json, content | {"forms": rows})
 

@@ -21,7 +21,7 @@ from resnet_jax.models.platforms import compiling_for
 from resnet_jax.storage import expand, refuse_existing, writing
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-"""Where an artefact runs; it holds one program for the CPU and one for the others."""
+"""Where an artefact runs; it holds a program for each."""
 SUFFIX = ".jax"
 
 

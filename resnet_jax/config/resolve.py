@@ -60,11 +60,13 @@ def resolve(config: Any) -> Config:
     if isinstance(config, Config):
         return config
     given = flatten(config)
+    if given.get("model.conv_algorithm") == "pointwise":  # of older runs
+        given["model.conv_algorithm"] = "auto"
     for name, old in _REMOVED.items():
         if given.pop(name, old[0]) not in old:
             raise UserError(
-                f"config field {name} no longer exists; only its old default, "
-                f"{old[0]!r}, can be loaded"
+                f"config field {name} no longer exists; only runs with "
+                f"{' or '.join(map(repr, old))} can be loaded"
             )
     for name in given:
         _known_field(name)

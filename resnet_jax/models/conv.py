@@ -179,8 +179,10 @@ def is_packable(x: jax.Array, kernel: jax.Array, strides: int) -> bool:
     is_first = channels <= _IMAGE_CHANNELS and features <= 64
     is_narrow = channels == features == 16 and strides == 1
     return (
-        jnp.finfo(x.dtype).bits == 16
+        x.dtype in (jnp.bfloat16, jnp.float16)
+        and x.dtype == kernel.dtype
         and kernel.shape[:2] != (1, 1)
+        and all(size % 2 for size in kernel.shape[:2])
         and (is_first or is_narrow)
         and _COLUMNS % strides == height % strides == width % _COLUMNS == 0
     )
@@ -192,7 +194,8 @@ def packed_convolve(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
     Tensor cores multiply large tiles, which 3 or 16 channels leave mostly empty. A
     block holds four columns, and as many rows as the stride. Its pixels are input
     channels, and the output pixels in it are output channels. The kernel over blocks
-    holds zeros where a pixel and an output are too far apart.
+    holds zeros where a pixel and an output are too far apart, so an infinite pixel
+    makes NaN of outputs that XLA's convolution keeps.
 
     x is (n, h, w, c), the kernel (height, width, c, features). The stride, 1, 2 or 4,
     divides h, and 4 divides w.
@@ -206,14 +209,17 @@ def packed_convolve(x: jax.Array, kernel: jax.Array, strides: int) -> jax.Array:
         x = jnp.pad(x, (*[(0, 0)] * 3, missing))
         kernel = jnp.pad(kernel, (*[(0, 0)] * 2, missing, (0, 0)))
     channels, rows, columns = x.shape[3], height // strides, width // _COLUMNS
-    x = x.reshape(n, rows, strides, columns, _COLUMNS * channels).swapaxes(2, 3)
+    # One axis at a time, as meshes with explicit axes need it.
+    x = x.reshape(n, rows, strides, width, channels)
+    x = x.reshape(n, rows, strides, columns, _COLUMNS, channels).swapaxes(2, 3)
     x = x.reshape(n, rows, columns, strides * _COLUMNS * channels)
     kernel, beside = _kernel_of_blocks(kernel, strides, _COLUMNS, axis=1)
     kernel, above = _kernel_of_blocks(kernel, strides, strides, axis=0)
     y = lax.conv_general_dilated(
         x, kernel.astype(dtype), (1, 1), (above, beside), dimension_numbers=_LAYOUT
     )
-    return y.reshape(n, height // strides, width // strides, features)
+    y = y.reshape(n, rows, columns, _COLUMNS // strides, features)
+    return y.reshape(n, rows, width // strides, features)
 
 
 def _kernel_of_blocks(kernel, strides, length, axis):

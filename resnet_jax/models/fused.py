@@ -39,7 +39,8 @@ def batch_moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     With d = x - c, the variance is E[d^2] - E[d]^2. It loses the digits by which E[d]^2
     exceeds it, so c is a number near the mean: the mean of the pixels in the middle of
     each map. Without c, a mean of 100 and a deviation of 0.01 leave nothing of the
-    variance in float32.
+    variance in float32. The worst case is one outlier, in the middle: an error of about
+    h w / 10^7 of the variance.
 
     x is (groups, n, ..., c); both results are (groups, 1, ..., c), in float32 at least.
     """
@@ -96,7 +97,7 @@ def plain_batch_norm(
     """
     mean, var = batch_moments(x)
     y = normalize(x, mean, var, scale, bias, form.epsilon).astype(form.dtype)
-    y = y if shortcut is None else y + shortcut
+    y = y if shortcut is None else y + shortcut.astype(form.dtype)
     return jax.nn.relu(y) if form.relu else y, mean, var
 
 

@@ -37,8 +37,8 @@ class BatchNorm(nn.Module):
       scale_init: initialiser of the scale.
       fused: in training, compute normalisation, addition and ReLU as one function with
         its own gradient, see ``models.fused``. False differentiates it automatically,
-        also in forward mode (``jax.jvp``). Equal up to rounding. None is False on TPUs,
-        whose compiler moves less memory with it, and True elsewhere.
+        also in forward mode (``jax.jvp``, ``jax.hessian``). Equal up to rounding. None
+        is False on TPUs, whose programs move less memory with False, else True.
     """
 
     use_running_average: bool
@@ -70,7 +70,7 @@ class BatchNorm(nn.Module):
         if self.use_running_average:
             mean, var = running_mean.value, running_var.value
             y = normalize(x, mean, var, scale, bias, self.epsilon).astype(self.dtype)
-            y = y if shortcut is None else y + shortcut
+            y = y if shortcut is None else y + shortcut.astype(self.dtype)
             return nn.relu(y) if relu else y
 
         if x.shape[0] % self.groups and not self.is_initializing():

@@ -188,9 +188,10 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
     """3x3 max-pooling of stride 2, padded by one pixel on every side.
 
     (n, h, w, c) to (n, ceil(h / 2), ceil(w / 2), c). Values and gradients equal XLA's:
-    the first of equal values in a window gets the gradient. The forward pass keeps one
-    byte per output, the place of the largest value; XLA's gradient keeps the map,
-    searches it again and scatters. Forward mode (``jax.jvp``) is not supported.
+    the first of equal values in a window gets the gradient. (Where a window holds NaN,
+    only the values are equal.) The forward pass keeps one byte per output, the place of
+    the largest value; XLA's gradient keeps the map, searches it again and scatters.
+    Forward mode (``jax.jvp``) is not supported.
     """
     return _largest(x)[0]
 
@@ -232,6 +233,8 @@ def _backward(saved, gradient):
         there = _neighbor(place, down, right).astype(jnp.int32)
         part = jnp.where(there == here, _neighbor(gradient, down, right), 0)
         total += widen(part)
+    # One axis at a time, as meshes with explicit axes need it.
+    total = total.reshape(n, 2 * rows, columns, 2, channels)
     total = total.reshape(n, 2 * rows, 2 * columns, channels)
     return (total[:, :height, :width].astype(gradient.dtype),)
 

@@ -408,6 +408,8 @@ def test_removed_fields_of_old_runs_load_at_their_defaults():
     for value in ("two_pass", "fast"):
         old = {"model": {"norm_variance": value}}
         assert resolve(config | old) == resolve(config)
+    old = {"model": {"conv_algorithm": "pointwise"}}
+    assert resolve(config | old) == resolve(config)
     for name, value in (("norm_arithmetic", "narrow"), ("stem_form", "four_channels")):
         with pytest.raises(UserError, match=f"model.{name} no longer exists"):
             resolve(config | {"model": {name: value}})

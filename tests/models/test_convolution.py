@@ -180,10 +180,15 @@ def test_a_gpu_packs_the_stem_and_the_layers_of_16_channels():
 
 
 def test_packing_is_for_narrow_types():
-    x, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
+    x, kernel = jnp.ones((1, 24, 24, 3)), jnp.ones((3, 3, 3, 16))
+    for dtype in (jnp.float32, jnp.int32):
+        assert not is_packable(x.astype(dtype), kernel.astype(dtype), 1)
+    x = x.astype(jnp.bfloat16)
     assert not is_packable(x, kernel, 1)
-    assert is_packable(x.astype(jnp.bfloat16), kernel, 1)
-    assert not is_packable(jnp.ones((1, 24, 24, 3), jnp.bfloat16), kernel, 3)
+    kernel = kernel.astype(jnp.bfloat16)
+    assert is_packable(x, kernel, 1)
+    assert not is_packable(x, kernel, 3)
+    assert not is_packable(x, kernel[:2], 1)
 
 
 def test_a_packed_layer_rounds_like_others():
@@ -226,6 +231,14 @@ def test_an_unknown_algorithm_is_refused():
     match = rf"one of {names}, not 'fft'$"
     with pytest.raises(ValueError, match=match):
         convolve(np.ones((1, 3, 3, 1)), np.ones((1, 1, 1, 1)), algorithm="fft")
+
+
+def test_an_unknown_platform_is_refused():
+    with (
+        pytest.raises(ValueError, match="is one of cpu, gpu, tpu, not 'cuda'"),
+        compiling_for("cuda"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
