@@ -63,7 +63,8 @@ def advanced(config, num_devices, steps_per_call, steps):
 
 def assert_close(found, expected):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+        # Rounding can turn the gradient of one value at the edge of a ReLU on or off.
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
