@@ -63,8 +63,7 @@ def advanced(config, num_devices, steps_per_call, steps):
 
 def assert_close(found, expected):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        # Rounding can turn the gradient of one value at the edge of a ReLU on or off.
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-4)
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
@@ -76,6 +75,8 @@ def test_scanned_steps_are_the_steps(tiny_config, num_devices):
     tiny_config.augmentation.repeats = 2
     tiny_config.augmentation.flip = True
     tiny_config.optimizer.ema_decay = 0.9
+    # A mask that is computed again can differ at a ReLU's edge, by the program.
+    tiny_config.model.fused_norm = False
     one_by_one = advanced(tiny_config, num_devices, 1, 4)
     assert_close(advanced(tiny_config, num_devices, 4, 4), one_by_one)
 
