@@ -27,8 +27,7 @@ from resnet_jax import parallel
 from resnet_jax.data.transforms import PixelStatistics, normalize, to_unit
 from resnet_jax.errors import UserError
 from resnet_jax.models import create_model, fold_batch_norm
-from resnet_jax.models.platforms import compiling_for
-from resnet_jax.targets.compile import target_mesh
+from resnet_jax.targets.compile import lower, target_mesh
 from resnet_jax.training.benchmark import abstract_batch, synthetic_learner
 from resnet_jax.training.step import make_train_step, make_train_steps
 
@@ -40,17 +39,13 @@ def compiled(
     model: str, form: str, mesh: Mesh, batch: int, dtype: str, work: str = "step"
 ) -> jax.stages.Compiled:
     """The program of a form for the devices of a mesh; see the module."""
-    platform = mesh.devices.flat[0].platform
     build = {"step": _step, "loop": _loop, "inference": _inference}[work]
     if form == "flax":
         if work != "step":
             raise SystemExit("flax's example is compiled as a training step alone")
         build = _flax_step
-    with compiling_for(platform):
-        function, *arguments = build(model, form, mesh, batch, dtype)
-        traced = function.trace(*arguments)
-    lowering = {"gpu": "cuda"}.get(platform, platform)
-    return traced.lower(lowering_platforms=(lowering,)).compile()
+    function, *arguments = build(model, form, mesh, batch, dtype)
+    return lower(function, mesh, *arguments).compile()
 
 
 def _step(model, form, mesh, batch, dtype):

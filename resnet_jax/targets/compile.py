@@ -187,10 +187,17 @@ def _topology(target: str, name: str, platform: str, **options: Any) -> list[Any
 def _lower_step(config: Config, dataset: Dataset, mesh: Mesh) -> jax.stages.Lowered:
     """The training step of a run on a mesh, lowered for the mesh's platform."""
     learner = learner_for(config, dataset, mesh)
-    platform = mesh.devices.flat[0].platform
     inputs = _abstract_batch(config, dataset, mesh)
+    return lower(make_train_step(learner), mesh, learner.abstract_state(), *inputs)
+
+
+def lower(
+    function: jax.stages.Wrapped, mesh: Mesh, *arguments: Any
+) -> jax.stages.Lowered:
+    """A jitted function of abstract arguments, lowered for the devices of a mesh."""
+    platform = mesh.devices.flat[0].platform
     with compiling_for(platform):
-        traced = make_train_step(learner).trace(learner.abstract_state(), *inputs)
+        traced = function.trace(*arguments)
     lowering = {"gpu": "cuda"}.get(platform, platform)
     return traced.lower(lowering_platforms=(lowering,))
 
