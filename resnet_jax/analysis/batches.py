@@ -35,7 +35,7 @@ from resnet_jax.storage import expand, writing
 SHOWN = 32
 """Images that are shown by default."""
 
-_PAGES = (".html", ".htm")
+_PAGE = ".html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,35 +103,46 @@ def show_data(
       UserError: a fault in config or data, or the file cannot be written.
     """
     config = resolve(config)
-    is_page = out is not None and expand(out).suffix.lower() in _PAGES
-    if out is not None and not is_page:
-        plots.check_file(out)
-    dataset = open_dataset(config)
-    batch = first_batch(config, dataset, split=split, count=images)
-    if out is None:
-        return batch
-    title = f"{config.data.name}, {describe_batch(split, config)}"
-    if is_page:
-        data = ("data.", "augmentation.", "training.global_batch_size")
-        changed = changed_fields(config)
-        fields = {name: changed[name] for name in changed if name.startswith(data)}
-        page = pages.page(
-            title,
-            pages.paragraph(
-                f"{len(batch.labels)} images as the net sees them, with the "
-                "normalisation undone for display.",
-                "note",
-            ),
-            pages.pictures(batch.pixels, batch.captions),
-            pages.heading("Fields that differ from the default"),
-            pages.facts(fields),
-        )
-        with writing(out) as temporary:
-            temporary.write_text(page, "utf-8")
-    else:
-        plots.save(batch.figure(title), out)
-    say(console or make_console(), f"{len(batch.labels)} images: {expand(out)}")
+    if out is not None:
+        _check_file(out)
+    batch = first_batch(config, open_dataset(config), split=split, count=images)
+    if out is not None:
+        title = f"{config.data.name}, {describe_batch(split, config)}"
+        if expand(out).suffix.lower() == _PAGE:
+            with writing(out) as temporary:
+                temporary.write_text(_page(title, batch, config), "utf-8")
+        else:
+            plots.save(batch.figure(title), out)
+        say(console or make_console(), f"{len(batch.labels)} images: {expand(out)}")
     return batch
+
+
+def _check_file(out: str | os.PathLike[str]) -> None:
+    """Raises UserError if pictures cannot be written there."""
+    kinds = (*plots.SUFFIXES, _PAGE)
+    kind = expand(out).suffix.lower()
+    if kind not in kinds:
+        raise UserError(f"{out} must end in {', '.join(kinds[:-1])} or {kinds[-1]}")
+    if kind != _PAGE:
+        plots.check_file(out)
+
+
+def _page(title: str, batch: SeenBatch, config: Config) -> str:
+    sections = ("data.", "augmentation.", "training.global_batch_size")
+    changed = changed_fields(config).items()
+    fields = {name: value for name, value in changed if name.startswith(sections)}
+    return pages.page(
+        title,
+        pages.paragraph(
+            f"{len(batch.labels)} images as the net sees them; the normalisation is "
+            "undone for display.",
+            "note",
+        ),
+        pages.pictures(batch.pixels, batch.captions),
+        pages.heading("Config"),
+        pages.paragraph("Fields of data and augmentation that are not the default."),
+        pages.facts(fields),
+    )
 
 
 def describe_batch(split: str, config: Config) -> str:
