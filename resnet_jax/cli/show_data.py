@@ -4,13 +4,13 @@ import argparse
 from typing import Any
 
 from resnet_jax.cli.arguments import output_file, whole
-from resnet_jax.cli.overrides import parse_overrides
+from resnet_jax.cli.overrides import CONFIG, parse_overrides
 from resnet_jax.config.schema import MOST_BATCH
 
 _DESCRIPTION = """Show a batch as the net sees it, without training.
 
-  resnet-jax show-data --config configs/digits.py --out batch.png
-  resnet-jax show-data --config configs/cifar10.py --out batch.html --images 64 \\
+  resnet-jax show-data --config digits --out batch.png
+  resnet-jax show-data --config cifar10 --out batch.html --images 64 \\
       --config.augmentation.mixup_alpha=0.2
 
 The pictures are cropped, flipped, augmented and mixed as in the run's first step; only
@@ -25,11 +25,9 @@ def add_parser(commands: Any) -> None:
         "show-data",
         help="show a batch of a config's data as the net sees it",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE.py[:ARG]", help="config file")
+    add("--config", required=True, metavar="NAME|FILE.py[:ARG]", help=CONFIG)
     add(
         "--out",
         required=True,
