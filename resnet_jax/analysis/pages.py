@@ -6,6 +6,7 @@ One style serves all pages: wide windows and phones, light and dark.
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -35,8 +36,11 @@ table { border-collapse: collapse; }
 td, th { text-align: left; padding: .15rem 1rem .15rem 0; vertical-align: top; }
 th { font-weight: 400; }
 .facts td { overflow-wrap: anywhere; } .facts th { white-space: nowrap; }
+.grid { border-collapse: separate; border-spacing: 0; }
 .grid td, .grid th { border-bottom: 1px solid var(--line); }
 .grid .number { text-align: right; font-variant-numeric: tabular-nums; }
+.grid .number, .grid tr > :first-child { white-space: nowrap; }
+.grid tr > :first-child { position: sticky; left: 0; background: var(--back); }
 details { margin: 1rem 0; }
 summary { cursor: pointer; }
 svg { display: block; max-width: 100%; height: auto; }
@@ -57,6 +61,7 @@ figcaption { font-size: .85rem; overflow-wrap: anywhere; white-space: pre-line; 
 @media (max-width: 40rem) {
   .facts, .facts tbody, .facts tr, .facts th, .facts td { display: block; }
   .facts th { padding: .4rem 0 0; } .facts td { padding: 0; }
+  .grid td, .grid th { white-space: nowrap; }
 }
 """
 
@@ -72,6 +77,7 @@ _PAGE = """<!doctype html>
 """
 
 _SMALLEST = 0.6  # share of its size to which a narrow window shrinks a figure
+_NUMBER = re.compile(r"[\d.,]+( ?[%\u00b1(].*| of .*| (h|min|s)\b.*)?")
 _TINY = 64  # pixels of a side up to which pixels are shown as squares
 
 
@@ -112,10 +118,10 @@ def facts(values: Mapping[str, Any]) -> str:
 
 
 def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with a head; cells that begin with a digit are right-aligned."""
+    """A table with a head; numbers are right-aligned. A narrow window scrolls it."""
 
     def cell(text: str) -> str:
-        mark = ' class="number"' if text[:1].isdigit() else ""
+        mark = ' class="number"' if _NUMBER.fullmatch(text) else ""
         return f"<td{mark}>{escape(text)}</td>"
 
     head = "".join(f"<th>{escape(name)}</th>" for name in header)

@@ -380,12 +380,23 @@ def pictures_figure(
     for axes, image, caption in zip(panels, images, captions, strict=False):
         grey = image.shape[-1] == 1
         axes.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=255)
-        lines = [textwrap.shorten(line, 20) for line in _literal(caption).split("\n")]
+        lines = [_shortened(line) for line in _literal(caption).split("\n")]
         axes.text(
             0.5, -0.04, "\n".join(lines), transform=axes.transAxes,
             ha="center", va="top", fontsize=7,
         )  # fmt: skip
     return figure
+
+
+def _shortened(line: str, most: int = 20) -> str:
+    """A line of a caption; of a long one, the name is cut and its share kept."""
+    name, colon, share = line.rpartition(": ")
+    room = most - len(colon + share)
+    if len(line) <= most:
+        return line
+    if room < 2:
+        return f"{line[: most - 1]}\u2026"
+    return f"{name[: room - 1]}\u2026{colon}{share}"
 
 
 def _figure(title, count, size, rows=False):

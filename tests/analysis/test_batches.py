@@ -8,6 +8,7 @@ from flax import linen as nn
 
 import resnet_jax
 from resnet_jax import parallel
+from resnet_jax.analysis.batches import SeenBatch
 from resnet_jax.cli import main
 from resnet_jax.config import resolve
 from resnet_jax.data.dataset import open_dataset
@@ -114,6 +115,24 @@ def test_without_augmentation_the_pictures_are_the_stored_pixels(image_folder):
     for panel, image, caption in zip(panels, stored, found.captions, strict=True):
         np.testing.assert_array_equal(panel.get_images()[0].get_array(), image)
         assert [text.get_text() for text in panel.texts] == [caption]
+
+
+def test_long_names_are_cut_and_their_shares_kept():
+    batch = SeenBatch(
+        images=np.zeros((2, 4, 4, 3), np.float32),
+        pixels=np.zeros((2, 4, 4, 3), np.uint8),
+        labels=np.array([0, 1]),
+        partners=np.array([1, 1]),
+        share=0.98,
+        class_names=("n02099601", "a_class_with_a_long_name"),
+    )
+    assert batch.captions[0] == "golden retriever: 98 %\na_class_with_a_long_name: 2 %"
+    texts = [axes.texts[0].get_text() for axes in batch.figure().axes]
+    assert texts == [
+        "golden retrie…: 98 %\na_class_with_a…: 2 %",
+        "a_class_with_a_long…",
+    ]
+    assert batch._repr_png_()[:4] == b"\x89PNG"
 
 
 def test_a_broken_image_is_named_or_left_out(image_folder):

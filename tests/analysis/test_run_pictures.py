@@ -62,6 +62,8 @@ def test_the_worst_mistakes_are_those_of_a_plain_sort(finished, console):
         np.testing.assert_array_equal(pictures[index], images[index])
     page = (workdir / "report.html").read_text()
     captions = re.findall(r"<figcaption>right: (\d)\npredicted: (\d)\n(.*) %<", page)
+    rows = "\n".join(mistake_parts(found))  # without the pictures
+    assert all(f"<td>{m['name']}</td>" in rows for m in found["mistakes"])
     assert captions == [
         (m["class"], m["predicted"], f"{100 * m['probability']:.1f}")
         for m in found["mistakes"]
