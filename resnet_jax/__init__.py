@@ -11,6 +11,7 @@ from resnet_jax.errors import UserError
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from resnet_jax.analysis.batches import show_data
     from resnet_jax.config import default_config, list_configs, load_config
     from resnet_jax.evaluation.classifier import Classifier
     from resnet_jax.evaluation.evaluate import evaluate
@@ -37,6 +38,7 @@ __all__ = [
     "prepare_dataset",
     "report",
     "save_weights",
+    "show_data",
     "train",
 ]
 
@@ -53,6 +55,7 @@ _LAZY = {
     "evaluate": "resnet_jax.evaluation.evaluate",
     "load_run": "resnet_jax.evaluation.saved_run",
     "report": "resnet_jax.training.report",
+    "show_data": "resnet_jax.analysis.batches",
     "load_weights": "resnet_jax.weights",
     "save_weights": "resnet_jax.weights",
 }

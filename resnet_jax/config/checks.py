@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from resnet_jax.config.schema import OPTIMIZERS, Config, fields, flatten
-from resnet_jax.errors import UserError
+from resnet_jax.config.schema import OPTIMIZERS, TRACKERS, Config, fields, flatten
+from resnet_jax.errors import UserError, nearest
 
 _ABOVE_ZERO = (
     "optimizer.trust_coefficient",
@@ -69,7 +69,7 @@ def refuse_contradictions(config: Config) -> None:
     It is one sentence, or a list if there are several contradictions.
     """
     checks = (
-        *(_model, _optimizer, _profile, _ranges, _tables, _length, _schedule),
+        *(_model, _optimizer, _profile, _tracking, _ranges, _tables, _length, _schedule),
         *(_held_out, _evaluation_size, _counts),
     )
     sentences = [sentence for check in checks for sentence in check(config)]
@@ -115,6 +115,18 @@ def _profile(config: Config) -> Iterator[str]:
         _ = config.profile.range
     except UserError as error:
         yield str(error)
+
+
+def _tracking(config: Config) -> Iterator[str]:
+    names = config.tracking.trackers
+    for name in names:
+        if name not in TRACKERS:
+            yield (
+                f"tracking.trackers takes {', '.join(TRACKERS)}, not {name[:40]!r}; "
+                f"{nearest(name[:40], TRACKERS)}"
+            )
+    if len(set(names)) < len(names):
+        yield f"tracking.trackers={','.join(names)[:80]} names a tracker twice"
 
 
 def _tables(config: Config) -> Iterator[str]:

@@ -24,6 +24,7 @@ INTERPOLATIONS = ("bilinear", "bicubic")
 PARTIAL_BATCHES = ("span", "drop")
 ON_ERROR = ("stop", "skip")
 POLICIES = ("randaugment", "trivialaugment")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 OPTIMIZERS = ("sgd", "lars", "lamb")
 """Defined here; other names are optax's."""
 DECAY_SCOPES = ("all", "all_but_norm", "kernels")
@@ -549,6 +550,30 @@ class ProfileConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """Where the curves of a run go, beside metrics.jsonl."""
+
+    trackers: tuple[str, ...] = option(
+        ("tensorboard",),
+        f"any of {', '.join(TRACKERS)}; () for none",
+        operational=True,
+    )
+    project: str = option(
+        "resnet_jax",
+        "the project of wandb, the experiment of mlflow",
+        operational=True,
+    )
+    images_every_steps: int | None = option(
+        None,
+        "also track an augmented batch and histograms of the parameters at this "
+        "interval; None: never",
+        at_least=1,
+        at_most=MOST_STEPS,
+        operational=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """The valid configuration of a run."""
 
@@ -583,6 +608,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     profile: ProfileConfig = ProfileConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
 
 @functools.cache
@@ -604,6 +630,16 @@ def flatten(config: Any) -> dict[str, Any]:
     if isinstance(config, Config):
         config = dataclasses.asdict(config)
     return dict(walk(config, ""))
+
+
+def changed_fields(config: Config) -> dict[str, Any]:
+    """The fields that differ from their defaults, by dotted name."""
+    defaults = flatten(Config())
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if value != defaults[name]
+    }
 
 
 def default_config() -> "ml_collections.ConfigDict":
