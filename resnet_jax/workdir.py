@@ -154,7 +154,7 @@ class Workdir:
 
     def read_config(self) -> Config | None:
         """The config of the run that is here, or None."""
-        saved = self._read_json("config.json", CONFIG)
+        saved = self.read_json("config.json", CONFIG)
         if saved is None:
             return None
         try:
@@ -231,7 +231,7 @@ class Workdir:
 
     def read_data(self) -> Identity | None:
         """The data of the run that is here; None if config.json does not say."""
-        saved = (self._read_json("config.json", CONFIG) or {}).get("data")
+        saved = (self.read_json("config.json", CONFIG) or {}).get("data")
         if saved is None:
             return None
         check(f"data in {self.path / 'config.json'}", saved, IDENTITY)
@@ -275,7 +275,7 @@ class Workdir:
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""
-        result = self._read_json("result.json", ANY_RESULT)
+        result = self.read_json("result.json", ANY_RESULT)
         if result is None:
             return None
         check_result(str(self.path / "result.json"), result)
@@ -288,7 +288,7 @@ class Workdir:
 
     def read_failure(self) -> str | None:
         """How the run diverged, or None."""
-        content = self._read_json("failure.json", {"failure": "a text"})
+        content = self.read_json("failure.json", {"failure": "a text"})
         return None if content is None else content["failure"]
 
     def write(self, path: Path, text: str) -> None:
@@ -305,9 +305,10 @@ class Workdir:
         """Replaces a JSON file of the workdir."""
         self.write(self.path / name, json.dumps(content, indent=2) + "\n")
 
-    def _read_json(
+    def read_json(
         self, name: str, expected: Mapping[str, str]
     ) -> dict[str, Any] | None:
+        """A JSON file of the workdir, checked as ``run_files.check`` does; or None."""
         path = self.path / name
         text = self._read(path)
         return None if text is None else parse(str(path), text, expected)

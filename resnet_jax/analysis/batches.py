@@ -76,10 +76,13 @@ class SeenBatch:
         """The pictures with their classes, in rows."""
         return plots.pictures_figure(self.pixels, self.captions, title)
 
-    def _repr_png_(self) -> bytes:
+    def png(self) -> bytes:
+        """The figure as a PNG file."""
         file = io.BytesIO()
         self.figure().savefig(file, format="png", dpi=100)
         return file.getvalue()
+
+    _repr_png_ = png
 
 
 def show_data(

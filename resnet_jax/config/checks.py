@@ -69,8 +69,8 @@ def refuse_contradictions(config: Config) -> None:
     It is one sentence, or a list if there are several contradictions.
     """
     checks = (
-        *(_model, _optimizer, _profile, _tracking, _ranges, _tables, _length, _schedule),
-        *(_held_out, _evaluation_size, _counts),
+        *(_model, _optimizer, _profile, _tracking, _ranges, _tables, _length),
+        *(_schedule, _held_out, _evaluation_size, _counts),
     )
     sentences = [sentence for check in checks for sentence in check(config)]
     if len(sentences) == 1:

@@ -49,7 +49,7 @@ from resnet_jax.training.runs import train_seeds
 from resnet_jax.training.state import Learner, TrainState, make_learner
 from resnet_jax.training.step import call_length, make_train_step, make_train_steps
 from resnet_jax.training.stopping import StopSignal
-from resnet_jax.training.tensorboard import TensorBoard
+from resnet_jax.training.tracking import TrackedRun, Trackers, check_installed
 from resnet_jax.weights import load_weights
 from resnet_jax.workdir import Workdir
 
@@ -102,6 +102,7 @@ def train_one(
 ) -> dict[str, Any]:
     """Trains or continues one run; ``datasets`` opens the data of runs in a row."""
     # 1. Refuse a workdir with another run; a finished run only prints its result.
+    check_installed(config)
     folder = Workdir(workdir)
     folder.admit(config)
     result = folder.read_result() if distributed.is_primary() else None
@@ -119,6 +120,7 @@ def train_one(
         folder.lock(tell),
         StopSignal(tell) as stop,
         folder.compiled_programs(config.compilation_cache),
+        contextlib.ExitStack() as tracking,
     ):
         # 2. Open the data; build net, optimizer and schedule.
         progress.phase("data")
@@ -138,9 +140,14 @@ def train_one(
             folder.write_config(config, command_line(), learner.derived, identity)
             # 4. Run the steps that are left.
             rows = start.rows
+            tracked = TrackedRun(folder, config, rows, int(state.step), tell)
+            trackers = tracking.enter_context(Trackers(tracked, learner, dataset))
             if int(state.step) < learner.derived.steps or start.row_is_due:
                 progress.phase("compiling")
-                run = _Run(learner, dataset, checkpoints, folder, progress, stop, start)
+                run = _Run(
+                    *(learner, dataset, checkpoints, folder, progress, stop, start),
+                    trackers=trackers,
+                )
                 try:
                     rows = run.to_the_end(state)
                 except Preempted as stopped:
@@ -151,6 +158,7 @@ def train_one(
         result = make_result(learner, dataset, rows)
         folder.write_result(result)
         write_report(folder, result, rows)
+        trackers.add_result(result)
     print_result(console, result, folder.report)
     if datasets is None and distributed.process_count() == 1:
         add_pictures(folder, result, rows, console)
@@ -265,6 +273,7 @@ class _Run:
     progress: Progress
     stop: StopSignal
     start: _Start
+    trackers: Trackers
 
     def __post_init__(self, dataset: Dataset) -> None:
         config, folder = self.learner.config, self.folder
@@ -284,7 +293,6 @@ class _Run:
         self.throughput = Throughput()
         mirror = functools.partial(folder.mirror, folder.profile)
         self.profile = Profile(mirror, config.profile.range)
-        self.tensorboard = TensorBoard(folder, self.rows, self.progress.message)
         self.named_broken: set[str] = set()
         self.skipped_before = -self.start.skipped
         self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
@@ -303,11 +311,7 @@ class _Run:
         many_steps = make_train_steps(self.learner)
         in_flight = parallel.InFlight()
         self.stop.agree_over(self.learner.mesh)
-        with (
-            contextlib.closing(batches),
-            contextlib.closing(self.profile),
-            self.tensorboard,
-        ):
+        with contextlib.closing(batches), contextlib.closing(self.profile):
             if self.start.row_is_due:
                 state = self.after_step(state, step, saved=True)
             while step < last:
@@ -344,11 +348,13 @@ class _Run:
 
     def next_due(self, step: int) -> int:
         """The next step after which the host must act."""
-        periods = (
+        periods = [
             self.derived.log_every,
             self.derived.evaluate_every,
             self.derived.checkpoint_every,
-        )
+        ]
+        if self.config.tracking.images_every_steps is not None:
+            periods.append(self.config.tracking.images_every_steps)
         due = [(step // period + 1) * period for period in periods]
         due += [end for end in self.profile.ends if end > step]
         return min(self.derived.steps, *due)
@@ -371,13 +377,14 @@ class _Run:
                 state = self._write_row(state, step, evaluates)
             except Interrupted:
                 self._preempted(state, step, saved, row_is_due=True)
+        self.trackers.add_pictures(step, state)
         if saves:
             # A checkpoint of an interrupted evaluation lacks the evaluation's row.
             self._save(state, step, replace=saved)
             saved = True
         if not last and self.stop.asked():
             self._preempted(state, step, saved)
-        if reports or saves:
+        if reports or saves or self.trackers.pictures_are_due(step):
             self.throughput.restart()
         return state
 
@@ -411,7 +418,7 @@ class _Run:
         self._name_broken_images()
         self.rows.append(row)
         self.folder.append_row(row)
-        self.tensorboard.add(row)
+        self.trackers.add(row)
         self.progress.show(row)
         return state
 
