@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import PIL.Image
 import wandb
 
-from resnet_jax import storage
 from resnet_jax.errors import UserError
 from resnet_jax.training.tracking import (
     FINISH_SECONDS,
@@ -47,7 +47,7 @@ class Wandb:
         """
         run, folder = self._tracked, self._tracked.folder
         record = folder.read_json(RECORD, {"id": "a text", "step": "a number"})
-        record = record or {"id": wandb.util.generate_id(16), "step": -1}
+        record = record or {"id": secrets.token_hex(8), "step": -1}
         self._id = record["id"]
         settings = wandb.Settings(
             console="off",
@@ -119,9 +119,10 @@ class Wandb:
             return
         self._run.log(values, step=step)
         self._step = step
-        remote = storage.is_remote(self._tracked.folder.path)
-        if not remote or time.monotonic() - self._copied_at > _COPY_SECONDS:
-            self._keep()
+        copies = self._mirror.path != self._tracked.folder.path
+        if not copies or time.monotonic() - self._copied_at > _COPY_SECONDS:
+            with contextlib.suppress(FileNotFoundError):  # wandb has just moved a file
+                self._keep()
 
     def _keep(self) -> None:
         """Notes the last step. In a store, first copies what wandb wrote offline."""

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -211,62 +212,86 @@ def test_tensorboard_keeps_the_pictures_of_steps_that_are_not_run_again(make_run
     assert len(list(run.folder.tensorboard.iterdir())) == 1
 
 
-def wandb_files(folder):
-    """(step, values) of each history record in wandb's offline files, oldest first."""
+def wandb_records(file):
+    """The records of a .wandb file, which has LevelDB's log format.
+
+    After a header of 7 bytes come blocks of 32 KiB with parts of records: checksum,
+    length, and whether it is whole (1), first (2), middle (3) or last (4).
+    """
+    data, place, record = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        length = int.from_bytes(data[place + 4 : place + 6], "little")
+        record += data[place + 7 : place + 7 + length]
+        if data[place + 6] in (1, 4):
+            yield record
+            record = b""
+        place += 7 + length
+
+
+def wandb_history(folder):
+    """(step, values) of each entry in wandb's offline files, oldest first."""
     from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
 
     found = []
     for file in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while (data := store.scan_data()) is not None:
+        for data in wandb_records(file):
             record = Record.FromString(data)
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
                 keys = ["/".join(i.nested_key) or i.key for i in items]
                 values = dict(zip(keys, (json.loads(i.value_json) for i in items)))
-                found.append((record.history.step.num, values))
+                found.append((values["_step"], values))
     return found
+
+
+@pytest.fixture
+def wandb():
+    """wandb reads its environment once, unless it is torn down."""
+    module = pytest.importorskip("wandb")
+    module.teardown()
+    yield module
+    module.teardown()
 
 
 @SERVICES
 @pytest.mark.parametrize("remote", [False, True])
-def test_wandb_gets_each_row_once(make_run, told, tmp_path, monkeypatch, remote):
-    pytest.importorskip("wandb")
+def test_wandb_gets_each_row_once(make_run, told, wandb, monkeypatch, remote):
     from resnet_jax.training.wandb_tracker import Wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     where = make_run().folder.path
     if remote:
         # A store's mirror: a temporary folder, copied to the workdir.
-        monkeypatch.setattr(storage, "is_remote", lambda path: True)
+        store = storage.Store()
         monkeypatch.setattr(
-            Workdir, "mirror", lambda self, folder: storage.Store().mirror(folder)
+            Workdir, "mirror", lambda self, folder: store.mirror(folder)
         )
-        (where / "wandb").mkdir()
         make_folders(monkeypatch)
     for before, after in (((), (2, 4, 6)), ((2, 4), (6, 8))):  # killed after step 6
+        time.sleep(1.1 - time.time() % 1)  # wandb names its folders by the second
         with InBackground("wandb", Wandb, make_run(before)) as tracker:
             for step in after:
                 tracker.add(row(step))
             tracker.add_histograms(after[-1], {"stem": np.histogram(np.ones(3), 2)})
             tracker.add_result({"test_error": 0.25})
     assert told == []
-    rows = [(step, v) for step, v in wandb_files(where) if "error/train" in v]
+    rows = [(step, v) for step, v in wandb_history(where) if "error/train" in v]
     assert [step for step, _ in rows] == [2, 4, 6, 8]
     assert [v["error/train"] for _, v in rows] == [1 / 2, 1 / 4, 1 / 6, 1 / 8]
-    assert "parameters/stem" in rows[-1][1]
+    assert rows[-1][1]["parameters/stem/values"] == [0, 3]
     record = json.loads((where / "wandb.json").read_text())
     assert record["step"] == 8
+    assert len(list((where / "wandb").glob("offline-run-*"))) == 2
     names = {path.name for path in (where / "wandb").glob("offline-run-*/*.wandb")}
     assert names == {f"run-{record['id']}.wandb"}
 
 
 def make_folders(monkeypatch):
     """Lets a folder stand for a store, which makes folders by itself."""
-    from pathlib import Path
-
     write_bytes = Path.write_bytes
 
     def write(self, data):
@@ -277,8 +302,9 @@ def make_folders(monkeypatch):
 
 
 @SERVICES
-def test_wandb_without_a_login_asks_nothing(make_run, told, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+def test_wandb_without_a_login_asks_nothing(
+    make_run, told, wandb, tmp_path, monkeypatch
+):
     from resnet_jax.training.wandb_tracker import Wandb
 
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
