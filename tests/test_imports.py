@@ -71,7 +71,7 @@ def test_public_names_are_there():
 ROOMS = (
     ("errors", "signals", "identity", "run_files", "options"),
     ("environment", "distributed", "storage", "parallel", "console"),
-    ("models",),
+    ("models", "device_check"),
     ("config",),
     ("workdir", "checkpoints"),
     ("data",),
@@ -79,7 +79,7 @@ ROOMS = (
     ("evaluation",),
     ("analysis", "export"),
     ("training",),
-    ("targets", "plan", "paper"),
+    ("targets", "plan", "paper", "doctor"),
     ("cli",),
 )
 """From the ground up: a module imports its own room and the rooms before it."""

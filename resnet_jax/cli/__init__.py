@@ -30,12 +30,13 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax convert resnet50.pth resnet50.safetensors --model resnet50
   resnet-jax export --weights resnet50.safetensors resnet50.jax
   resnet-jax benchmark step --model cifar_resnet20 --batch 128
+  resnet-jax doctor
 """
 
 _COMMANDS = (
     *("train", "evaluate", "predict", "features", "report", "sweep", "paper"),
     *("show_data", "summary", "plan", "prepare", "convert", "export", "benchmark"),
-    "configs",
+    *("configs", "doctor"),
 )
 
 
