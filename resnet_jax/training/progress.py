@@ -96,7 +96,7 @@ class Progress:
         ends = (*times[1:], self._began[0])
         parts = [f"{n} {e - t:.1f}" for n, t, e in zip(names, times, ends, strict=True)]
         total = self._began[0] - times[0]
-        self.message(f"first step after {total:.1f} s: {', '.join(parts)}")
+        self.message(f"first step after {total:.1f} s ({', '.join(parts)})")
 
     def show(self, row: dict[str, Any]) -> None:
         """Shows a row of metrics.jsonl."""
@@ -143,8 +143,8 @@ def print_start(
         "data": f"{config.data.name}: {counts}; {shape}, {dataset.num_classes} classes",
         "length": f"{derived.steps:,} steps of {derived.global_batch_size:,}, "
         f"{derived.epochs:.4g} epochs",
-        "every": f"{derived.evaluate_every:,} steps a test, "
-        f"{derived.checkpoint_every:,} a checkpoint",
+        "test": f"every {derived.evaluate_every:,} steps",
+        "save": f"every {derived.checkpoint_every:,} steps",
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "config": "\n".join(changed) + f"\nall fields: {config_file}",
     }
