@@ -39,7 +39,12 @@ from resnet_jax.identity import Identity
 from resnet_jax.training.pretrained import pixels_for_weights
 from resnet_jax.training.profile import Profile
 from resnet_jax.training.progress import Progress, Throughput, print_start
-from resnet_jax.training.report import make_result, print_result, write_report
+from resnet_jax.training.report import (
+    add_pictures,
+    make_result,
+    print_result,
+    write_report,
+)
 from resnet_jax.training.runs import train_seeds
 from resnet_jax.training.state import Learner, TrainState, make_learner
 from resnet_jax.training.step import call_length, make_train_step, make_train_steps
@@ -147,6 +152,8 @@ def train_one(
         folder.write_result(result)
         write_report(folder, result, rows)
     print_result(console, result, folder.report)
+    if datasets is None and distributed.process_count() == 1:
+        add_pictures(folder, result, rows, console)
     return result
 
 

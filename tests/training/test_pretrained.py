@@ -58,6 +58,9 @@ def test_a_run_takes_the_pixels_of_its_weights(
     np.testing.assert_allclose(np.ravel(statistics.mean), MEAN, rtol=1e-6)
     np.testing.assert_allclose(np.ravel(statistics.std), STD, rtol=1e-6)
     assert "warning" not in console.file.getvalue()
+    shown = resnet_jax.show_data(fine_tuning, split="test")
+    expected = (shown.pixels / 255 - MEAN) / STD
+    np.testing.assert_allclose(shown.images, expected, atol=1e-5)
 
 
 def test_a_mean_image_counts_by_its_average(fine_tuning, write_weights):
