@@ -14,7 +14,7 @@ from resnet_jax.console import make_console, say
 from resnet_jax.data.dataset import open_dataset
 from resnet_jax.errors import UserError
 from resnet_jax.storage import expand, writing
-from resnet_jax.training.pretrained import pixels_for_weights
+from resnet_jax.training.pretrained import pixel_statistics
 
 _PAGE = ".html"
 
@@ -45,11 +45,7 @@ def show_data(
         _check_file(out)
     console = console or make_console()
     dataset = open_dataset(config)
-    if config.model.weights is None:
-        statistics = dataset.train.statistics()
-    else:
-        tell = functools.partial(say, console)
-        statistics = pixels_for_weights(config, dataset, tell)
+    statistics = pixel_statistics(config, dataset, functools.partial(say, console))
     batch = first_batch(config, dataset, statistics, split=split, count=images)
     if out is not None:
         title = f"{config.data.name}, {describe_batch(split, config)}"

@@ -12,7 +12,7 @@ from resnet_jax.config import resolve
 from resnet_jax.data.dataset import open_dataset
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.protocols import Stored
-from resnet_jax.training.pretrained import pixels_for_weights
+from resnet_jax.training.pretrained import pixel_statistics
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
@@ -45,7 +45,7 @@ def write_weights(tmp_path):
 def pixels(config):
     warnings: list[str] = []
     config = resolve(config)
-    found = pixels_for_weights(config, open_dataset(config), warnings.append)
+    found = pixel_statistics(config, open_dataset(config), warnings.append)
     return np.ravel(found.mean), np.ravel(found.std), warnings
 
 
