@@ -11,7 +11,6 @@ from resnet_jax.errors import UserError
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from resnet_jax.analysis.batches import show_data
     from resnet_jax.config import default_config, list_configs, load_config
     from resnet_jax.evaluation.classifier import Classifier
     from resnet_jax.evaluation.evaluate import evaluate
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from resnet_jax.models import create_model, list_models
     from resnet_jax.prepare import prepare_dataset
     from resnet_jax.training.report import report
+    from resnet_jax.training.show_data import show_data
     from resnet_jax.training.train import train
     from resnet_jax.weights import load_weights, save_weights
 
@@ -55,7 +55,7 @@ _LAZY = {
     "evaluate": "resnet_jax.evaluation.evaluate",
     "load_run": "resnet_jax.evaluation.saved_run",
     "report": "resnet_jax.training.report",
-    "show_data": "resnet_jax.analysis.batches",
+    "show_data": "resnet_jax.training.show_data",
     "load_weights": "resnet_jax.weights",
     "save_weights": "resnet_jax.weights",
 }

@@ -3,22 +3,18 @@
 import dataclasses
 import functools
 import io
-import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import numpy as np
-import rich.console
 from matplotlib.figure import Figure
 
-from resnet_jax.analysis import pages, plots
-from resnet_jax.config import Config, resolve
-from resnet_jax.config.schema import AugmentationConfig, changed_fields
-from resnet_jax.console import make_console, say
+from resnet_jax.analysis import plots
+from resnet_jax.config import Config
+from resnet_jax.config.schema import AugmentationConfig
 from resnet_jax.data.batch import gather
 from resnet_jax.data.chunks import Chunk, EvaluationChunks, TrainingChunks, join
-from resnet_jax.data.dataset import Dataset, open_dataset
+from resnet_jax.data.dataset import Dataset
 from resnet_jax.data.feeds import batch_layout, training_order
 from resnet_jax.data.sources.imagenet import readable_names
 from resnet_jax.data.split import Split
@@ -31,12 +27,9 @@ from resnet_jax.data.transforms import (
     to_unit,
 )
 from resnet_jax.errors import UserError
-from resnet_jax.storage import expand, writing
 
 SHOWN = 32
 """Images that are shown by default."""
-
-_PAGE = ".html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,70 +78,6 @@ class SeenBatch:
     _repr_png_ = png
 
 
-def show_data(
-    config: Any,
-    *,
-    split: str = "train",
-    images: int = SHOWN,
-    out: str | os.PathLike[str] | None = None,
-    console: rich.console.Console | None = None,
-) -> SeenBatch:
-    """The first batch of a config's data as the net sees it, without training.
-
-    Args:
-      config: made by a config file's ``get_config``, or a ``Config``.
-      split: "train" gives the batch of the run's first step, with its augmentation;
-        "test" and "holdout" give the first examples of the split as they are tested.
-      images: how many to return, at most the batch.
-      out: a .png, .svg, .pdf or .html file for the pictures.
-      console: where to print; standard output by default.
-
-    Raises:
-      UserError: a fault in config or data, or the file cannot be written.
-    """
-    config = resolve(config)
-    if out is not None:
-        _check_file(out)
-    batch = first_batch(config, open_dataset(config), split=split, count=images)
-    if out is not None:
-        title = f"{config.data.name}, {describe_batch(split, config)}"
-        if expand(out).suffix.lower() == _PAGE:
-            with writing(out) as temporary:
-                temporary.write_text(_page(title, batch, config), "utf-8")
-        else:
-            plots.save(batch.figure(title), out)
-        say(console or make_console(), f"{len(batch.labels)} images: {expand(out)}")
-    return batch
-
-
-def _check_file(out: str | os.PathLike[str]) -> None:
-    """Raises UserError if pictures cannot be written there."""
-    kinds = (*plots.SUFFIXES, _PAGE)
-    kind = expand(out).suffix.lower()
-    if kind not in kinds:
-        raise UserError(f"{out} must end in {', '.join(kinds[:-1])} or {kinds[-1]}")
-    if kind != _PAGE:
-        plots.check_file(out)
-
-
-def _page(title: str, batch: SeenBatch, config: Config) -> str:
-    sections = ("data.", "augmentation.", "training.global_batch_size")
-    changed = changed_fields(config).items()
-    fields = {name: value for name, value in changed if name.startswith(sections)}
-    return pages.page(
-        title,
-        pages.paragraph(
-            f"{len(batch.labels)} images as the net sees them; the normalisation is "
-            "undone for display.",
-            "note",
-        ),
-        pages.pictures(batch.pixels, batch.captions),
-        pages.heading("Config"),
-        pages.paragraph("Fields of data and augmentation that are not the default."),
-        pages.facts(fields),
-    )
-
-
 def describe_batch(split: str, config: Config) -> str:
     """What ``first_batch`` returns, in a few words."""
     if split == "train":
@@ -159,13 +88,16 @@ def describe_batch(split: str, config: Config) -> str:
 def first_batch(
     config: Config,
     dataset: Dataset,
+    statistics: PixelStatistics,
     *,
     split: str = "train",
     count: int = SHOWN,
-    statistics: PixelStatistics | None = None,
     step: int = 1,
 ) -> SeenBatch:
-    """The first ``count`` examples of a batch; see ``show_data``.
+    """The first ``count`` examples of a batch.
+
+    Of the training split, it is the batch of a step. Other splits give their first
+    examples, as they are tested.
 
     Reads a whole training batch, because mixing pairs its two ends. If broken images
     are skipped, their replacements may differ from those of a run with resident data.
@@ -173,9 +105,9 @@ def first_batch(
     Args:
       config: of the run.
       dataset: its data.
+      statistics: of the pixels, by which the run normalises.
       split: "train", "holdout" or "test".
       count: examples to return, at most the batch.
-      statistics: of the training pixels, if they are known; otherwise measured.
       step: whose training batch, from 1. A run of several processes shows the part
         that this process reads.
 
@@ -189,8 +121,6 @@ def first_batch(
         raise UserError(
             f"there is no split {split!r} to show; choose {' or '.join(found)}"
         )
-    if statistics is None:
-        statistics = dataset.train.statistics()
     if split == "train":
         chunk = _training_chunk(config, found[split], step)
         batch = {name: chunk[name] for name in ("image", "label")}

@@ -39,7 +39,7 @@ def run_pictures(
 
 
 def _batch(run: SavedRun) -> list[str]:
-    seen = first_batch(run.config, run.dataset, statistics=run.statistics)
+    seen = first_batch(run.config, run.dataset, run.statistics)
     return [
         pages.heading("The data"),
         pages.paragraph(

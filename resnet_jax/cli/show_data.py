@@ -52,8 +52,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.analysis.batches import show_data
     from resnet_jax.config import load_config
+    from resnet_jax.training.show_data import show_data
 
     config = load_config(options.config, parse_overrides(options.rest))
     show_data(config, split=options.split, images=options.images, out=options.out)

@@ -145,9 +145,7 @@ class Trackers:
         params, statistics = jax.device_get((params, statistics))
         found = histograms(params)
         try:
-            batch = first_batch(
-                self._run.config, self._dataset, statistics=statistics, step=step
-            )
+            batch = first_batch(self._run.config, self._dataset, statistics, step=step)
         except UserError as error:
             self._run.tell(f"warning: no images for the trackers: {error}")
             images = {}
@@ -166,17 +164,17 @@ def _gathered(tree: Any, learner: Learner) -> Any:
 
 
 def histograms(params: Mapping[str, Any]) -> dict[str, Histogram]:
-    """A histogram of each parameter array, by part and layer.
+    """A histogram of each finite parameter array, by part and layer.
 
     Args:
       params: host arrays, of an unrolled or scanned net.
     """
-    leaves = jax.tree.leaves_with_path(unstack_blocks(params))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.histogram(
             np.asarray(leaf, np.float64), _BINS
         )
-        for path, leaf in leaves
+        for path, leaf in jax.tree.leaves_with_path(unstack_blocks(params))
+        if np.isfinite(leaf).all()  # a run that diverges has others
     }
 
 

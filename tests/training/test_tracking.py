@@ -171,6 +171,11 @@ def test_histograms_are_named_by_part_and_layer_in_scanned_nets_too():
     kernel = params["stage2"]["block1"]["conv2"]["kernel"]
     assert counts.sum() == kernel.size
     assert (edges[0], edges[-1]) == (kernel.min(), kernel.max())
+    broken = params | {"stem": jax.tree.map(lambda p: p * np.nan, params["stem"])}
+    left = tracking.histograms(broken)
+    assert {name for name in found if name not in left} == {
+        name for name in found if name.startswith("stem/")
+    }
     stacked = tracking.histograms(stack_blocks(params))
     assert {k: c.tolist() for k, (c, _) in stacked.items()} == {
         k: c.tolist() for k, (c, _) in found.items()
