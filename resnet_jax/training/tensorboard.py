@@ -75,7 +75,7 @@ class TensorBoard:
         for name, png in images.items():
             width, height = struct.unpack_from(">II", png, 16)  # of the first chunk
             image = Summary.Image(
-                height=height, width=width, colorspace=3, encoded_image_string=png
+                height=height, width=width, colorspace=4, encoded_image_string=png
             )
             values.append(Summary.Value(tag=f"images/{name}", image=image))
         self._add(step, values)

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 import resnet_jax
 from resnet_jax import parallel
-from resnet_jax.analysis.batches import SeenBatch
+from resnet_jax.analysis.batches import SeenBatch, first_batch
 from resnet_jax.cli import main
 from resnet_jax.config import resolve
 from resnet_jax.data.dataset import open_dataset
@@ -45,15 +45,17 @@ def changed(config, fields):
     return config
 
 
-def first_step(config, monkeypatch):
-    """Images, labels and share that the net and the loss of step 1 receive."""
+def step_of(config, monkeypatch, number=1):
+    """Images, labels and share that the net and the loss of a step receive."""
     config = resolve(config)
     dataset, mesh = open_dataset(config), parallel.data_mesh(1)
     learner = learner_for(config, dataset, mesh)
     state = learner.fresh_state(dataset.train.statistics())
+    earlier = jax.numpy.int32(number - 1)
+    state = state.replace(step=parallel.place(earlier, parallel.replicated(mesh)))
     feed = make_feed(dataset.train, mesh, config.data, config.augmentation)
     size, mixed = config.training.global_batch_size, []
-    batches = feed.training_batches(0, size, config.seed)
+    batches = feed.training_batches((number - 1) * size, size, config.seed)
     batch = next(batches)
     batches.close()
     true_targets, seen = step.mixed_targets, []
@@ -85,7 +87,7 @@ def test_the_pictures_are_what_the_step_gets(kind, tfds_dir, image_folder, monke
     if kind == "crops":
         config.data.path = str(image_folder)
     found = resnet_jax.show_data(config, images=12)
-    images, labels, mixed = first_step(config, monkeypatch)
+    images, labels, mixed = step_of(config, monkeypatch)
     np.testing.assert_allclose(found.images, images[:12], atol=2e-6)
     assert found.labels.tolist() == labels[:12].tolist()
     if not mixed:
@@ -99,6 +101,19 @@ def test_the_pictures_are_what_the_step_gets(kind, tfds_dir, image_folder, monke
         own, other = (found.class_names[labels[k]] for k in (i, 15 - i))
         both = f"{own}: {percent} %\n{other}: {100 - percent} %"
         assert caption == (own if own == other else both)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "crops"])
+def test_a_later_batch_is_what_its_step_gets(kind, tfds_dir, image_folder, monkeypatch):
+    config = changed(make_tiny_config(tfds_dir), CONFIGS[kind])
+    config.training.global_batch_size = 16
+    if kind == "crops":
+        config.data.path = str(image_folder)
+    run, dataset = resolve(config), open_dataset(resolve(config))
+    found = first_batch(run, dataset, dataset.train.statistics(), count=12, step=4)
+    images, labels, _ = step_of(config, monkeypatch, number=4)
+    np.testing.assert_allclose(found.images, images[:12], atol=2e-6)
+    assert found.labels.tolist() == labels[:12].tolist()
 
 
 def test_without_augmentation_the_pictures_are_the_stored_pixels(image_folder):
