@@ -331,18 +331,18 @@ def _broken_devices(facts: Facts) -> Iterator[str]:
 def _hidden_gpu(facts: Facts) -> Iterator[str]:
     """An NVIDIA GPU that jax does not use."""
     nvidia, backend = facts["nvidia"], facts["devices"]["backend"]
-    if nvidia["driver"] is None or backend != "cpu":
+    if nvidia["driver"] is None or backend not in ("cpu", None):
         return
     platforms = facts["settings"].get("JAX_PLATFORMS", "")
     name = nvidia["gpus"][0] if nvidia["gpus"] else f"driver {nvidia['driver']}"
-    here = f"this machine has an NVIDIA GPU ({name}), but jax uses the CPU"
+    here = f"this machine has an NVIDIA GPU ({name}), but jax does not use it"
     if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
         yield f"{here}, because JAX_PLATFORMS={platforms}: unset it"
     elif not _installed_plugins(facts):
         yield f"{here}: install its plugin with {how_to_install(_cuda(facts))}"
     elif facts["settings"].get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         yield f"{here}, because CUDA_VISIBLE_DEVICES hides all: unset it"
-    else:
+    elif backend == "cpu":
         yield (
             f"{here}, although a plugin is installed: look at what "
             "`python -c 'import jax; jax.devices()'` prints, and at nvidia-smi"

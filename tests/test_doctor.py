@@ -63,11 +63,11 @@ def test_a_healthy_machine_needs_no_hint(changes):
         (ON_CPU | {"extras.cuda13": None}, r"GPU \(NVIDIA H100.*\), .*pip .*cuda13"),
         (
             ON_CPU | {"extras.cuda13": None, "nvidia.driver": "550.54"},
-            r"uses the CPU: install its plugin with pip install .*cuda12\]",
+            r"does not use it: install its plugin with pip install .*cuda12\]",
         ),
         (
             ON_CPU | {"nvidia.gpus": [], "extras.cuda13": None},
-            r"GPU \(driver 580\.65\.06\), but jax uses the CPU",
+            r"GPU \(driver 580\.65\.06\), but jax does not use it",
         ),
         (ON_CPU | {"settings.JAX_PLATFORMS": "cpu"}, "JAX_PLATFORMS=cpu: unset it"),
         (ON_CPU | {"settings.CUDA_VISIBLE_DEVICES": "-1"}, "CUDA_VISIBLE_DEVICES hid"),
@@ -121,6 +121,13 @@ def test_a_fault_gives_one_hint_that_says_what_to_do(changes, hint):
     (found,) = doctor.find_hints(facts_with(changes))
     assert re.search(hint, found), found
     assert ": " in found
+
+
+def test_a_platform_without_its_plugin_gives_the_plugin_too():
+    missing = {"devices.fault": "x", "settings.JAX_PLATFORMS": "cuda"}
+    facts = facts_with(NOTHING | missing | {"extras.cuda13": None})
+    _, hint = doctor.find_hints(facts)
+    assert re.search(r"NVIDIA H100.* install its plugin with .*cuda13", hint)
 
 
 def test_the_output_fits_a_screen(monkeypatch, capsys):
