@@ -77,7 +77,11 @@ class Wandb:
         self._last = int(known)
         for row in run.rows:
             self.add(row)
-        if self._run.url is not None and not self._run.offline:
+        if self._run.offline:
+            run.tell(
+                f"wandb: offline; send it with wandb sync {folder.path}/wandb/off*"
+            )
+        elif self._run.url is not None:
             run.tell(f"wandb: {self._run.url}")
 
     def add(self, row: dict[str, Any]) -> None:

@@ -284,7 +284,8 @@ def test_wandb_gets_each_row_once(make_run, told, wandb, monkeypatch, remote):
                 tracker.add(row(step))
             tracker.add_histograms(after[-1], {"stem": np.histogram(np.ones(3), 2)})
             tracker.add_result({"test_error": 0.25})
-    assert told == []
+    sentence = f"wandb: offline; send it with wandb sync {where}/wandb/off*"
+    assert told == [sentence] * 2
     rows = [(step, v) for step, v in wandb_history(where) if "error/train" in v]
     assert [step for step, _ in rows] == [2, 4, 6, 8]
     assert [v["error/train"] for _, v in rows] == [1 / 2, 1 / 4, 1 / 6, 1 / 8]
