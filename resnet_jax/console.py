@@ -1,5 +1,6 @@
 """Printing, for all commands."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,17 @@ from resnet_jax.errors import printable
 
 
 def make_console() -> rich.console.Console:
-    """Standard output; silent on all but the first process of a run."""
-    return rich.console.Console(quiet=not distributed.is_primary())
+    """Standard output; silent on all but the first process of a run.
+
+    In a notebook it prints plain text, which is one output per cell and can be copied.
+    """
+    in_notebook = type(sys.stdout).__module__.startswith("ipykernel.")
+    return rich.console.Console(
+        quiet=not distributed.is_primary(),
+        force_jupyter=False,
+        # Notebooks claim to be a terminal, but show no bars or bold text.
+        force_terminal=False if in_notebook else None,
+    )
 
 
 def say(console: rich.console.Console, text: str) -> None:
