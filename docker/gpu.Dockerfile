@@ -2,7 +2,7 @@
 #   docker build --file docker/gpu.Dockerfile --tag resnet-jax:gpu .
 #   docker run --rm --gpus all --init --network host --shm-size 8g \
 #       --volume /data:/data --volume /runs:/runs resnet-jax:gpu \
-#       train --config configs/imagenet.py:resnet50 --workdir /runs/r50 \
+#       train --config imagenet:resnet50 --workdir /runs/r50 \
 #       --config.data.path=/data/imagenet
 # CUDA comes with jax's wheels; the host needs a driver for CUDA 13 (580 or newer) and the
 # NVIDIA Container Toolkit. The user has number 1000, to whom /runs has to be open.
@@ -19,8 +19,8 @@ ENV PYTHONUNBUFFERED=1 \
 WORKDIR /opt/resnet_jax
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY resnet_jax ./resnet_jax
-RUN pip install ".[cuda13,gcs]" "jax[cuda13]==${JAX_VERSION}"
 COPY configs ./configs
+RUN pip install ".[cuda13,gcs]" "jax[cuda13]==${JAX_VERSION}"
 
 RUN useradd --create-home --uid 1000 resnet
 USER resnet

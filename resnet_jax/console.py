@@ -1,14 +1,15 @@
 """Printing, for all commands."""
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import rich.console
+import rich.progress
 import rich.table
 import rich.text
 
-from resnet_jax import distributed
 from resnet_jax.errors import printable
 
 
@@ -17,6 +18,8 @@ def make_console() -> rich.console.Console:
 
     In a notebook it prints plain text, which is one output per cell and can be copied.
     """
+    from resnet_jax import distributed
+
     in_notebook = type(sys.stdout).__module__.startswith("ipykernel.")
     return rich.console.Console(
         quiet=not distributed.is_primary(),
@@ -24,6 +27,18 @@ def make_console() -> rich.console.Console:
         # Notebooks claim to be a terminal, but show no bars or bold text.
         force_terminal=False if in_notebook else None,
     )
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Shows a clock in a terminal, while a command imports libraries."""
+    columns = (rich.progress.TimeElapsedColumn(), rich.progress.TextColumn("loading"))
+    console = rich.console.Console()
+    with rich.progress.Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as clock:
+        clock.add_task("", total=None)
+        yield
 
 
 def say(console: rich.console.Console, text: str) -> None:

@@ -17,7 +17,9 @@ TINY = {
 """Values of the constants that begin a line, such as ``STEPS = 200``."""
 
 SLOW = ()
-ADDRESS = "https://colab.research.google.com/github/OWNER/resnet_jax/blob/main/notebooks"
+ADDRESS = (
+    "https://colab.research.google.com/github/OWNER/resnet_jax/blob/main/notebooks"
+)
 MOST_BYTES = 1_500_000
 OF_A_MACHINE = re.compile(r"/(tmp|home|root|work|Users|private|var|usr)/|/content/")
 INSTALL = "deep-residual-jax[demo] @ git+https://github.com/OWNER/resnet_jax"

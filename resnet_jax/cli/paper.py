@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "paper", help="the paper's tables and figures: list, run, report"
     )
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    actions = parser.add_subparsers(metavar="ACTION")
     listing = actions.add_parser("list", help="all experiments and their runs")
     listing.set_defaults(run=_list)
 
@@ -35,8 +35,6 @@ def add_parser(commands: Any) -> None:
         help="run an experiment, or continue it",
         description=_RUN,
         epilog=fields_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = run.add_argument
     add("experiment", help="a name of `resnet-jax paper list`")
@@ -79,8 +77,11 @@ def _list(_: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.paper.run import run_experiment
-    from resnet_jax.paper.settings import Setting, peer_timeout
+    from resnet_jax.console import loading
+
+    with loading():
+        from resnet_jax.paper.run import run_experiment
+        from resnet_jax.paper.settings import Setting, peer_timeout
 
     setting = Setting(options.dataset, options.scale, parse_overrides(options.rest))
     with connected(options, peer_timeout(options.experiment, setting)):

@@ -3,12 +3,12 @@
 import argparse
 from typing import Any
 
-from resnet_jax.cli.overrides import fields_help, parse_overrides
+from resnet_jax.cli.overrides import CONFIG, fields_help, parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
 
 _DESCRIPTION = """Train every combination of values of some fields.
 
-  resnet-jax sweep --config configs/digits.py --workdir runs/sweep \\
+  resnet-jax sweep --config digits --workdir runs/sweep \\
       --grid optimizer.learning_rate=0.05,0.1,0.2 \\
       --grid model.name=cifar_resnet20,cifar_plain20 \\
       --config.seeds=3 --config.data.holdout_examples=200
@@ -26,11 +26,9 @@ def add_parser(commands: Any) -> None:
         help="train a grid over config fields, with seeds",
         description=_DESCRIPTION,
         epilog=fields_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE.py[:ARG]", help="config file")
+    add("--config", required=True, metavar="NAME|FILE.py[:ARG]", help=CONFIG)
     add("--workdir", required=True, metavar="DIR", help="folder of all runs")
     add(
         "--grid",
@@ -44,8 +42,11 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.config import load_config
-    from resnet_jax.training.sweep import parse_grid, sweep
+    from resnet_jax.console import loading
+
+    with loading():
+        from resnet_jax.config import load_config
+        from resnet_jax.training.sweep import parse_grid, sweep
 
     overrides = parse_overrides(options.rest)
     grid = parse_grid(options.grid)

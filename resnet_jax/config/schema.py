@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnet_jax.environment import usable_cores
 from resnet_jax.errors import UserError
-from resnet_jax.models.options import (
+from resnet_jax.options import (
     BELOW_ONE,
     Field,
     ModelOptions,
@@ -25,6 +25,7 @@ PARTIAL_BATCHES = ("span", "drop")
 ON_ERROR = ("stop", "skip")
 POLICIES = ("randaugment", "trivialaugment")
 OPTIMIZERS = ("sgd", "lars", "lamb")
+"""Defined here; other names are optax's."""
 DECAY_SCOPES = ("all", "all_but_norm", "kernels")
 LOSSES = ("softmax", "sigmoid")
 SCHEDULES = ("constant", "piecewise", "cosine", "polynomial", "plateau")
@@ -288,15 +289,20 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Stochastic gradient descent as in the paper, LARS or LAMB."""
+    """Stochastic gradient descent as in the paper, LARS, LAMB, or one of optax."""
 
-    kind: str = option("sgd", "update rule", choices=OPTIMIZERS)
+    kind: str = option(
+        "sgd", "sgd, lars or lamb; or an optimizer of optax by its name, such as adamw"
+    )
+    arguments: tuple[str, ...] = option(
+        (), "of an optimizer of optax, by their names there, such as b2=0.95,eps=1e-6"
+    )
     learning_rate: float = option(
         0.1, "highest learning rate", at_least=0, at_most=MOST_RATE
     )
     momentum: float = option(
         0.9,
-        "decay of the velocity; lamb: of the first moment",
+        "sgd, lars: decay of the velocity; lamb: of the first moment",
         at_least=0,
         at_most=BELOW_ONE,
     )
@@ -315,7 +321,7 @@ class OptimizerConfig:
     nesterov: bool = option(False, "sgd, lars: Nesterov's momentum (the paper: no)")
     weight_decay: float = option(
         1e-4,
-        "factor of each parameter added to its gradient; lamb: to its update",
+        "factor of each parameter added to its gradient; lamb, optax: to its update",
         at_least=0,
         at_most=1000,
     )
@@ -435,8 +441,12 @@ class TrainingConfig:
         at_least=1,
         at_most=MOST_BATCH,
     )
-    log_every_steps: int = option(
-        100, "steps per row of metrics.jsonl", at_least=1, at_most=MOST_STEPS
+    log_every_steps: int | None = option(
+        None,
+        "steps per row of metrics.jsonl; None: 100, or a 20th of a shorter run",
+        at_least=1,
+        at_most=MOST_STEPS,
+        operational=True,
     )
     steps_per_call: int | None = option(
         None,

@@ -4,11 +4,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import resnet_jax
 from resnet_jax.config import Config, flatten, load_config, parse
+from resnet_jax.config.files import config_folder
 from resnet_jax.config.schema import ParallelConfig
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.paper.entries import PaperRun
@@ -167,7 +166,8 @@ def _intervals(config: Config, steps: int, shortened: bool) -> dict[str, int]:
     """
     evaluations = _EVALUATIONS if steps >= _LONG else _FEW_EVALUATIONS
     rows = max(1, steps // (2 * evaluations))
-    intervals = {"training.log_every_steps": min(config.training.log_every_steps, rows)}
+    logged = config.training.log_every_steps or 100
+    intervals = {"training.log_every_steps": min(logged, rows)}
     if shortened or config.evaluation.every_steps is None:
         intervals["evaluation.every_steps"] = max(1, steps // evaluations)
     if shortened or config.checkpoint.every_steps is None:
@@ -184,10 +184,3 @@ def peer_timeout(experiment: str, setting: Setting) -> int:
     for run in find_experiment(experiment).runs():
         return setting.config(run).parallel.peer_timeout_seconds
     return ParallelConfig().peer_timeout_seconds
-
-
-def config_folder() -> Path:
-    """The folder of config files: the checkout's, or that of the installed package."""
-    package = Path(resnet_jax.__file__).parent
-    is_checkout = (package.parent / "pyproject.toml").exists()
-    return (package.parent if is_checkout else package) / "configs"

@@ -18,6 +18,7 @@ from resnet_jax.data.sources.base import (
     refuse_special,
 )
 from resnet_jax.data.sources.splits import Collection
+from resnet_jax.environment import how_to_install
 from resnet_jax.errors import UserError
 from resnet_jax.storage import locate
 
@@ -143,10 +144,11 @@ def find_builder(name: str, data_dir: str | None) -> Any:
         return tfds.builder(name, data_dir=where)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}? " if close else ""
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        hint = f" (did you mean {close[0]}?)" if close else ""
         raise UserError(
-            f"there is no tfds data set {name}; {hint}For your own files set data.path"
+            f"there is no tfds data set {name}{hint}: for your own images set "
+            "data.path to a folder that holds train/CLASS/IMAGE"
         ) from None
     except (AssertionError, ValueError, RuntimeError) as error:
         # A missing version, an unreachable gs:// URL, and more.
@@ -187,9 +189,9 @@ def _prepare(builder: Any, name: str) -> None:
     is_ours = isinstance(builder, digits.Digits)
     if not is_ours and not _has_tensorflow():
         raise UserError(
-            f"tfds data set {name} is not prepared in {builder.data_dir}; to "
-            "prepare it here, pip install -e '.[tensorflow]' in the checkout, or give "
-            "its files with data.path"
+            f"tfds data set {name} is not prepared in {builder.data_dir}: give its "
+            "files with data.path, or install what prepares it here: "
+            f"{how_to_install('tensorflow')}"
         )
     # For our digits, tfds would announce a download of unknown size.
     silence = contextlib.redirect_stdout(io.StringIO())
