@@ -13,6 +13,11 @@ from tests.conftest import REPOSITORY
 
 TINY = {
     "01_quickstart": {"STEPS": 20},
+    "02_pretrained": {"STEPS": 10, "PER_CLASS": 20},
+    "03_degradation": {"STEPS": 20, "DEPTHS": (8, 14)},
+    "04_your_images": {"STEPS": 10, "BASE_PER_CLASS": 10, "EPOCHS": 2},
+    "05_blocks_in_your_project": {"STEPS": 5, "LAYERS": 3, "SEGMENTER_STEPS": 5},
+    "06_scaling": {"STEPS": 2, "NET": "cifar_resnet8", "COUNTS": (1, 2)},
 }
 """Values of the constants that begin a line, such as ``STEPS = 200``."""
 
