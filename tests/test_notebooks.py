@@ -21,7 +21,6 @@ TINY = {
 }
 """Values of the constants that begin a line, such as ``STEPS = 200``."""
 
-SLOW = ()
 ADDRESS = (
     "https://colab.research.google.com/github/OWNER/resnet_jax/blob/main/notebooks"
 )
@@ -34,6 +33,10 @@ each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file
 
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def all_outputs(notebook):
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
 
 
 def with_tiny_settings(notebook, constants):
@@ -50,7 +53,7 @@ def with_tiny_settings(notebook, constants):
 @pytest.mark.parametrize(
     "file",
     [
-        pytest.param(file, marks=pytest.mark.slow if file.stem in SLOW else ())
+        pytest.param(file, marks=() if "quickstart" in file.stem else pytest.mark.slow)
         for file in NOTEBOOKS
     ],
     ids=lambda file: file.stem,
@@ -63,8 +66,8 @@ def test_notebook_runs(file, tmp_path, tfds_dir, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     notebook = nbformat.read(file, as_version=4)
     with_tiny_settings(notebook, TINY[file.stem])
-    execute(notebook, tmp_path)
-    assert all(cell.outputs or cell.source for cell in code_cells(notebook))
+    execute(notebook, tmp_path)  # raises what a cell raises
+    assert any("image/png" in o.get("data", {}) for o in all_outputs(notebook))
 
 
 @each_notebook
@@ -88,7 +91,7 @@ def test_stored_outputs(file):
     cells = code_cells(notebook)
     counts = [cell.execution_count for cell in cells]
     assert counts == list(range(1, len(cells) + 1)), "run make notebooks"
-    outputs = [output for cell in cells for output in cell.outputs]
+    outputs = all_outputs(notebook)
     pictures = [
         output.data["image/png"]
         for output in outputs
