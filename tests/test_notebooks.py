@@ -62,7 +62,8 @@ def test_notebook_runs(file, tmp_path, tfds_dir, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
     monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
     # Nothing is downloaded: this port is closed.
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     notebook = nbformat.read(file, as_version=4)
     with_tiny_settings(notebook, TINY[file.stem])
