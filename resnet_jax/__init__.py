@@ -11,7 +11,7 @@ from resnet_jax.errors import UserError
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from resnet_jax.config import default_config, load_config
+    from resnet_jax.config import default_config, list_configs, load_config
     from resnet_jax.evaluation.classifier import Classifier
     from resnet_jax.evaluation.evaluate import evaluate
     from resnet_jax.evaluation.nets import load_net
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from resnet_jax.models import create_model, list_models
     from resnet_jax.prepare import prepare_dataset
     from resnet_jax.training.report import report
+    from resnet_jax.training.show_data import show_data
     from resnet_jax.training.train import train
     from resnet_jax.weights import load_weights, save_weights
 
@@ -28,6 +29,7 @@ __all__ = [
     "create_model",
     "default_config",
     "evaluate",
+    "list_configs",
     "list_models",
     "load_config",
     "load_net",
@@ -36,6 +38,7 @@ __all__ = [
     "prepare_dataset",
     "report",
     "save_weights",
+    "show_data",
     "train",
 ]
 
@@ -43,6 +46,7 @@ _LAZY = {
     "create_model": "resnet_jax.models",
     "list_models": "resnet_jax.models",
     "default_config": "resnet_jax.config",
+    "list_configs": "resnet_jax.config",
     "load_config": "resnet_jax.config",
     "prepare_dataset": "resnet_jax.prepare",
     "train": "resnet_jax.training.train",
@@ -51,6 +55,7 @@ _LAZY = {
     "evaluate": "resnet_jax.evaluation.evaluate",
     "load_run": "resnet_jax.evaluation.saved_run",
     "report": "resnet_jax.training.report",
+    "show_data": "resnet_jax.training.show_data",
     "load_weights": "resnet_jax.weights",
     "save_weights": "resnet_jax.weights",
 }
@@ -62,3 +67,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -131,6 +131,11 @@ def _tables(config: Config) -> Iterator[str]:
                 f"{one}={values[one]} and {other}={values[other]} exclude each other: "
                 "set only one"
             )
+    if (
+        values["data.normalization"] == "weights"
+        and not {"model.weights", "model.new_head"} & changed
+    ):
+        yield "data.normalization=weights needs model.weights: set it too"
     for name, needed in _NEEDS:
         if name in changed and needed not in changed:
             yield f"{name}={values[name]} needs {needed}: set it too"

@@ -19,7 +19,7 @@ from resnet_jax.options import (
 if TYPE_CHECKING:
     import ml_collections
 
-NORMALIZATIONS = ("per_pixel_mean", "per_channel", "imagenet", "none")
+NORMALIZATIONS = ("per_pixel_mean", "per_channel", "imagenet", "weights", "none")
 INTERPOLATIONS = ("bilinear", "bicubic")
 PARTIAL_BATCHES = ("span", "drop")
 ON_ERROR = ("stop", "skip")
@@ -122,7 +122,8 @@ class DataConfig:
     normalization: str = option(
         "per_pixel_mean",
         "of pixels in [0, 1]: subtract the training set's mean image; or subtract its "
-        "channel means and divide by their deviations; or use ImageNet's; or nothing",
+        "channel means and divide by their deviations; or use ImageNet's, or those of "
+        "model.weights; or nothing",
         choices=NORMALIZATIONS,
     )
     statistics_examples: int | None = option(
@@ -603,6 +604,16 @@ def flatten(config: Any) -> dict[str, Any]:
     if isinstance(config, Config):
         config = dataclasses.asdict(config)
     return dict(walk(config, ""))
+
+
+def changed_fields(config: Config) -> dict[str, Any]:
+    """The fields that differ from their defaults, by dotted name."""
+    defaults = flatten(Config())
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if value != defaults[name]
+    }
 
 
 def default_config() -> "ml_collections.ConfigDict":

@@ -10,7 +10,7 @@ import rich.console
 import rich.progress
 
 from resnet_jax.analysis.complexity import count_parameters
-from resnet_jax.config import fields, flatten
+from resnet_jax.config.schema import changed_fields
 from resnet_jax.console import describe_seconds, print_facts, say
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.training.state import Learner
@@ -96,7 +96,7 @@ class Progress:
         ends = (*times[1:], self._began[0])
         parts = [f"{n} {e - t:.1f}" for n, t, e in zip(names, times, ends, strict=True)]
         total = self._began[0] - times[0]
-        self.message(f"first step after {total:.1f} s: {', '.join(parts)}")
+        self.message(f"first step after {total:.1f} s ({', '.join(parts)})")
 
     def show(self, row: dict[str, Any]) -> None:
         """Shows a row of metrics.jsonl."""
@@ -137,16 +137,14 @@ def print_start(
     counts = ", ".join(f"{len(split):,} {split.name}" for split in splits)
     shape = "x".join(map(str, dataset.image_shape))
     parameters = count_parameters(learner.abstract_state().params)
-    defaults = {name: field.default for name, field in fields().items()}
-    values = flatten(config)
-    changed = [f"{n}={values[n]}" for n in values if values[n] != defaults[n]]
+    changed = [f"{name}={value}" for name, value in changed_fields(config).items()]
     facts = {
         "model": f"{config.model.name}, {parameters:,} parameters",
         "data": f"{config.data.name}: {counts}; {shape}, {dataset.num_classes} classes",
         "length": f"{derived.steps:,} steps of {derived.global_batch_size:,}, "
         f"{derived.epochs:.4g} epochs",
-        "every": f"{derived.evaluate_every:,} steps a test, "
-        f"{derived.checkpoint_every:,} a checkpoint",
+        "test": f"every {derived.evaluate_every:,} steps",
+        "save": f"every {derived.checkpoint_every:,} steps",
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "config": "\n".join(changed) + f"\nall fields: {config_file}",
     }
