@@ -3,6 +3,8 @@
 python notebooks/execute.py [NOTEBOOK ...]
 """
 
+import base64
+import io
 import json
 import sys
 import tempfile
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+from PIL import Image
 
 NOTEBOOKS = sorted(Path(__file__).parent.glob("*.ipynb"))
 
@@ -34,6 +37,17 @@ def execute(notebook: nbformat.NotebookNode, folder: str | Path) -> None:
         if cell.cell_type == "code":
             text = json.dumps(cell.outputs).replace(f"{folder}/", "")
             cell.outputs = [nbformat.from_dict(found) for found in json.loads(text)]
+            for output in cell.outputs:
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = _small(output.data["image/png"])
+
+
+def _small(png: str) -> str:
+    """A picture in base64 with 256 colours: a third of the bytes, for git."""
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    file = io.BytesIO()
+    image.quantize(256).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 if __name__ == "__main__":
