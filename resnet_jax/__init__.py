@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from resnet_jax.config import default_config, list_configs, load_config
     from resnet_jax.evaluation.classifier import Classifier
+    from resnet_jax.evaluation.convert import convert_weights
     from resnet_jax.evaluation.evaluate import evaluate
     from resnet_jax.evaluation.nets import load_net
     from resnet_jax.evaluation.saved_run import load_run
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Classifier",
     "UserError",
+    "convert_weights",
     "create_model",
     "default_config",
     "evaluate",
@@ -51,6 +53,7 @@ _LAZY = {
     "prepare_dataset": "resnet_jax.prepare",
     "train": "resnet_jax.training.train",
     "Classifier": "resnet_jax.evaluation.classifier",
+    "convert_weights": "resnet_jax.evaluation.convert",
     "load_net": "resnet_jax.evaluation.nets",
     "evaluate": "resnet_jax.evaluation.evaluate",
     "load_run": "resnet_jax.evaluation.saved_run",

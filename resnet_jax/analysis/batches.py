@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from resnet_jax.analysis import plots
+from resnet_jax.analysis.gallery import gallery
 from resnet_jax.config import Config
 from resnet_jax.config.schema import AugmentationConfig
 from resnet_jax.data.batch import gather
@@ -67,7 +67,7 @@ class SeenBatch:
 
     def figure(self, title: str = "") -> Figure:
         """The pictures with their classes, in rows."""
-        return plots.pictures_figure(self.pixels, self.captions, title)
+        return gallery(self.pixels, self.captions, title=title)
 
     def png(self) -> bytes:
         """The figure as a PNG file."""

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import resnet_jax
-from resnet_jax.cli.convert import convert_weights
 from resnet_jax.data.sources.imagenet import class_ids
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation import nets
+from resnet_jax.evaluation.convert import convert_weights
 from resnet_jax.evaluation.nets import load_net
 from resnet_jax.evaluation.protocols import Center, Stored
 from resnet_jax.models import create_model
