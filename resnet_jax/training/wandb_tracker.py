@@ -49,6 +49,7 @@ class Wandb:
         record = folder.read_json(RECORD, {"id": "a text", "step": "a number"})
         record = record or {"id": secrets.token_hex(8), "step": -1}
         self._id = record["id"]
+        folder.write_json(RECORD, record)
         settings = wandb.Settings(
             console="off",
             silent=True,
