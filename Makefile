@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo degradation test test-all lint clean
+.PHONY: demo degradation test test-all docs lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/resnet-jax train --config configs/digits.py --workdir runs/digits
@@ -22,6 +22,10 @@ test: $(VENV)/.test lint
 
 test-all: test
 	$(BIN)/python -m pytest -m slow
+
+# The documentation, as a site in site/.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -44,5 +48,9 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

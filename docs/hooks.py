@@ -1,0 +1,214 @@
+"""mkdocs hooks: the reference pages, made from the code, and links out of docs/.
+
+A page of docs/reference/ holds ``<!-- generated: NAME -->``, a text for readers of the
+plain Markdown, and ``<!-- end -->``. A build replaces all of it by what ``GENERATED``
+makes. Links to files outside docs/ become links to the repository.
+"""
+
+import argparse
+import ast
+import importlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from resnet_jax.config import Field, describe_range, describe_type, fields
+from resnet_jax.models.catalog import CATALOG, FAMILIES
+from resnet_jax.paper.experiments import EXPERIMENTS
+
+REPOSITORY = Path(__file__).parent.parent
+_MARKER = re.compile(r"<!-- generated: (\w+) -->.*?<!-- end -->", re.DOTALL)
+_LINK = re.compile(r"(\]\()((?:\.\./)+[^)#\s]+)")
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
+    """Called by mkdocs for each page, before it becomes HTML."""
+    del files
+    markdown = _MARKER.sub(lambda match: GENERATED[match[1]](), markdown)
+    folder = Path(page.file.abs_src_path).parent
+
+    def to_repository(match: re.Match[str]) -> str:
+        target = (folder / match[2]).resolve()
+        if target.is_relative_to(REPOSITORY / "docs") or not target.exists():
+            return match[0]  # mkdocs warns if it is missing
+        kind = "tree" if target.is_dir() else "blob"
+        return f"{match[1]}{config.repo_url}/{kind}/main/{target.relative_to(REPOSITORY)}"
+
+    return _LINK.sub(to_repository, markdown)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    cells = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
+    return "\n".join(f"| {line} |" for line in cells) + "\n"
+
+
+def config_fields() -> str:
+    """Every field of a run, by section."""
+    sections: dict[str, list[Field]] = {}
+    for field in fields().values():
+        sections.setdefault(field.name.rpartition(".")[0] or "run", []).append(field)
+    parts = []
+    for section, members in sections.items():
+        rows = [
+            (f"`{f.name}`", f"`{f.default}`", f"{_values(f)}", f.meaning)
+            for f in members
+        ]
+        parts.append(f"## {section}\n\n")
+        parts.append(table(("field", "default", "values", "meaning"), rows) + "\n")
+    return "".join(parts)
+
+
+def _values(field: Field) -> str:
+    if field.choices:
+        return ", ".join(f"`{choice}`" for choice in field.choices)
+    kind = describe_type(field.annotation)
+    is_number = abs(field.at_most) != float("inf")
+    return f"{kind}, {describe_range(field)}" if is_number else kind
+
+
+def commands() -> str:
+    """The help of each command."""
+    parts = []
+    for name, parser in _parsers(command_parser(), "resnet-jax"):
+        parser.epilog = None  # all config fields, which have their own page
+        text = parser.format_help().strip()
+        parts.append(f"## {name}\n\n```text\n{text}\n```\n\n")
+    return "".join(parts)
+
+
+def _parsers(
+    parser: argparse.ArgumentParser, name: str
+) -> Iterable[tuple[str, argparse.ArgumentParser]]:
+    """The parsers of commands without commands of their own, by full name."""
+    inner = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not inner:
+        yield name.removeprefix("resnet-jax "), parser
+    for action in inner:
+        for command, its_parser in action.choices.items():
+            yield from _parsers(its_parser, f"{name} {command}")
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of ``resnet-jax`` with all commands."""
+    from resnet_jax import cli
+
+    parser = argparse.ArgumentParser(prog="resnet-jax")
+    commands = parser.add_subparsers()
+    for name in cli._COMMANDS:
+        importlib.import_module(f"resnet_jax.cli.{name}").add_parser(commands)
+    return parser
+
+
+def config_files() -> str:
+    """The files of configs/, with what each trains."""
+    folder = REPOSITORY / "configs"
+    rows = []
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        link = f"[`{name}`](../../configs/{name}.py)"
+        rows.append((link, text.partition("\n")[0]))
+    return table(("`--config`", "what it is"), rows)
+
+
+def nets() -> str:
+    """The catalog, with published errors."""
+    published = _published()
+    rows = []
+    for name, entry in CATALOG.items():
+        size = f"{entry.image_size} x {entry.image_size} x {entry.channels}"
+        numbers = (entry.parameters, entry.multiply_adds)
+        counts = [f"{number:,}" if number else "" for number in numbers]
+        errors = "; ".join(published.get(name, []))
+        rows.append((f"`{name}`", entry.source, size, *counts, errors))
+    header = ("net", "source", "image", "parameters", "multiply-adds", "published error")
+    families = [(f"`{name}`", meaning) for name, meaning in FAMILIES.items()]
+    return (
+        table(header, rows)
+        + "\n## Nets of any depth\n\n"
+        + table(("name", "net"), families)
+    )
+
+
+def _published() -> dict[str, list[str]]:
+    """Errors published for nets as they are in the catalog, with their protocol."""
+    found: dict[str, list[str]] = {}
+    for experiment in EXPERIMENTS.values():
+        protocol = re.sub(r"^Published: ", "", experiment.protocol).split(". ")[0]
+        for entry in experiment.entries:
+            if entry.published is None or entry.run is None or entry.run.overrides:
+                continue
+            if entry.published.error is None and entry.published.mean is None:
+                continue
+            net = entry.run.config.partition(":")[2].partition(",")[0]
+            where = f"{experiment.source}, {experiment.title.partition(':')[0]}"
+            text = f"{entry.published} % ({where}: {protocol.rstrip('.')})"
+            if not any(str(entry.published) in line for line in found.get(net, [])):
+                found.setdefault(net, []).append(text)
+    return found
+
+
+MODULES = {
+    "python": ("resnet_jax",),
+    "python_models": ("resnet_jax.models",),
+    "python_more": (
+        "resnet_jax.config",
+        "resnet_jax.plan",
+        "resnet_jax.export",
+        "resnet_jax.evaluation.features",
+        "resnet_jax.evaluation.linear_probe",
+        "resnet_jax.evaluation.protocols",
+        "resnet_jax.analysis.complexity",
+        "resnet_jax.analysis.summary",
+        "resnet_jax.analysis.responses",
+        "resnet_jax.analysis.gradients",
+        "resnet_jax.analysis.activation_maps",
+        "resnet_jax.analysis.plots",
+        "resnet_jax.models.masking",
+        "resnet_jax.data.sources",
+        "resnet_jax.workdir",
+    ),
+}
+"""The modules of each page of the Python reference."""
+
+
+def python(page: str) -> str:
+    """Directives of mkdocstrings for the public names of some modules."""
+    parts = []
+    for module in MODULES[page]:
+        if len(MODULES[page]) > 1:
+            parts.append(f"## {module}\n\n")
+        for name in _public(module):
+            parts.append(f"::: {module}.{name}\n")
+            if len(MODULES[page]) > 1:
+                parts.append("    options: {heading_level: 3}\n")
+            parts.append("\n")
+    return "".join(parts)
+
+
+def _public(module: str) -> Sequence[str]:
+    """``__all__``, or the public functions and classes that a module defines."""
+    loaded = importlib.import_module(module)
+    if hasattr(loaded, "__all__"):
+        names = loaded.__all__
+        return [n for n in names if callable(getattr(loaded, n))]
+    return [
+        name
+        for name, value in vars(loaded).items()
+        if not name.startswith("_")
+        and callable(value)
+        and getattr(value, "__module__", None) == module
+    ]
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "fields": config_fields,
+    "commands": commands,
+    "configs": config_files,
+    "nets": nets,
+    **{page: (lambda page=page: python(page)) for page in MODULES},
+}
+"""What takes the place of the markers, by name."""
