@@ -6,14 +6,22 @@ makes. Links to files outside docs/ become links to the repository.
 """
 
 import argparse
-import ast
 import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resnet_jax.config import Field, describe_range, describe_type, fields
+from resnet_jax.config import (
+    Field,
+    describe_range,
+    describe_type,
+    fields,
+    flatten,
+    list_configs,
+    load_config,
+)
+from resnet_jax.cli import command_parser
 from resnet_jax.models.catalog import CATALOG, FAMILIES
 from resnet_jax.paper.experiments import EXPERIMENTS
 
@@ -91,27 +99,28 @@ def _parsers(
             yield from _parsers(its_parser, f"{name} {command}")
 
 
-def command_parser() -> argparse.ArgumentParser:
-    """The parser of ``resnet-jax`` with all commands."""
-    from resnet_jax import cli
-
-    parser = argparse.ArgumentParser(prog="resnet-jax")
-    commands = parser.add_subparsers()
-    for name in cli._COMMANDS:
-        importlib.import_module(f"resnet_jax.cli.{name}").add_parser(commands)
-    return parser
-
-
 def config_files() -> str:
     """The files of configs/, with what each trains."""
-    folder = REPOSITORY / "configs"
-    rows = []
-    for path in sorted(folder.rglob("*.py")):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        text = ast.get_docstring(ast.parse(path.read_text())) or ""
-        link = f"[`{name}`](../../configs/{name}.py)"
-        rows.append((link, text.partition("\n")[0]))
+    rows = [
+        (f"[`{name}`](../../configs/{name}.py)", first_line)
+        for name, first_line in list_configs().items()
+    ]
     return table(("`--config`", "what it is"), rows)
+
+
+def recipes() -> str:
+    """What the recipes for ImageNet set: fields that differ from their defaults."""
+    names = [name for name in list_configs() if name.startswith("recipes/")]
+    values = [flatten(load_config(name)) for name in names]
+    rows = []
+    for field in fields().values():
+        found = [recipe[field.name] for recipe in values]
+        if field.name.startswith("data.") and len(set(found)) == 1:
+            continue
+        if any(value != field.default for value in found):
+            cells = ["" if v == field.default else f"`{v}`" for v in found]
+            rows.append((f"`{field.name}`", *cells))
+    return table(("", *(name.removeprefix("recipes/") for name in names)), rows)
 
 
 def nets() -> str:
@@ -209,6 +218,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "commands": commands,
     "configs": config_files,
     "nets": nets,
+    "recipes": recipes,
     **{page: (lambda page=page: python(page)) for page in MODULES},
 }
 """What takes the place of the markers, by name."""
