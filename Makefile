@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo degradation test test-all docs lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/resnet-jax train --config configs/digits.py --workdir runs/digits
+	$(BIN)/resnet-jax train --config digits --workdir runs/digits
 
 # Figures 1 and 6 of the paper at small scale: four runs, their figure and report.
 degradation: $(VENV)/.demo

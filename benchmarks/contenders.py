@@ -29,7 +29,7 @@ from resnet_jax.config.schema import AugmentationConfig
 from resnet_jax.data.order import Order
 from resnet_jax.evaluation.metrics import cross_entropy
 from resnet_jax.models import create_model, fold_batch_norm
-from resnet_jax.models.options import ModelOptions, declared
+from resnet_jax.options import ModelOptions, declared
 from resnet_jax.training.benchmark import synthetic_inputs, synthetic_learner
 from resnet_jax.training.step import make_train_step, make_train_steps
 

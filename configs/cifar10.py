@@ -1,6 +1,6 @@
 """The CIFAR-10 nets of He et al. 2015, section 4.2, with the paper's exact recipe.
 
-resnet-jax train --config configs/cifar10.py:cifar_resnet56 --workdir runs/resnet56
+resnet-jax train --config cifar10:cifar_resnet56 --workdir runs/resnet56
 
 The argument is the net: cifar_resnet20 (default) to cifar_resnet1202, cifar_plain20 to
 cifar_plain110, or any other CIFAR net of the catalog (`resnet-jax summary`), which

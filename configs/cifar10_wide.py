@@ -1,6 +1,6 @@
 r"""Wide residual nets on CIFAR-10 with their own recipe (Zagoruyko & Komodakis 2016).
 
-resnet-jax train --config configs/cifar10_wide.py:cifar_wide_resnet16_8 \
+resnet-jax train --config cifar10_wide:cifar_wide_resnet16_8 \
     --workdir runs/wide
 
 The argument is the net: cifar_wide_resnet28_10 (default) or another

@@ -1,6 +1,6 @@
 """Plain and residual nets on the digits: degradation (He et al. 2015, Fig. 1 and 6).
 
-resnet-jax train --config configs/degradation.py:cifar_plain56 --workdir runs/plain56
+resnet-jax train --config degradation:cifar_plain56 --workdir runs/plain56
 
 The argument is the net: cifar_plain20 (default), cifar_plain56, cifar_resnet20 and
 cifar_resnet56 share one recipe. Training images are not augmented, so the training

@@ -1,6 +1,6 @@
 """ResNet-20 on scikit-learn's 1,797 handwritten digits: a demo of one minute.
 
-resnet-jax train --config configs/digits.py --workdir runs/digits
+resnet-jax train --config digits --workdir runs/digits
 
 The run's length was chosen by its test error (of 400 and 600 steps; 4 to 12 of 360
 wrong), so the reported error is slightly optimistic. This is a demo, not a benchmark.

@@ -1,6 +1,6 @@
 """The paper's ensemble for Table 5: six nets, tested fully convolutionally.
 
-resnet-jax evaluate --ensemble-config configs/ensemble.py:runs/paper/imagenet \
+resnet-jax evaluate --ensemble-config ensemble:runs/paper/imagenet \
     --data /data/imagenet --split val
 
 The argument is the folder of the runs; `resnet-jax paper run table5` trains them. The

@@ -1,6 +1,6 @@
 """ResNet-20 on Fashion-MNIST: 60,000 grey images of 28x28 pixels.
 
-resnet-jax train --config configs/fashion_mnist.py --workdir runs/fashion_mnist \
+resnet-jax train --config fashion_mnist --workdir runs/fashion_mnist \
     --config.data.path=/usr/share/datasets/fashion-mnist
 
 The path holds the four idx files, gzipped or not (Debian's package

@@ -1,12 +1,12 @@
 """Published or own weights, fine-tuned on your images: a folder of class folders.
 
-resnet-jax train --config configs/finetune.py:torchvision:resnet50 \
+resnet-jax train --config finetune:torchvision:resnet50 \
     --workdir runs/mine --config.data.path=/data/mine --config.data.name=mine
 
 The argument names the weights, torchvision:NET[.WEIGHTS] or
 hf-hub:OWNER/NET[@REVISION], or a net whose weights are in a file:
 
-  resnet-jax train --config configs/finetune.py:resnet18 ... \
+  resnet-jax train --config finetune:resnet18 ... \
       --config.model.weights=resnet18.safetensors
 
 The path holds train/CLASS/IMAGE and test/CLASS/IMAGE, in any sizes; configs/folder.py

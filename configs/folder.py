@@ -1,6 +1,6 @@
 """A net on your own images: a folder of class folders, or the output of prepare.
 
-resnet-jax train --config configs/folder.py:resnet18 --workdir runs/mine \
+resnet-jax train --config folder:resnet18 --workdir runs/mine \
     --config.data.path=/data/mine --config.data.name=mine
 
 The path holds train/CLASS/IMAGE and test/CLASS/IMAGE, in any sizes. To split a single

@@ -1,6 +1,6 @@
 """ImageNet: a net and one of the published recipes for it.
 
-resnet-jax train --config configs/imagenet.py:resnet50,rsb_a2 --workdir runs/resnet50 \
+resnet-jax train --config imagenet:resnet50,rsb_a2 --workdir runs/resnet50 \
     --config.data.path=/data/imagenet --config.data.test_split=val
 
 The argument is NET or NET,RECIPE. A recipe is a file in configs/recipes/, which states
@@ -12,7 +12,7 @@ its source, its expected error and its differences from the original:
   rsb_a1, _a2, _a3  "ResNet strikes back": 600, 300 and 100 epochs
   torchvision_v2  the newer weights of torchvision: 600 epochs
 
-`configs/imagenet.py:resnet50,rsb_a2` is `configs/recipes/rsb_a2.py:resnet50`.
+`imagenet:resnet50,rsb_a2` is `recipes/rsb_a2:resnet50`.
 """
 
 import runpy

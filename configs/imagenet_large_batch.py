@@ -1,13 +1,13 @@
 """ImageNet with ResNet-50 in large batches: 8,192 images, or 32,768 with LARS.
 
-resnet-jax train --config configs/imagenet_large_batch.py:lars32768 \
+resnet-jax train --config imagenet_large_batch:lars32768 \
     --workdir runs/lars32768 \
     --config.data.path=/data/imagenet --config.data.test_split=val
 
 The argument is the recipe:
 
 goyal8192 (default): SGD, linear scaling and a warm-up (Goyal et al. 2017). It is
-  configs/recipes/goyal2017.py:resnet50, which states its source and differences.
+  recipes/goyal2017:resnet50, which states its source and differences.
   Expected from the source, top-1 error: 23.74 +- 0.09 %; 23.60 +- 0.12 % with batches
   of 256.
 lars32768: LARS with a polynomial decay of power 2, after You et al. 2018, "ImageNet

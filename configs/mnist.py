@@ -1,6 +1,6 @@
 """Plain and highway nets of dense layers on MNIST, 10 to 100 layers deep.
 
-resnet-jax train --config configs/mnist.py:mnist_highway50 --workdir runs/highway50
+resnet-jax train --config mnist:mnist_highway50 --workdir runs/highway50
 
 The argument is the net: mnist_plain10, 20, 50, 100 or mnist_highway10, 20, 50, 100
 (Srivastava et al. 2015, Figure 1). Data: --config.data.path=FOLDER with the four idx

@@ -2,7 +2,7 @@
 #   docker build --file docker/gpu.Dockerfile --tag resnet-jax:gpu .
 #   docker run --rm --gpus all --init --network host --shm-size 8g \
 #       --volume /data:/data --volume /runs:/runs resnet-jax:gpu \
-#       train --config configs/imagenet.py:resnet50 --workdir /runs/r50 \
+#       train --config imagenet:resnet50 --workdir /runs/r50 \
 #       --config.data.path=/data/imagenet
 # CUDA comes with jax's wheels; the host needs a driver for CUDA 13 (580 or newer) and the
 # NVIDIA Container Toolkit. The user has number 1000, to whom /runs has to be open.

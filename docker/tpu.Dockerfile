@@ -2,7 +2,7 @@
 #   docker build --platform linux/amd64 --file docker/tpu.Dockerfile --tag resnet-jax:tpu .
 # For GKE, tag and push it to a registry and see docs/launch.md. On a TPU VM:
 #   docker run --rm --privileged --init --network host --shm-size 8g resnet-jax:tpu \
-#       train --config configs/imagenet.py:resnet50 --workdir gs://bucket/r50 --distributed
+#       train --config imagenet:resnet50 --workdir gs://bucket/r50 --distributed
 # TPU devices belong to root, so that this image stays root.
 FROM python:3.13.9-slim-trixie
 

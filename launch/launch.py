@@ -1,10 +1,10 @@
 r"""Runs one resnet-jax command as several processes: here, or on many hosts.
 
   python launch/launch.py local --processes 2 -- \
-      train --config configs/digits.py --workdir runs/two
+      train --config digits --workdir runs/two
   python launch/launch.py tpu --name run1 --zone us-east5-a \
       --accelerator v5litepod-16 --spot --restarts 20 -- \
-      train --config configs/imagenet.py:resnet50 --workdir gs://bucket/run1
+      train --config imagenet:resnet50 --workdir gs://bucket/run1
   python launch/launch.py gke --name run1 --tpu tpu-v5-lite-podslice --topology 4x4 \
       --image IMAGE --restarts 20 -- train ...
   python launch/launch.py gke --name run1 --hosts 4 --gpus-per-host 8 --image IMAGE \
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 FOLDER = Path(__file__).resolve().parent
-EXAMPLE = "-- train --config configs/imagenet.py --workdir gs://bucket/run"
+EXAMPLE = "-- train --config imagenet --workdir gs://bucket/run"
 # docs.cloud.google.com/tpu/docs/runtimes, the images to install JAX on.
 RUNTIME_VERSIONS = {
     "v2": "tpu-ubuntu2204-base",
@@ -91,8 +91,9 @@ def local(options: argparse.Namespace, command: Sequence[str]) -> int:
 def tpu(options: argparse.Namespace, command: Sequence[str]) -> int:
     """Creates a Cloud TPU slice, runs the command on it and deletes it."""
     check(command, is_gcs, "must be gs://BUCKET/FOLDER: a slice has no disk")
-    config = (option(command, "--config") or "configs/imagenet.py").split(":")[0]
-    if os.path.isabs(config) or not (FOLDER.parent / config).is_file():
+    config = (option(command, "--config") or "imagenet").split(":")[0]
+    files = [FOLDER.parent / config, FOLDER.parent / "configs" / f"{config}.py"]
+    if os.path.isabs(config) or not any(file.is_file() for file in files):
         fail(f"--config {config} is not a file of this repository, as hosts need it")
     kind = options.accelerator.partition("-")[0]
     image = options.runtime_version or RUNTIME_VERSIONS.get(kind)

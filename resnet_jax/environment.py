@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def environment() -> dict[str, Any]:
     """Versions, hardware and commit, for result.json and benchmark results."""
+    import jax
+
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {
         "python": platform.python_version(),

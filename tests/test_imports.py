@@ -43,6 +43,20 @@ def test_the_step_needs_no_data_library(module):
     )
 
 
+def test_the_command_line_is_parsed_without_jax():
+    """Importing jax takes half a second, which --help should not."""
+    run_without(
+        ("jax", "jaxlib", "flax", *HEAVY),
+        "import contextlib, io\n"
+        "from resnet_jax.cli import main\n"
+        "for line in ('--help', '--version', 'train --help', 'trian', 'plan --conf'):\n"
+        "    with contextlib.redirect_stderr(io.StringIO()), "
+        "contextlib.redirect_stdout(io.StringIO()):\n"
+        "        try:\n            main(line.split())\n"
+        "        except SystemExit:\n            pass\n",
+    )
+
+
 def test_public_names_are_there():
     import resnet_jax
 
@@ -53,7 +67,7 @@ def test_public_names_are_there():
 
 
 ROOMS = (
-    ("errors", "signals", "identity", "run_files"),
+    ("errors", "signals", "identity", "run_files", "options"),
     ("environment", "distributed", "storage", "parallel", "console"),
     ("models",),
     ("config",),

@@ -1,6 +1,6 @@
 """fb.resnet.torch (2016): 90 epochs with Inception crops and colour augmentation.
 
-resnet-jax train --config configs/recipes/fb2016.py:resnet50 --workdir runs/fb2016 \
+resnet-jax train --config recipes/fb2016:resnet50 --workdir runs/fb2016 \
     --config.data.path=/data/imagenet --config.data.test_split=val
 
 The argument is the net: resnet18, 34, 50 (default), 101, 152.

@@ -1,6 +1,6 @@
 """ImageNet in large batches: 8,192 images, a linear warm-up (Goyal et al. 2017).
 
-resnet-jax train --config configs/recipes/goyal2017.py:resnet50 --workdir runs/goyal \
+resnet-jax train --config recipes/goyal2017:resnet50 --workdir runs/goyal \
     --config.data.path=/data/imagenet --config.data.test_split=val
 
 The argument is the net: resnet50 (default) or resnet101. For another batch size B,

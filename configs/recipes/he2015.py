@@ -1,6 +1,6 @@
 """The ImageNet nets of He et al. 2015, section 4.1, with the paper's exact recipe.
 
-resnet-jax train --config configs/recipes/he2015.py:resnet50 --workdir runs/resnet50 \
+resnet-jax train --config recipes/he2015:resnet50 --workdir runs/resnet50 \
     --config.data.path=/data/imagenet --config.data.test_split=val
 
 The argument is the net: resnet18, 34, 50 (default), 101, 152, plain18, plain34. The

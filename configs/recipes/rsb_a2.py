@@ -1,6 +1,6 @@
 """Procedure A2 of "ResNet strikes back" (Wightman et al. 2021): 300 epochs.
 
-resnet-jax train --config configs/recipes/rsb_a2.py:resnet50 --workdir runs/rsb_a2 \
+resnet-jax train --config recipes/rsb_a2:resnet50 --workdir runs/rsb_a2 \
     --config.data.path=/data/imagenet --config.data.test_split=val
 
 The argument is the net: resnet50 (default), or another of the catalog.

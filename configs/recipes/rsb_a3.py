@@ -1,6 +1,6 @@
 """Procedure A3 of "ResNet strikes back" (Wightman et al. 2021): 100 epochs.
 
-resnet-jax train --config configs/recipes/rsb_a3.py:resnet50 --workdir runs/rsb_a3 \
+resnet-jax train --config recipes/rsb_a3:resnet50 --workdir runs/rsb_a3 \
     --config.data.path=/data/imagenet --config.data.test_split=val
 
 The argument is the net: resnet50 (default), or another of the catalog.

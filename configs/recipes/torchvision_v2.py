@@ -1,6 +1,6 @@
 """The recipe of torchvision's newer weights, IMAGENET1K_V2: 600 epochs at 176 pixels.
 
-resnet-jax train --config configs/recipes/torchvision_v2.py:resnet50 \
+resnet-jax train --config recipes/torchvision_v2:resnet50 \
     --workdir runs/torchvision_v2 \
     --config.data.path=/data/imagenet --config.data.test_split=val
 

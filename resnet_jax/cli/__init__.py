@@ -1,27 +1,29 @@
 """The command ``resnet-jax``: each subcommand is one call of a public function."""
 
-import argparse
 import importlib
+import importlib.metadata
+import platform
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import absl.logging
-
+import resnet_jax
+from resnet_jax.cli.overrides import as_flags
+from resnet_jax.cli.parser import Parser
 from resnet_jax.errors import Preempted, UserError, printable
 
 _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
 
-  resnet-jax train --config configs/digits.py --workdir runs/digits
+  resnet-jax train --config digits --workdir runs/digits
   resnet-jax evaluate --workdir runs/digits
   resnet-jax predict --weights torchvision:resnet50 pictures/ --html pictures.html
   resnet-jax report --workdir runs/digits --figure digits.png
-  resnet-jax sweep --config configs/digits.py --workdir runs/sweep \\
+  resnet-jax sweep --config digits --workdir runs/sweep \\
       --grid optimizer.learning_rate=0.05,0.1 --config.seeds=3
   resnet-jax paper list
   resnet-jax paper run figure6 --workdir runs/paper --dataset digits --scale small
   resnet-jax summary --compare resnet34 plain34
-  resnet-jax plan --config configs/imagenet.py:resnet50 --devices 256 --hosts 32
+  resnet-jax plan --config imagenet:resnet50 --devices 256 --hosts 32
   resnet-jax prepare /data/imagenet prepared --splits train,val
   resnet-jax features --weights resnet50.safetensors /data/mine/train --out mine.npz
   resnet-jax convert resnet50.pth resnet50.safetensors --model resnet50
@@ -31,7 +33,7 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
 
 _COMMANDS = (
     *("train", "evaluate", "predict", "features", "report", "sweep", "paper"),
-    *("summary", "plan", "prepare", "convert", "export", "benchmark"),
+    *("summary", "plan", "prepare", "convert", "export", "benchmark", "configs"),
 )
 
 
@@ -40,23 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0 if it finished, or saved on SIGTERM; 1 on an error; 130 if it
-      saved on Ctrl-C.
+      saved on Ctrl-C. A command line that cannot be parsed exits with 2.
     """
-    parser = argparse.ArgumentParser(
-        prog="resnet-jax",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name in _COMMANDS:
-        importlib.import_module(f"resnet_jax.cli.{name}").add_parser(commands)
-    # Overrides of config fields have names that argparse cannot list.
-    options, rest = parser.parse_known_args(
-        sys.argv[1:] if arguments is None else arguments
-    )
+    parser = command_parser()
+    options, rest = parser.parse_known_args(arguments)
     if rest and not getattr(options, "takes_overrides", False):
-        parser.error(printable(f"unknown argument {rest[0]}"))
+        parser.error(f"unknown argument {rest[0]}")
     options.rest = rest
+    import absl.logging
+
     # Orbax logs the tracebacks of its threads beside the one sentence printed here.
     absl.logging.set_verbosity(absl.logging.FATAL)
     if sys.unraisablehook is sys.__unraisablehook__:
@@ -64,11 +58,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (UserError, OSError) as error:
-        print(printable(f"resnet-jax: error: {error}"), file=sys.stderr)
+        sentence = str(error)
+        if getattr(options, "takes_overrides", False):
+            sentence = as_flags(sentence)
+        print(printable(f"resnet-jax: error: {sentence}"), file=sys.stderr)
         return 1
     except Preempted as stopped:
         return stopped.exit_status
     return 0
+
+
+def command_parser() -> Parser:
+    """The parser of ``resnet-jax``, with all commands. Needs no jax."""
+    parser = Parser(prog="resnet-jax", description=_DESCRIPTION)
+    versions = (
+        f"resnet_jax {resnet_jax.__version__} (jax {importlib.metadata.version('jax')},"
+        f" Python {platform.python_version()})"
+    )
+    parser.add_argument("--version", action="version", version=versions)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for name in _COMMANDS:
+        importlib.import_module(f"resnet_jax.cli.{name}").add_parser(commands)
+    return parser
 
 
 def _hide_late_writes(unraisable: Any) -> None:

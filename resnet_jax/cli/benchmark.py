@@ -5,7 +5,7 @@ from typing import Any
 
 from resnet_jax.cli.arguments import MOST_COUNT, output_file, whole
 from resnet_jax.cli.nets import NETS
-from resnet_jax.cli.overrides import parse_overrides
+from resnet_jax.cli.overrides import CONFIG, parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
 from resnet_jax.config.schema import MOST_BATCH, MOST_PIXELS
 from resnet_jax.errors import UserError
@@ -14,7 +14,7 @@ from resnet_jax.errors import UserError
 def add_parser(commands: Any) -> None:
     """Adds the subcommand to the parser of ``resnet-jax``."""
     parser = commands.add_parser("benchmark", help="measure speed on this machine")
-    kinds = parser.add_subparsers(metavar="KIND", required=True)
+    kinds = parser.add_subparsers(metavar="KIND")
     step = kinds.add_parser(
         "step",
         help="the training step on random images on the device",
@@ -61,10 +61,9 @@ def add_parser(commands: Any) -> None:
         description="Times the training batches of a config without any step: read, "
         "decoded, cropped and put on the devices. Any field can be overridden: "
         "--config.data.num_threads=4",
-        allow_abbrev=False,
     )
     add = reading.add_argument
-    add("--config", required=True, metavar="FILE.py[:ARG]", help="config file")
+    add("--config", required=True, metavar="NAME|FILE.py[:ARG]", help=CONFIG)
     add("--batches", type=steps, default=50, help="batches per round (default: 50)")
     add("--rounds", type=steps, default=5, metavar="N", help="repetitions (default: 5)")
     add("--json", type=output_file, metavar="FILE", help="also write the result here")

@@ -27,7 +27,6 @@ def add_parser(commands: Any) -> None:
         "convert",
         help="convert weights from and to the layout of torchvision and timm",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "source",

@@ -15,7 +15,7 @@ _DESCRIPTION = """Evaluate trained nets on a whole split.
   resnet-jax evaluate --weights torchvision:resnet50 --data /data/imagenet --split val
   resnet-jax evaluate --workdir runs/r50 --protocol ten_crop
   resnet-jax evaluate --workdir runs/r50 runs/r101 runs/r152 --ensemble probabilities
-  resnet-jax evaluate --ensemble-config configs/ensemble.py:runs/paper/imagenet
+  resnet-jax evaluate --ensemble-config ensemble:runs/paper/imagenet
 
 Every example counts once, whatever the batch size. Classes are matched by name. Runs
 that differ in their seed alone get a mean and a deviation; two other nets get the
@@ -38,8 +38,6 @@ def add_parser(commands: Any) -> None:
         "evaluate",
         help="test runs and weights, one or several, by any protocol",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add_net_flags(parser, several=True)
     add = parser.add_argument

@@ -26,7 +26,6 @@ def add_parser(commands: Any) -> None:
         "export",
         help="write a trained net as a program that runs without this library",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_net_flags(parser)
     parser.add_argument("target", metavar="OUT", help="the .jax file to write")

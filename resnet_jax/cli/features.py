@@ -26,8 +26,6 @@ def add_parser(commands: Any) -> None:
         "features",
         help="write the features that a net computes for images",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

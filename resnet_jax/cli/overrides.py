@@ -1,13 +1,16 @@
 """``--config.FIELD=VALUE`` arguments, and their help."""
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 
 from resnet_jax.config import describe_range, describe_type, fields
 from resnet_jax.errors import UserError
 
-_PREFIX = "--config."
+PREFIX = "--config."
+CONFIG = "a config file: its name in `resnet-jax configs` or its path, and its argument"
+"""Help of --config."""
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -23,15 +26,22 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
-        if not argument.startswith(_PREFIX):
+        if not argument.startswith(PREFIX):
             raise UserError(f"unknown argument {argument}; see --help")
-        name, equals, text = argument.removeprefix(_PREFIX).partition("=")
+        name, equals, text = argument.removeprefix(PREFIX).partition("=")
         if not equals:
             if not waiting or waiting[0].startswith("--"):
                 raise UserError(f"{argument} needs a value: {argument}=VALUE")
             text = waiting.pop(0)
         overrides[name] = text
     return overrides
+
+
+def as_flags(sentence: str) -> str:
+    """A sentence with its config fields as flags: ``--config.data.path``."""
+    names = "|".join(re.escape(name) for name in fields() if "." in name)
+    pattern = rf"(?<![\w./-])(?:config field )?({names})(?![\w.]\w|\w)"
+    return re.sub(pattern, rf"{PREFIX}\1", sentence)
 
 
 def fields_help() -> str:

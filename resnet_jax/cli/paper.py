@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "paper", help="the paper's tables and figures: list, run, report"
     )
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    actions = parser.add_subparsers(metavar="ACTION")
     listing = actions.add_parser("list", help="all experiments and their runs")
     listing.set_defaults(run=_list)
 
@@ -35,8 +35,6 @@ def add_parser(commands: Any) -> None:
         help="run an experiment, or continue it",
         description=_RUN,
         epilog=fields_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = run.add_argument
     add("experiment", help="a name of `resnet-jax paper list`")

@@ -11,14 +11,14 @@ from resnet_jax.cli.arguments import (
     positive,
     whole,
 )
-from resnet_jax.cli.overrides import parse_overrides
+from resnet_jax.cli.overrides import CONFIG, parse_overrides
 from resnet_jax.config.schema import MOST_EXAMPLES, MOST_PIXELS
 
 _DESCRIPTION = """Plan a training run on paper: steps, memory, work and input rate.
 
-  resnet-jax plan --config configs/imagenet.py:resnet50,goyal2017 \\
+  resnet-jax plan --config imagenet:resnet50,goyal2017 \\
       --devices 256 --hosts 32 --chip tpu_v5e --config.model.dtype=bfloat16
-  resnet-jax plan --config configs/imagenet.py:resnet50 --compile tpu:v5e:4x4
+  resnet-jax plan --config imagenet:resnet50 --compile tpu:v5e:4x4
 
 Needs no accelerator and no data. The first form answers at once, by arithmetic. With
 --compile, XLA also compiles the training step for the chip, and its figures follow.
@@ -45,11 +45,9 @@ def add_parser(commands: Any) -> None:
         "plan",
         help="steps, memory, work and input rate of a run, on paper",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE.py[:ARG]", help="config file")
+    add("--config", required=True, metavar="NAME|FILE.py[:ARG]", help=CONFIG)
     add(
         "--compile",
         metavar="TARGET",

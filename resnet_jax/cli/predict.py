@@ -25,8 +25,6 @@ def add_parser(commands: Any) -> None:
         "predict",
         help="print the likeliest classes of pictures",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders")

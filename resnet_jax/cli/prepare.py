@@ -61,8 +61,6 @@ def add_parser(commands: Any) -> None:
         description=_DESCRIPTION,
         usage="resnet-jax prepare SOURCE OUTPUT [options]\n"
         "       resnet-jax prepare --verify OUTPUT",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "paths",

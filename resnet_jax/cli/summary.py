@@ -23,7 +23,6 @@ def add_parser(commands: Any) -> None:
         "summary",
         help="print shapes, sizes, costs and receptive fields of nets by stage",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "names",

@@ -3,12 +3,12 @@
 import argparse
 from typing import Any
 
-from resnet_jax.cli.overrides import fields_help, parse_overrides
+from resnet_jax.cli.overrides import CONFIG, fields_help, parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
 
 _DESCRIPTION = """Train every combination of values of some fields.
 
-  resnet-jax sweep --config configs/digits.py --workdir runs/sweep \\
+  resnet-jax sweep --config digits --workdir runs/sweep \\
       --grid optimizer.learning_rate=0.05,0.1,0.2 \\
       --grid model.name=cifar_resnet20,cifar_plain20 \\
       --config.seeds=3 --config.data.holdout_examples=200
@@ -26,11 +26,9 @@ def add_parser(commands: Any) -> None:
         help="train a grid over config fields, with seeds",
         description=_DESCRIPTION,
         epilog=fields_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE.py[:ARG]", help="config file")
+    add("--config", required=True, metavar="NAME|FILE.py[:ARG]", help=CONFIG)
     add("--workdir", required=True, metavar="DIR", help="folder of all runs")
     add(
         "--grid",

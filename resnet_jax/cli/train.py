@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from resnet_jax.cli.overrides import fields_help, parse_overrides
+from resnet_jax.cli.overrides import CONFIG, fields_help, parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
 from resnet_jax.errors import UserError
 
@@ -12,7 +12,7 @@ _DESCRIPTION = """Train a net as a config file says, in a workdir.
 On an unfinished workdir the same command continues where the run stopped, bit for bit.
 On a finished one it prints the result. Any field can be overridden:
 
-  resnet-jax train --config configs/cifar10.py:cifar_resnet56 --workdir runs/r56 \\
+  resnet-jax train --config cifar10:cifar_resnet56 --workdir runs/r56 \\
       --config.optimizer.learning_rate=0.05 --config.training.steps=200
 """
 
@@ -24,14 +24,12 @@ def add_parser(commands: Any) -> None:
         help="train a net from a config file, or continue",
         description=_DESCRIPTION,
         epilog=fields_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
         "--config",
-        metavar="FILE.py[:ARG]",
-        help="config file and its argument; not needed to continue a workdir",
+        metavar="NAME|FILE.py[:ARG]",
+        help=f"{CONFIG}; not needed to continue a workdir",
     )
     add("--workdir", required=True, metavar="DIR", help="the run's folder")
     add_process_flags(parser)
@@ -49,8 +47,8 @@ def _run(options: argparse.Namespace) -> None:
         present = Workdir(options.workdir).read_config()
         if present is None or overrides:
             raise UserError(
-                "give --config FILE.py; only to continue a run, without overrides, it "
-                "is not needed"
+                "give --config NAME or FILE.py; only to continue a run, without "
+                "overrides, it is not needed"
             )
         config = present
     from resnet_jax.training.train import train

@@ -3,10 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from resnet_jax.config.build import model_options
 from resnet_jax.config.schema import Config, fields, flatten
 from resnet_jax.errors import UserError
-from resnet_jax.models import create_model
 
 _ABOVE_ZERO = (
     "optimizer.trust_coefficient",
@@ -84,6 +82,9 @@ def refuse_contradictions(config: Config) -> None:
 
 def _model(config: Config) -> Iterator[str]:
     """Refuses unknown models and options that the model lacks."""
+    from resnet_jax.config.build import model_options
+    from resnet_jax.models import create_model
+
     try:
         create_model(config.model.name, **model_options(config.model))
     except UserError as error:

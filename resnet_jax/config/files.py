@@ -1,15 +1,19 @@
-"""Runs config files: Python files that define ``get_config(arg)``."""
+"""Config files: Python files that define ``get_config(arg)``."""
 
+import ast
 import contextlib
+import difflib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import resnet_jax
 from resnet_jax.config.schema import flatten
 from resnet_jax.errors import UserError
 from resnet_jax.storage import expand, is_remote, open_regular
@@ -18,11 +22,41 @@ _MOST_BYTES = 2**24
 """Size of a config file; larger ones are something else, such as weights."""
 
 
+def list_configs() -> dict[str, str]:
+    """The config files that come with the package: names and first lines."""
+    names = sorted(_shipped())
+    return {name: config_file(name)[1].partition("\n")[0] for name in names}
+
+
+def config_file(spec: str) -> tuple[Path, str]:
+    """The path of a config file, and what its docstring says.
+
+    Raises:
+      UserError: there is no such file, or it is not Python.
+    """
+    path, _ = _locate(spec)
+    with _naming_faults(path):
+        return path, ast.get_docstring(ast.parse(_read(path), str(path))) or ""
+
+
+def _shipped() -> list[str]:
+    folder = config_folder()
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*.py"))
+    return [name.removesuffix(".py") for name in names if "__" not in name]
+
+
+def config_folder() -> Path:
+    """The folder of config files: the checkout's, or that of the installed package."""
+    package = Path(resnet_jax.__file__).parent
+    is_checkout = (package.parent / "pyproject.toml").exists()
+    return (package.parent if is_checkout else package) / "configs"
+
+
 def run_config_file(spec: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The values that a file's ``get_config`` sets, by dotted name of their field.
 
     Args:
-      spec: ``PATH`` or ``PATH:ARG``.
+      spec: a path, or a name of ``list_configs``; then ``:ARG`` if there is one.
       overrides: values that replace the file's.
 
     Raises:
@@ -31,15 +65,13 @@ def run_config_file(spec: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     # Imported here because the training step must not need it.
     import ml_collections
 
-    before, _, arg = spec.partition(".py:")
-    path, source = _read(before + ".py" if arg else spec)
+    path, arg = _locate(spec)
+    source = _read(path)
     with _importable(path.parent), _naming_faults(path):
         module = _run(path, source)
         get_config = getattr(module, "get_config", None)
         if not callable(get_config):
-            raise UserError(
-                f"{path} defines no function get_config(); see configs/digits.py"
-            )
+            raise UserError(f"{path} defines no function get_config(); see {_EXAMPLE}")
         config = _call(path, get_config, arg)
         if not isinstance(config, ml_collections.ConfigDict):
             raise UserError(
@@ -57,29 +89,46 @@ def run_config_file(spec: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         return flatten(config.copy_and_resolve_references())
 
 
-def _read(name: str) -> tuple[Path, bytes]:
-    """A config file's path and content."""
-    if is_remote(name):
-        raise UserError(f"config file {name} is a URL; give a file on this machine")
-    path = expand(name)
+_EXAMPLE = config_folder() / "digits.py"
+
+
+def _locate(spec: str) -> tuple[Path, str]:
+    """The path and the argument that a spec names. A file of this name comes first."""
+    before, dot_py, arg = spec.partition(".py:")
+    file = f"{before}.py" if dot_py else spec
+    if is_remote(file):
+        raise UserError(f"config file {file} is a URL; give a file on this machine")
+    path = expand(file)
+    if os.path.exists(path):  # unlike Path.exists, also for a name that is too long
+        return path, arg
+    name, _, arg = spec.partition(":")
+    name = name.removeprefix("configs/").removesuffix(".py")
+    known = {other.rpartition("/")[2]: other for other in _shipped()}
+    if name in known.values():
+        return config_folder() / f"{name}.py", arg
+    close = difflib.get_close_matches(name.rpartition("/")[2], known, n=1)
+    hint = f" (did you mean {known[close[0]]}?)" if close else ""
+    raise UserError(
+        f"config file {path} does not exist: give the path of a file, or a name that "
+        f"resnet-jax configs lists{hint}"
+    )
+
+
+def _read(path: Path) -> bytes:
+    """A config file's content."""
     try:
         with open_regular(path) as file:
             source = file.read(_MOST_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"config file {path} does not exist; give the path of a file such as "
-            "configs/digits.py or configs/cifar10.py:cifar_resnet56"
-        ) from None
     except OSError as error:
         raise UserError(
             f"config file {path} cannot be read: {error.strerror}; give a Python file "
-            "such as configs/digits.py"
+            f"such as {_EXAMPLE}"
         ) from None
     if len(source) > _MOST_BYTES:
         raise UserError(
             f"config file {path} has more than {_MOST_BYTES >> 20} MiB: it is no config"
         )
-    return path, source
+    return source
 
 
 def _run(path: Path, source: bytes) -> Any:

@@ -14,7 +14,7 @@ from resnet_jax.config.checks import refuse_contradictions
 from resnet_jax.config.files import run_config_file
 from resnet_jax.config.schema import Config, fields, flatten
 from resnet_jax.errors import UserError
-from resnet_jax.models.options import Field, check
+from resnet_jax.options import Field, check
 from resnet_jax.storage import locate
 
 
@@ -22,7 +22,8 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
     """Reads a config file and resolves it.
 
     Args:
-      spec: ``PATH`` or ``PATH:ARG``; the file defines ``get_config(arg)``.
+      spec: the path of a file that defines ``get_config(arg)``, or a name of
+        ``list_configs``; with ``:ARG`` after it if there is an argument.
       overrides: dotted field names to values as text, as on the command line.
 
     Raises:
@@ -111,18 +112,53 @@ def _known_field(name: str) -> Field:
         raise UserError(
             f"config field {name} is a section; set one of {', '.join(inside)}"
         )
-    section, _, key = name.rpartition(".")
-    siblings = {
-        field.name.rpartition(".")[2]: field.name
-        for field in schema.values()
-        if field.name.rpartition(".")[0] == section
-    }
-    close = [siblings[other] for other in difflib.get_close_matches(key, siblings, 1)]
-    close += [known for known in schema if known.endswith(f".{key}")]
-    close += difflib.get_close_matches(name, schema, n=1, cutoff=0.8)
+    section = name.rpartition(".")[0]
+    siblings = _siblings(section)
+    close = nearest_field(name)
     listed = f"{section} has {', '.join(siblings)}" if siblings else "see train --help"
-    hint = f"did you mean {close[0]}?" if close else listed
+    hint = f"did you mean {close}?" if close else listed
     raise UserError(f"unknown config field {name}; {hint}")
+
+
+def nearest_field(name: str) -> str | None:
+    """The field that a misspelt name, or the name of another library, may mean."""
+    section, _, key = name.rpartition(".")
+    siblings = _siblings(section)
+    close = [siblings[other] for other in difflib.get_close_matches(key, siblings, 1)]
+    close += [_ELSEWHERE[key]] if key in _ELSEWHERE else []
+    close += [known for known in fields() if known.rpartition(".")[2] == key]
+    close += difflib.get_close_matches(name, fields(), n=1, cutoff=0.8)
+    return close[0] if close else None
+
+
+def _siblings(section: str) -> dict[str, str]:
+    """The fields of a section: full names by their last parts."""
+    return {
+        field.rpartition(".")[2]: field
+        for field in fields()
+        if field.rpartition(".")[0] == section
+    }
+
+
+_ELSEWHERE = {
+    "amp": "model.dtype",
+    "arch": "model.name",
+    "b": "training.global_batch_size",
+    "batch_size": "training.global_batch_size",
+    "data_path": "data.path",
+    "dataset": "data.name",
+    "ema": "optimizer.ema_decay",
+    "lr": "optimizer.learning_rate",
+    "net": "model.name",
+    "opt": "optimizer.kind",
+    "optimizer": "optimizer.kind",
+    "sched": "schedule.kind",
+    "scheduler": "schedule.kind",
+    "smoothing": "loss.label_smoothing",
+    "wd": "optimizer.weight_decay",
+    "workers": "data.num_threads",
+}
+"""What timm, torchvision and others call some fields."""
 
 
 def parse(name: str, text: str) -> Any:

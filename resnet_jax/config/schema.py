@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from resnet_jax.environment import usable_cores
 from resnet_jax.errors import UserError
-from resnet_jax.models.options import (
+from resnet_jax.options import (
     BELOW_ONE,
     Field,
     ModelOptions,

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from resnet_jax.config import Config, model_options
+from resnet_jax.config import Config
+from resnet_jax.config.build import model_options
 from resnet_jax.data.sources.imagenet import class_ids
 from resnet_jax.data.split import IMAGENET_MEAN, IMAGENET_STD
 from resnet_jax.data.transforms import PixelStatistics

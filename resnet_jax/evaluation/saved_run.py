@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from resnet_jax import parallel
 from resnet_jax.checkpoints import Checkpoints, DamagedError
-from resnet_jax.config import Config, build_model, override
+from resnet_jax.config import Config, override
+from resnet_jax.config.build import build_model
 from resnet_jax.data.dataset import Dataset, Split, open_dataset
 from resnet_jax.data.feeds import Feed, make_feed
 from resnet_jax.data.transforms import PixelStatistics

@@ -16,8 +16,7 @@ from resnet_jax.models.conv import Conv
 from resnet_jax.models.factories import ModuleFactory
 from resnet_jax.models.norm import norm_act
 from resnet_jax.models.shortcuts import Projection, Shortcut
-
-STRIDE_VERSIONS = ("v1", "v1.5")
+from resnet_jax.options import STRIDE_VERSIONS
 
 Activation = Callable[[jax.Array], jax.Array]
 

@@ -14,8 +14,8 @@ from jax import lax
 
 from resnet_jax.models.fused import along, widen
 from resnet_jax.models.platforms import platform
+from resnet_jax.options import ALGORITHMS
 
-ALGORITHMS = ("auto", "xla", "packed", "products", "patches")
 _BEST = {"cpu": "products", "gpu": "packed"}
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _COLUMNS = 4

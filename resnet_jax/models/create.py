@@ -14,11 +14,11 @@ from resnet_jax.models.catalog import catalog_entry
 from resnet_jax.models.conv import INITIALIZATIONS
 from resnet_jax.models.factories import class_of, field_names
 from resnet_jax.models.norm import NoNorm
-from resnet_jax.models.options import ModelOptions, check, declared
 from resnet_jax.models.resnet import ResNet, plan_strides
 from resnet_jax.models.stages import OverlappingStage
 from resnet_jax.models.vgg import VGG
 from resnet_jax.models.wrappers import SqueezeExcite
+from resnet_jax.options import ModelOptions, check, declared
 
 _OPTIONS = {
     field.name: field
@@ -64,7 +64,7 @@ def create_model(
         keeps its running statistics in training.
       dtype: dtype of convolutions and maps; parameters, statistics and logits are
         always float32.
-      **options: fields of ``models.options.ModelOptions``:
+      **options: fields of ``resnet_jax.options.ModelOptions``:
 
     Raises:
       UserError: an unknown name, or an option that the net lacks or refuses.

@@ -4,11 +4,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import resnet_jax
 from resnet_jax.config import Config, flatten, load_config, parse
+from resnet_jax.config.files import config_folder
 from resnet_jax.config.schema import ParallelConfig
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.paper.entries import PaperRun
@@ -184,10 +183,3 @@ def peer_timeout(experiment: str, setting: Setting) -> int:
     for run in find_experiment(experiment).runs():
         return setting.config(run).parallel.peer_timeout_seconds
     return ParallelConfig().peer_timeout_seconds
-
-
-def config_folder() -> Path:
-    """The folder of config files: the checkout's, or that of the installed package."""
-    package = Path(resnet_jax.__file__).parent
-    is_checkout = (package.parent / "pyproject.toml").exists()
-    return (package.parent if is_checkout else package) / "configs"

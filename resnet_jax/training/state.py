@@ -12,7 +12,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from resnet_jax import parallel
-from resnet_jax.config import Config, Derived, build_model, derive
+from resnet_jax.config import Config, Derived, derive
+from resnet_jax.config.build import build_model
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.evaluation.metrics import Sums
 from resnet_jax.training.optimizer import make_optimizer

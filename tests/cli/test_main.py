@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
+import resnet_jax
 from resnet_jax.cli import main
 from resnet_jax.cli.overrides import parse_overrides
-from resnet_jax.config import fields
+from resnet_jax.config import fields, list_configs, load_config
 from resnet_jax.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -57,7 +58,10 @@ def test_other_arguments_are_refused(arguments, sentence):
             "/nowhere does not exist",
         ),
         (["--config", f"{DIGITS}:resnet51"], "did you mean resnet50"),
-        ([], "give --config FILE.py"),
+        ([], "give --config NAME or FILE.py"),
+        (["--config", "digit"], "did you mean digits?"),
+        (["--config", "rsb_a3"], "did you mean recipes/rsb_a3?"),
+        (["--config", "folder"], "set --config.data.path to a folder"),
     ],
 )
 def test_train_says_in_one_sentence_what_is_wrong(
@@ -70,6 +74,59 @@ def test_train_says_in_one_sentence_what_is_wrong(
     assert sentence in err
     assert err.count("\n") == 1
     assert not (workdir / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("trian", "resnet-jax: error: there is no command trian; did you mean train?"),
+        ("paper rum", "paper: error: there is no action rum; did you mean run?"),
+        ("train --confg=digits", "unknown flag --confg; did you mean --config?"),
+        ("train --lr 1", "--lr; did you mean --config.optimizer.learning_rate?"),
+        ("plan --batch-size=8", "did you mean --config.training.global_batch_size?"),
+        ("sweep --confg.seed=1", "did you mean --config.seed?"),
+        ("evaluate --workdr x", "unknown flag --workdr; did you mean --workdir?"),
+        ("prepare a b --shard 2", "unknown flag --shard; did you mean --shards?"),
+        ("report --zzzzzz", "unknown flag --zzzzzz; see resnet-jax report --help"),
+        ("report --workdir a b", "resnet-jax: error: unknown argument b"),
+    ],
+)
+def test_typos_get_a_suggestion(capsys, line, sentence):
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"resnet_jax {resnet_jax.__version__} ")
+
+
+def test_configs_are_known_by_name_everywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["configs"]) == 0
+    listed = capsys.readouterr().out
+    for name, first_line in list_configs().items():
+        assert name in listed
+        assert first_line.split()[0] in listed
+    named = load_config("degradation:cifar_plain56")
+    for other in (
+        "configs/degradation.py",
+        "degradation.py",
+    ):
+        assert load_config(f"{other}:cifar_plain56") == named
+    assert main(["configs", "digits"]) == 0
+    assert "--config digits --workdir" in capsys.readouterr().out
+    # A file in this folder comes first.
+    (tmp_path / "digits.py").write_text("def get_config(): return 1 / 0")
+    with pytest.raises(UserError, match=r"digits.py, line 1: ZeroDivisionError"):
+        load_config("digits.py")
+    assert load_config("digits").data.name == "digits"
 
 
 def test_help_lists_every_field(capsys):

@@ -34,6 +34,6 @@ def test_mistakes_leave_no_traceback(capsys):
     assert main(["plan", "--config", CONFIG, "--devices", "256"]) == 1
     error = capsys.readouterr().err
     assert error == (
-        "resnet-jax: error: training.global_batch_size=128 does not divide over 256 "
-        "devices; the nearest that does is 256\n"
+        "resnet-jax: error: --config.training.global_batch_size=128 does not divide "
+        "over 256 devices; the nearest that does is 256\n"
     )

@@ -33,7 +33,6 @@ def test_prepares_and_verifies(folder, tmp_path, capsys):
         (["one"], "takes SOURCE and OUTPUT, or --verify and OUTPUT alone; given one"),
         (["a", "b", "--verify"], "takes SOURCE and OUTPUT"),
         ([], "given nothing"),
-        (["a", "b", "--shard", "2"], "unknown argument --shard"),
         (["nowhere", "out"], "source nowhere does not exist"),
     ],
 )

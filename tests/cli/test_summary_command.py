@@ -1,16 +1,16 @@
-import argparse
 import json
 
 import pytest
 
 from resnet_jax.cli import summary
+from resnet_jax.cli.parser import Parser
 from resnet_jax.errors import UserError
 from resnet_jax.models import catalog_entry, list_models
 
 
 def run(capsys, *arguments):
-    parser = argparse.ArgumentParser(prog="resnet-jax")
-    summary.add_parser(parser.add_subparsers(required=True))
+    parser = Parser(prog="resnet-jax")
+    summary.add_parser(parser.add_subparsers(metavar="COMMAND"))
     options = parser.parse_args(["summary", *arguments])
     options.run(options)
     text = capsys.readouterr().out

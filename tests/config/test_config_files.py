@@ -128,7 +128,7 @@ def test_what_is_no_file_is_one_sentence(tmp_path):
         (tmp_path / "pipe.py", "it is not a regular file"),
         (tmp_path / "folder.py", "cannot be read"),
         ("/dev/zero", "it is not a regular file"),
-        (tmp_path / ("a" * 5000), "File name too long"),
+        (tmp_path / ("a" * 5000), "does not exist"),
         ("", "must not be empty"),
         ("a\0b.py", "NUL character"),
         ("http://x/mine.py", "is a URL"),

@@ -251,7 +251,7 @@ def test_steps_and_rates_follow(name, steps, boundaries, warmup, rates):
 def test_a_recipe_says_where_it_is_from_and_what_differs(name):
     tree = ast.parse((RECIPES / f"{name}.py").read_text())
     documentation = re.sub(r"\s+", " ", ast.get_docstring(tree))
-    assert f"resnet-jax train --config configs/recipes/{name}.py" in documentation
+    assert f"resnet-jax train --config recipes/{name}:" in documentation
     assert re.search(r"Source: .*https://", documentation)
     assert "Expected from the source" in documentation
     for error in EXPECTED_ERRORS[name]:

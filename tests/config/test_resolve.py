@@ -13,7 +13,7 @@ from resnet_jax.config import (
     resolve,
 )
 from resnet_jax.errors import UserError
-from resnet_jax.models.options import check
+from resnet_jax.options import check
 from tests.conftest import REPOSITORY
 
 DIGITS = str(REPOSITORY / "configs" / "digits.py")
@@ -23,7 +23,8 @@ REFUSED = [
     ("optimizer.learning_rat", 0.1, "did you mean optimizer.learning_rate"),
     ("training.learning_rate", 0.1, "did you mean optimizer.learning_rate"),
     ("training.batch_size", 8, "did you mean training.global_batch_size"),
-    ("optimizer.lr", 0.1, "optimizer has kind, learning_rate,"),
+    ("optimizer.lr", 0.1, "did you mean optimizer.learning_rate?"),
+    ("optimizer.zzz", 0.1, "optimizer has kind, learning_rate,"),
     ("seed", 2**31, "from 0 to 2,147,483,647, not 2147483648"),
     ("optimizer.learning_rate", "fast", "takes a number, not 'fast'"),
     ("optimizer.learning_rate", float("nan"), "must be from 0 to 1e+38, not nan"),

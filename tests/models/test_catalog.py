@@ -32,9 +32,11 @@ from resnet_jax.models import (
     shortcuts,
 )
 from resnet_jax.models.catalog import FAMILIES
-from resnet_jax.models.conv import ALGORITHMS, INITIALIZATIONS
+from resnet_jax.models.conv import INITIALIZATIONS
 from resnet_jax.models.create import scans_by_default
 from resnet_jax.models.factories import class_of, option_of
+from resnet_jax.options import ALGORITHMS, SHORTCUTS
+from resnet_jax.options import INITIALIZATIONS as INITIALIZATION_NAMES
 
 # Counting by hand: a k x k convolution from i to o channels in g groups has
 # k * k * i * o / g weights, each of which is used once for every pixel of its output.
@@ -930,6 +932,12 @@ def test_every_option_has_its_test():
     tested |= {"normalization", *NORM_OPTIONS}
     tested |= {option for _, options, _ in BLOCK_OPTIONS for option in options}
     assert set(inspect.signature(create_model).parameters) == tested
+
+
+def test_options_name_what_exists():
+    """They are declared without jax, away from what they name."""
+    assert tuple(shortcuts.BY_NAME) == SHORTCUTS
+    assert tuple(INITIALIZATIONS) == INITIALIZATION_NAMES
 
 
 @pytest.mark.parametrize("name", ["resnet50", "cifar_highway19", "mnist_plain10"])

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from resnet_jax.config import derive, load_config
+from resnet_jax.config.files import config_folder
 from resnet_jax.errors import UserError
 from resnet_jax.models import blocks, create_model
 from resnet_jax.paper.entries import Published
@@ -15,7 +16,7 @@ from resnet_jax.paper.experiments import (
     choose_runs,
     find_experiment,
 )
-from resnet_jax.paper.settings import Setting, config_folder
+from resnet_jax.paper.settings import Setting
 
 RUNS = [(e.name, run) for e in EXPERIMENTS.values() for run in e.runs()]
 

@@ -3,9 +3,10 @@ import dataclasses
 import pytest
 
 from resnet_jax.config import derive, flatten, load_config
+from resnet_jax.config.files import config_folder
 from resnet_jax.errors import UserError
 from resnet_jax.paper.entries import PaperRun
-from resnet_jax.paper.settings import Setting, config_folder
+from resnet_jax.paper.settings import Setting
 
 RESNET110 = PaperRun("cifar_resnet110", "cifar10.py:cifar_resnet110")
 PLAIN18 = PaperRun("plain18", "imagenet.py:plain18,he2015")

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from resnet_jax import load_weights, save_weights
-from resnet_jax.config import model_options, resolve
+from resnet_jax.config import resolve
+from resnet_jax.config.build import model_options
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.precise_statistics import check_precise_statistics
 from resnet_jax.models import create_model, stack_blocks, unstack_blocks

@@ -143,10 +143,11 @@ def find_builder(name: str, data_dir: str | None) -> Any:
         return tfds.builder(name, data_dir=where)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}? " if close else ""
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        hint = f" (did you mean {close[0]}?)" if close else ""
         raise UserError(
-            f"there is no tfds data set {name}; {hint}For your own files set data.path"
+            f"there is no tfds data set {name}{hint}: for your own images set "
+            "data.path to a folder that holds train/CLASS/IMAGE"
         ) from None
     except (AssertionError, ValueError, RuntimeError) as error:
         # A missing version, an unreachable gs:// URL, and more.

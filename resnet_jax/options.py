@@ -1,7 +1,8 @@
 """The options of nets, each declared once.
 
 ``create_model``, the ``model`` section of a config, ``--help`` and the checks
-of values all come from ``ModelOptions``.
+of values all come from ``ModelOptions``. This module does without jax, so that
+``--help`` need not wait for it.
 """
 
 import dataclasses
@@ -14,11 +15,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from resnet_jax.errors import UserError
-from resnet_jax.models import shortcuts
-from resnet_jax.models.blocks import STRIDE_VERSIONS
-from resnet_jax.models.conv import ALGORITHMS, INITIALIZATIONS
 
+SHORTCUTS = (
+    *("A", "B", "C", "pooled", "none"),
+    *("scaled", "scaled_both", "exclusive_gate", "shortcut_gate", "dropout"),
+)
+STRIDE_VERSIONS = ("v1", "v1.5")
 NORMALIZATIONS = ("batch", "none")
+INITIALIZATIONS = ("he", "he_fan_in", "xavier", "normal_0.01")
+ALGORITHMS = ("auto", "xla", "packed", "products", "patches")
 
 BELOW_ONE = 0.999999
 """The largest rate or decay: in float32, closer ones round to 1."""
@@ -42,7 +47,7 @@ class ModelOptions:
         None,
         "A, B, C, pooled (ResNet-D) or none; or a shortcut that He et al. 2016 compare "
         "with the identity; None: the net's own",
-        choices=tuple(shortcuts.BY_NAME),
+        choices=SHORTCUTS,
     )
     stride_version: str | None = option(
         None,
@@ -94,7 +99,7 @@ class ModelOptions:
         None,
         "of kernels: he (fan-out), he_fan_in, xavier or normal_0.01; a residual or "
         "plain net's classifier keeps its own; None: the net's own",
-        choices=tuple(INITIALIZATIONS),
+        choices=INITIALIZATIONS,
     )
     dtype: str = option(
         "float32",
