@@ -58,8 +58,8 @@ def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     found: set[str] = set()
     for heading in _HEADING.findall(_BLOCK.sub("", page.read_text())):
-        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
-        anchor = re.sub(r"[^\w\- ]", "", text).strip().replace(" ", "-")
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        anchor = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
         unique, count = anchor, 0
         while unique in found:
             count += 1

@@ -44,14 +44,14 @@ def make_stand_ins(folder, small):
         options["model.name"] = config.partition(":")[2]
         resnet_jax.train(load_config(config, options), folder / name)
     shutil.copytree(folder / "runs/five/seed-0", folder / "runs/digits")
-    model = resnet_jax.create_model("resnet18")
-    variables = random_variables(model)
-    for name, layout in (("resnet18.safetensors", "flax"), ("for_torch.safetensors", "torch")):
-        resnet_jax.save_weights(
-            folder / name, variables, model, name="resnet18", layout=layout
-        )
-    # The content decides the format, not the name.
-    shutil.copy(folder / "for_torch.safetensors", folder / "resnet18.pth")
+    for name in ("resnet18", "cifar_resnet8"):
+        model = resnet_jax.create_model(name, num_classes=1000)
+        variables = random_variables(model)
+        for file, layout in ((f"{name}.safetensors", "flax"), (f"{name}.pth", "torch")):
+            # The content of a file decides its format, not its name.
+            temporary = folder / f"{name}-{layout}.safetensors"
+            resnet_jax.save_weights(temporary, variables, model, name=name, layout=layout)
+            temporary.rename(folder / file)
     return folder
 
 
@@ -89,7 +89,9 @@ def use_stand_ins(stand_ins, text, here, monkeypatch):
         if path.name not in ("data", "tfds", "runs"):
             copy = shutil.copytree if path.is_dir() else shutil.copy
             copy(path, here / path.name)
-    monkeypatch.setattr(hub, "_from_torchvision", lambda name: here / "for_torch.safetensors")
+    monkeypatch.setattr(
+        hub, "_from_torchvision", lambda name: here / f"{re.split('[:.]', name)[1]}.pth"
+    )
     monkeypatch.setattr(hub, "_from_hub", lambda name, files: from_hub(here, files))
     monkeypatch.setitem(sys.modules, "torchvision", torchvision())
 
@@ -97,7 +99,7 @@ def use_stand_ins(stand_ins, text, here, monkeypatch):
 def from_hub(here, files):
     """timm's files of a repository, for the first of these names."""
     if files[0] != "config.json":
-        return here / "for_torch.safetensors"
+        return here / "resnet18.pth"
     config = here / "config.json"
     config.write_text(
         json.dumps(

@@ -27,6 +27,11 @@ from tests.docs.stand_ins import make_stand_ins, use_stand_ins
 REPLACED = {
     "resnet50": "resnet18",
     "resnet101": "resnet18",
+    "resnet18_v1": "resnet18",
+    "finetune:torchvision:resnet18": "finetune:torchvision:cifar_resnet8",
+    '_pretrained("torchvision:resnet18': '_pretrained("torchvision:cifar_resnet8',
+    'load_net("torchvision:resnet18': 'load_net("torchvision:cifar_resnet8',
+    "ten_crop": "ten_crop:size=64,shorter_side=72",
     "cifar_resnet56": "cifar_resnet8",
     "cifar_resnet20,cifar_plain20": "cifar_resnet8",
     "cifar_resnet20": "cifar_resnet8",
@@ -38,6 +43,7 @@ REPLACED = {
     "(2, 3, 224, 224)": "(2, 3, 64, 64)",
     "(2, 480, 640, 3)": "(2, 64, 96, 3)",
     "[[480, 640], [333, 500]]": "[[64, 96], [45, 70]]",
+    '{"optimizer.learning_rate": "0.05"}': "small_digits",
     "checkpoints/600": "checkpoints/2",
     '"/runs/': '"{here}/runs/',
     "/data/": "{here}/data/",
@@ -61,7 +67,7 @@ SMALL = {
         "training.global_batch_size": "8",
     },
 }
-"""Fields that a real run of a config changes; ``SMALL`` is also a name in blocks."""
+"""Fields that a real run of a config changes."""
 
 PARSED = {
     r"train --config (imagenet|recipes/)": "ImageNet recipes take minutes to compile",
@@ -95,7 +101,8 @@ def stand_ins(tmp_path_factory):
 def test_blocks_run(page, stand_ins, tmp_path, monkeypatch):
     use_stand_ins(stand_ins, page.read_text(), tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": page.stem, "SMALL": SMALL, "np": np}
+    digits = SMALL["digits"] | {"data.data_dir": str(tmp_path / "tfds")}
+    namespace = {"__name__": page.stem, "small_digits": digits, "np": np}
     exec(NAMES.get(page.name, ""), namespace)
     for block in blocks(page):
         run_block(block, namespace, tmp_path)
@@ -124,14 +131,22 @@ def replaced(text, here):
 
 def run_command(words, here):
     """Checks a command; a short one of ``resnet-jax`` really runs."""
+    if "&&" in words:
+        at = words.index("&&")
+        run_command(words[:at], here)
+        return run_command(words[at + 1 :], here)
     while "=" in words[0]:  # a variable set for this command
         words = words[1:]
+    words[0] = words[0].removeprefix(".venv/bin/")
     program, *arguments = words
     assert program in CHECKS, f"how does one check {' '.join(words)}?"
     CHECKS[program](arguments)
     line = " ".join(words)
     if program == "resnet-jax" and not any(re.search(p, line) for p in PARSED):
         arguments = [replaced(word, here) for word in arguments]
+        if "convert" not in arguments:
+            small = "torchvision:cifar_resnet8"
+            arguments = [small if a == "torchvision:resnet18" else a for a in arguments]
         assert main([*arguments, *small_overrides(arguments, here)]) == 0, line
 
 
@@ -143,9 +158,9 @@ def small_overrides(arguments, here):
     fields = dict(SMALL[config])
     if config == "digits":
         fields["data.data_dir"] = str(here / "tfds")
-    given = {word.partition("=")[0] for word in arguments}
-    flags = {f"--config.{name}": value for name, value in fields.items()}
-    return [f"{flag}={value}" for flag, value in flags.items() if flag not in given]
+    given = {word.removeprefix("--config.").partition("=")[0] for word in arguments}
+    small = {name: value for name, value in fields.items() if name not in given}
+    return [f"--config.{name}={value}" for name, value in small.items()]
 
 
 def check_resnet_jax(arguments):
@@ -162,7 +177,7 @@ def check_resnet_jax(arguments):
         for value in values.split(","):
             parse(name, value)
     if hasattr(options, "experiment"):
-        choose_runs(find_experiment(options.experiment), (options.only or "").split())
+        choose_runs(find_experiment(options.experiment), (options.only or "").split(",") if options.only else ())
 
 
 def check_make(arguments):
@@ -210,12 +225,20 @@ def check_docker(arguments):
         assert arguments[0] == "push"
 
 
+def check_files(arguments):
+    """The paths of a tool exist."""
+    for word in arguments:
+        if not word.startswith("-") and word not in ("format", "check"):
+            assert (REPOSITORY / word).exists(), word
+
+
 CHECKS = {
     "resnet-jax": check_resnet_jax,
     "make": check_make,
     "pip": check_pip,
     "python": check_python,
     "docker": check_docker,
+    **dict.fromkeys(("pytest", "ruff", "mypy"), check_files),
     "mpirun": lambda words: check_resnet_jax(words[words.index("resnet-jax") + 1 :]),
 }
 """How to check a command, by its program."""
