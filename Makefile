@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo degradation test test-all docs lint clean
+.PHONY: demo degradation test test-all docs lint wheel address clean
 
 demo: $(VENV)/.demo
 	$(BIN)/resnet-jax train --config digits --workdir runs/digits
@@ -32,6 +32,20 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# What users get who install without a checkout, tried in a clean environment.
+wheel: $(VENV)/bin/python
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet "$$(echo dist/*.whl)[demo]"
+	cd build/clean && bin/resnet-jax configs && bin/resnet-jax train --config digits \
+	  --workdir run --config.training.steps=2 --config.schedule.warmup_steps=1
+
+# Writes the repository's place on GitHub everywhere: make address REPOSITORY=me/resnet_jax
+address:
+	git grep -lz OWNER/resnet_jax -- ':!Makefile' | \
+	  xargs -0 sed -i 's#OWNER/resnet_jax#$(REPOSITORY)#g'
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "resnet_jax needs Python 3.11 or newer; say which: make PYTHON=python3.12"; \
@@ -53,4 +67,4 @@ $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) build dist runs site

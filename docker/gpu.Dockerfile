@@ -19,8 +19,8 @@ ENV PYTHONUNBUFFERED=1 \
 WORKDIR /opt/resnet_jax
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY resnet_jax ./resnet_jax
-RUN pip install ".[cuda13,gcs]" "jax[cuda13]==${JAX_VERSION}"
 COPY configs ./configs
+RUN pip install ".[cuda13,gcs]" "jax[cuda13]==${JAX_VERSION}"
 
 RUN useradd --create-home --uid 1000 resnet
 USER resnet

@@ -15,8 +15,8 @@ ENV PYTHONUNBUFFERED=1 \
 WORKDIR /opt/resnet_jax
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY resnet_jax ./resnet_jax
-RUN pip install ".[tpu,gcs]" "jax[tpu]==${JAX_VERSION}"
 COPY configs ./configs
+RUN pip install ".[tpu,gcs]" "jax[tpu]==${JAX_VERSION}"
 
 # Exec form: SIGTERM reaches the run itself.
 ENTRYPOINT ["resnet-jax"]

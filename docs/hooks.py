@@ -124,40 +124,44 @@ def recipes() -> str:
 
 
 def nets() -> str:
-    """The catalog, with published errors."""
-    published = _published()
-    rows = []
-    for name, entry in CATALOG.items():
-        size = f"{entry.image_size} x {entry.image_size} x {entry.channels}"
-        numbers = (entry.parameters, entry.multiply_adds)
-        counts = [f"{number:,}" if number else "" for number in numbers]
-        errors = "; ".join(published.get(name, []))
-        rows.append((f"`{name}`", entry.source, size, *counts, errors))
-    header = ("net", "source", "image", "parameters", "multiply-adds", "published error")
+    """The catalog by size of image, the families, and published errors."""
+    parts = []
+    for side, kind in ((224, "ImageNet"), (32, "CIFAR"), (28, "MNIST")):
+        rows = [
+            (
+                f"`{name}`",
+                entry.source,
+                f"{entry.parameters:,}",
+                f"{entry.multiply_adds:,}",
+            )
+            for name, entry in CATALOG.items()
+            if entry.image_size == side
+        ]
+        channels = 1 if side == 28 else 3
+        parts.append(f"## {kind}: {side} x {side} x {channels}\n\n")
+        parts.append(table(("net", "source", "parameters", "multiply-adds"), rows))
+        parts.append("\n")
     families = [(f"`{name}`", meaning) for name, meaning in FAMILIES.items()]
-    return (
-        table(header, rows)
-        + "\n## Nets of any depth\n\n"
-        + table(("name", "net"), families)
-    )
+    parts.append("## Nets of any depth\n\n" + table(("name", "net"), families) + "\n")
+    header = ("net", "error, %", "where", "protocol")
+    parts.append("## Published errors\n\n" + table(header, _published()))
+    return "".join(parts)
 
 
-def _published() -> dict[str, list[str]]:
-    """Errors published for nets as they are in the catalog, with their protocol."""
-    found: dict[str, list[str]] = {}
+def _published() -> list[tuple[str, ...]]:
+    """Errors published for nets as they are in the catalog."""
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
     for experiment in EXPERIMENTS.values():
-        protocol = re.sub(r"^Published: ", "", experiment.protocol).split(". ")[0]
+        protocol = re.sub(r"^Published: ", "", experiment.protocol).partition(". ")[0]
+        where = f"{experiment.source}, {experiment.title.partition(':')[0]}"
         for entry in experiment.entries:
-            if entry.published is None or entry.run is None or entry.run.overrides:
+            published, run = entry.published, entry.run
+            if run is None or run.overrides or published is None or not str(published):
                 continue
-            if entry.published.error is None and entry.published.mean is None:
-                continue
-            net = entry.run.config.partition(":")[2].partition(",")[0]
-            where = f"{experiment.source}, {experiment.title.partition(':')[0]}"
-            text = f"{entry.published} % ({where}: {protocol.rstrip('.')})"
-            if not any(str(entry.published) in line for line in found.get(net, [])):
-                found.setdefault(net, []).append(text)
-    return found
+            net = run.config.partition(":")[2].partition(",")[0]
+            line = (f"`{net}`", str(published), where, protocol.rstrip("."))
+            found.setdefault((net, str(published)), line)
+    return sorted(found.values(), key=lambda line: list(CATALOG).index(line[0].strip("`")))
 
 
 MODULES = {
@@ -195,6 +199,8 @@ def python(page: str) -> str:
             if len(MODULES[page]) > 1:
                 parts.append("    options: {heading_level: 3}\n")
             parts.append("\n")
+            if name == "create_model":
+                parts.append("The options are the [fields of model](fields.md#model).\n\n")
     return "".join(parts)
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_DISTRIBUTION = "deep-residual-jax"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -27,6 +28,22 @@ def environment() -> dict[str, Any]:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "commit": commit(),
     }
+
+
+def checkout() -> Path | None:
+    """The folder of a checkout; None if the package is installed elsewhere."""
+    folder = Path(__file__).parent.parent
+    return folder if (folder / "pyproject.toml").exists() else None
+
+
+def how_to_install(extra: str) -> str:
+    """The command that installs an optional part, such as ``demo``."""
+    folder = checkout()
+    if folder is not None:
+        return f"pip install -e '{folder}[{extra}]'"
+    urls = importlib.metadata.metadata(_DISTRIBUTION).get_all("Project-URL") or []
+    repository = dict(url.split(", ") for url in urls)["Repository"]
+    return f"pip install '{_DISTRIBUTION}[{extra}] @ git+{repository}'"
 
 
 def commit() -> str | None:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from etils import epath
 
 from resnet_jax import signals
+from resnet_jax.environment import how_to_install
 from resnet_jax.errors import UserError
 
 LOCK = "run.lock"
@@ -99,9 +100,8 @@ def reached(path: str | os.PathLike[str]) -> Iterator[None]:
             raise
         if isinstance(error, ImportError):
             raise UserError(
-                f"{path} cannot be reached without gcsfs: "
-                "pip install -e '.[gcs]' in the checkout, or give a folder on this "
-                "machine"
+                f"{path} cannot be reached without gcsfs: {how_to_install('gcs')}, or "
+                "give a folder on this machine"
             ) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(

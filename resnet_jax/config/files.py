@@ -15,6 +15,7 @@ from typing import Any
 
 import resnet_jax
 from resnet_jax.config.schema import flatten
+from resnet_jax.environment import checkout
 from resnet_jax.errors import UserError
 from resnet_jax.storage import expand, is_remote, open_regular
 
@@ -47,9 +48,7 @@ def _shipped() -> list[str]:
 
 def config_folder() -> Path:
     """The folder of config files: the checkout's, or that of the installed package."""
-    package = Path(resnet_jax.__file__).parent
-    is_checkout = (package.parent / "pyproject.toml").exists()
-    return (package.parent if is_checkout else package) / "configs"
+    return (checkout() or Path(resnet_jax.__file__).parent) / "configs"
 
 
 def run_config_file(spec: str, overrides: Mapping[str, Any]) -> dict[str, Any]:

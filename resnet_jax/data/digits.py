@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
+from resnet_jax.environment import how_to_install
 from resnet_jax.errors import UserError
 
 _BRIGHTEST = 16  # a pixel counts the set bits in a 4x4 cell
@@ -54,7 +55,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             from sklearn.datasets import load_digits
         except ImportError:
             raise UserError(
-                "the digits need scikit-learn: pip install -e '.[demo]' in the checkout"
+                f"the digits need scikit-learn: {how_to_install('demo')}"
             ) from None
         digits = load_digits()
         images = np.rint(digits.images * (255 / _BRIGHTEST)).astype(np.uint8)

@@ -29,8 +29,6 @@ REPLACED = {
     "resnet101": "resnet18",
     "resnet18_v1": "resnet18",
     "finetune:torchvision:resnet18": "finetune:torchvision:cifar_resnet8",
-    '_pretrained("torchvision:resnet18': '_pretrained("torchvision:cifar_resnet8',
-    'load_net("torchvision:resnet18': 'load_net("torchvision:cifar_resnet8',
     "ten_crop": "ten_crop:size=64,shorter_side=72",
     "cifar_resnet56": "cifar_resnet8",
     "cifar_resnet20,cifar_plain20": "cifar_resnet8",
@@ -144,9 +142,6 @@ def run_command(words, here):
     line = " ".join(words)
     if program == "resnet-jax" and not any(re.search(p, line) for p in PARSED):
         arguments = [replaced(word, here) for word in arguments]
-        if "convert" not in arguments:
-            small = "torchvision:cifar_resnet8"
-            arguments = [small if a == "torchvision:resnet18" else a for a in arguments]
         assert main([*arguments, *small_overrides(arguments, here)]) == 0, line
 
 

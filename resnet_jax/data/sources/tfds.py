@@ -18,6 +18,7 @@ from resnet_jax.data.sources.base import (
     refuse_special,
 )
 from resnet_jax.data.sources.splits import Collection
+from resnet_jax.environment import how_to_install
 from resnet_jax.errors import UserError
 from resnet_jax.storage import locate
 
@@ -188,9 +189,9 @@ def _prepare(builder: Any, name: str) -> None:
     is_ours = isinstance(builder, digits.Digits)
     if not is_ours and not _has_tensorflow():
         raise UserError(
-            f"tfds data set {name} is not prepared in {builder.data_dir}; to "
-            "prepare it here, pip install -e '.[tensorflow]' in the checkout, or give "
-            "its files with data.path"
+            f"tfds data set {name} is not prepared in {builder.data_dir}: give its "
+            "files with data.path, or install what prepares it here: "
+            f"{how_to_install('tensorflow')}"
         )
     # For our digits, tfds would announce a download of unknown size.
     silence = contextlib.redirect_stdout(io.StringIO())
