@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from resnet_jax.cli import command_parser
 from resnet_jax.config import (
     Field,
     describe_range,
@@ -21,7 +22,6 @@ from resnet_jax.config import (
     list_configs,
     load_config,
 )
-from resnet_jax.cli import command_parser
 from resnet_jax.models.catalog import CATALOG, FAMILIES
 from resnet_jax.paper.experiments import EXPERIMENTS
 
@@ -41,7 +41,9 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
         if target.is_relative_to(REPOSITORY / "docs") or not target.exists():
             return match[0]  # mkdocs warns if it is missing
         kind = "tree" if target.is_dir() else "blob"
-        return f"{match[1]}{config.repo_url}/{kind}/main/{target.relative_to(REPOSITORY)}"
+        return (
+            f"{match[1]}{config.repo_url}/{kind}/main/{target.relative_to(REPOSITORY)}"
+        )
 
     return _LINK.sub(to_repository, markdown)
 
@@ -161,7 +163,9 @@ def _published() -> list[tuple[str, ...]]:
             net = run.config.partition(":")[2].partition(",")[0]
             line = (f"`{net}`", str(published), where, protocol.rstrip("."))
             found.setdefault((net, str(published)), line)
-    return sorted(found.values(), key=lambda line: list(CATALOG).index(line[0].strip("`")))
+    return sorted(
+        found.values(), key=lambda line: list(CATALOG).index(line[0].strip("`"))
+    )
 
 
 MODULES = {
@@ -200,7 +204,9 @@ def python(page: str) -> str:
                 parts.append("    options: {heading_level: 3}\n")
             parts.append("\n")
             if name == "create_model":
-                parts.append("The options are the [fields of model](fields.md#model).\n\n")
+                parts.append(
+                    "The options are the [fields of model](fields.md#model).\n\n"
+                )
     return "".join(parts)
 
 

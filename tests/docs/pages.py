@@ -1,6 +1,7 @@
 """The pages that a reader sees: their code blocks, links and headings."""
 
 import dataclasses
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -69,8 +70,9 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The commands of a shell block, as words; variables set before one stay."""
+    """The commands of a shell block, as words."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if words:
-            yield words
+        for joined, group in itertools.groupby(words, lambda word: word == "&&"):
+            if not joined:
+                yield list(group)

@@ -50,7 +50,9 @@ def make_stand_ins(folder, small):
         for file, layout in ((f"{name}.safetensors", "flax"), (f"{name}.pth", "torch")):
             # The content of a file decides its format, not its name.
             temporary = folder / f"{name}-{layout}.safetensors"
-            resnet_jax.save_weights(temporary, variables, model, name=name, layout=layout)
+            resnet_jax.save_weights(
+                temporary, variables, model, name=name, layout=layout
+            )
             temporary.rename(folder / file)
     return folder
 
@@ -72,7 +74,9 @@ def random_variables(model):
         if name == "kernel":
             scale = (2 / np.prod(leaf.shape[:-1])) ** 0.5
             return random.normal(0, scale, leaf.shape).astype(leaf.dtype)
-        return (np.ones if name in ("scale", "var") else np.zeros)(leaf.shape, leaf.dtype)
+        return (np.ones if name in ("scale", "var") else np.zeros)(
+            leaf.shape, leaf.dtype
+        )
 
     return jax.tree.map_with_path(fill, shapes)
 

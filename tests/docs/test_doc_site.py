@@ -31,7 +31,9 @@ def test_references_are_complete(hooks):
     for name, entry in CATALOG.items():
         assert f"| `{name}` | " in made["nets"]
         assert f" {entry.parameters:,} |" in made["nets"]
-    assert "| `resnet50_v1` | 22.85 | He et al. 2015, Table 3 | 10-crop |" in made["nets"]
+    assert (
+        "| `resnet50_v1` | 22.85 | He et al. 2015, Table 3 | 10-crop |" in made["nets"]
+    )
     for name, first_line in list_configs().items():
         assert f"`{name}`" in made["configs"]
         assert first_line in made["configs"]
@@ -41,7 +43,9 @@ def test_references_are_complete(hooks):
         assert f"## {command}\n" in made["commands"]
     for name in ("create_model", "train", "Classifier"):
         assert f"::: resnet_jax.{name}\n" in made["python"]
-    assert "| `optimizer.kind` |  |  |  | `lamb` | `lamb` | `lamb` |  |" in made["recipes"]
+    assert (
+        "| `optimizer.kind` |  |  |  | `lamb` | `lamb` | `lamb` |  |" in made["recipes"]
+    )
 
 
 def test_every_marker_has_a_maker_and_every_maker_a_page(hooks):
@@ -72,8 +76,13 @@ def test_the_site_builds_without_warnings_and_without_the_network(tmp_path):
     assert len(pages) > 20
     for page in pages:
         html = page.read_text()
-        loaded = re.findall(r"<(?:script|img|link)[^>]+(?:src|href)=\"?(https?://[^\s\">]+)", html)
+        loaded = re.findall(
+            r"<(?:script|img|link)[^>]+(?:src|href)=\"?(https?://[^\s\">]+)", html
+        )
         assert not loaded, page
         assert "<!-- generated" not in html
-    assert "optimizer.learning_rate" in (tmp_path / "reference/fields/index.html").read_text()
+    assert (
+        "optimizer.learning_rate"
+        in (tmp_path / "reference/fields/index.html").read_text()
+    )
     assert "num_classes" in (tmp_path / "reference/python/index.html").read_text()
