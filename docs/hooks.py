@@ -168,6 +168,12 @@ def _published() -> list[tuple[str, ...]]:
     )
 
 
+def experiments() -> str:
+    """The paper's experiments, by name."""
+    rows = [(f"`{e.name}`", e.title, e.source) for e in EXPERIMENTS.values()]
+    return table(("experiment", "what", "from"), rows)
+
+
 MODULES = {
     "python": ("resnet_jax",),
     "python_models": ("resnet_jax.models",),
@@ -231,6 +237,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "configs": config_files,
     "nets": nets,
     "recipes": recipes,
+    "experiments": experiments,
     **{page: (lambda page=page: python(page)) for page in MODULES},
 }
 """What takes the place of the markers, by name."""
