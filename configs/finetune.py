@@ -16,8 +16,8 @@ per class, freeze parts of the net; with small batches, freeze all batch statist
 
   --config.model.frozen=stem,stage1,stage2 --config.model.frozen_statistics=true
 
-Other weights need the image size and normalisation of their training:
-data.image_size, data.eval_shorter_side and data.normalization.
+Pixels are normalised as the weights expect (data.normalization). Weights trained on
+images of another size need data.image_size and data.eval_shorter_side.
 
 A generic recipe, not tuned on any data set. On a held-out part
 (--config.data.holdout_examples), try learning rates from 0.003 to 0.1, and
@@ -38,7 +38,7 @@ def get_config(source="torchvision:resnet50"):
     config.data.name = "folder"
     config.data.image_size = 224
     config.data.eval_shorter_side = 256
-    config.data.normalization = "imagenet"
+    config.data.normalization = "weights"
     config.augmentation.crop_area = (0.25, 1.0)
     config.augmentation.flip = True
     config.optimizer.learning_rate = 0.01

@@ -11,7 +11,7 @@ from resnet_jax.errors import UserError
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from resnet_jax.config import default_config, load_config
+    from resnet_jax.config import default_config, list_configs, load_config
     from resnet_jax.evaluation.classifier import Classifier
     from resnet_jax.evaluation.evaluate import evaluate
     from resnet_jax.evaluation.nets import load_net
@@ -28,6 +28,7 @@ __all__ = [
     "create_model",
     "default_config",
     "evaluate",
+    "list_configs",
     "list_models",
     "load_config",
     "load_net",
@@ -43,6 +44,7 @@ _LAZY = {
     "create_model": "resnet_jax.models",
     "list_models": "resnet_jax.models",
     "default_config": "resnet_jax.config",
+    "list_configs": "resnet_jax.config",
     "load_config": "resnet_jax.config",
     "prepare_dataset": "resnet_jax.prepare",
     "train": "resnet_jax.training.train",
@@ -62,3 +64,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,19 +1,34 @@
 """Printing, for all commands."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import rich.console
+import rich.progress
 import rich.table
 import rich.text
 
-from resnet_jax import distributed
 from resnet_jax.errors import printable
 
 
 def make_console() -> rich.console.Console:
     """Standard output; silent on all but the first process of a run."""
+    from resnet_jax import distributed
+
     return rich.console.Console(quiet=not distributed.is_primary())
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Shows a clock in a terminal, while a command imports libraries."""
+    columns = (rich.progress.TimeElapsedColumn(), rich.progress.TextColumn("loading"))
+    console = rich.console.Console()
+    with rich.progress.Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as clock:
+        clock.add_task("", total=None)
+        yield
 
 
 def say(console: rich.console.Console, text: str) -> None:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,36 @@ class Workdir:
                 f"workdir {self.path} cannot be written to ({error.strerror}); "
                 "give another --workdir"
             ) from error
+
+    @contextlib.contextmanager
+    def created(self) -> Iterator[None]:
+        """Creates the folder; if the start fails, a new one is deleted again.
+
+        A folder with a row, a checkpoint or a failure stays. A store has no folders.
+        """
+        folders = (
+            [] if storage.is_remote(self.path) else [self.path, *self.path.parents]
+        )
+        new = [folder for folder in folders if not folder.exists()]
+        self.create()
+        try:
+            yield
+        except Exception:
+            if new and distributed.is_primary() and not self._holds_work():
+                shutil.rmtree(self.path)
+                with contextlib.suppress(OSError):  # something else is in them by now
+                    for folder in new[1:]:
+                        folder.rmdir()
+            raise
+
+    def _holds_work(self) -> bool:
+        """Whether a run in the folder has left more than a start does."""
+        rows = self.path.glob(f"**/{self._metrics.name}")
+        return (
+            any(file.stat().st_size for file in rows)
+            or any(self.path.glob("**/checkpoints/*"))
+            or any(self.path.glob("**/failure.json"))
+        )
 
     def lock(self, tell: storage.Tell) -> contextlib.AbstractContextManager[None]:
         """Keeps other runs out; raises UserError if another run holds the folder.
@@ -147,8 +178,12 @@ class Workdir:
         }
         self.write_json("config.json", content)
 
-    def refuse_other_run(self, config: Config) -> None:
-        """Raises UserError if the folder holds a run that would have another result."""
+    def admit(self, config: Config) -> None:
+        """Raises UserError if the folder holds a run that would have another result.
+
+        A finished run may become longer, if its learning rates stay the same: then its
+        result.json is deleted, and it continues from its last checkpoint.
+        """
         if not distributed.is_primary():
             return
         present = self.read_config()
@@ -167,12 +202,32 @@ class Workdir:
                 f"seeds={config.seeds}; give another --workdir"
             )
         here, wanted = flatten(present), flatten(config)
-        for name, field in fields().items():
-            if here[name] != wanted[name] and not field.operational:
-                raise UserError(
-                    f"workdir {self.path} holds a run with {name}={here[name]}, not "
-                    f"{wanted[name]}; give another --workdir, or that value to continue"
-                )
+        other = [
+            name
+            for name, field in fields().items()
+            if here[name] != wanted[name] and not field.operational
+        ]
+        if not other:
+            return
+        name = other[0]
+        run = f"workdir {self.path} holds a run with {name}={here[name]}"
+        if other != [name] or name not in ("training.steps", "training.epochs"):
+            raise UserError(
+                f"{run}, not {wanted[name]}; give another --workdir, or that value to "
+                "continue"
+            )
+        if None in (here[name], wanted[name]) or wanted[name] < here[name]:
+            raise UserError(
+                f"{run}, not {wanted[name]}, and a run can only become longer; give "
+                "another --workdir, or that value to continue"
+            )
+        if config.schedule.kind in ("cosine", "polynomial"):
+            raise UserError(
+                f"{run}, and schedule.kind={config.schedule.kind} spreads its learning "
+                "rates over that length, so that it cannot become longer; give another "
+                "--workdir, or that value"
+            )
+        (self.path / "result.json").unlink(missing_ok=True)
 
     def read_data(self) -> Identity | None:
         """The data of the run that is here; None if config.json does not say."""
@@ -228,6 +283,7 @@ class Workdir:
 
     def write_failure(self, sentence: str) -> None:
         """Writes failure.json, which says how the run diverged."""
+        self.create()
         self.write_json("failure.json", {"failure": sentence})
 
     def read_failure(self) -> str | None:

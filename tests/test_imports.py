@@ -60,6 +60,8 @@ def test_the_command_line_is_parsed_without_jax():
 def test_public_names_are_there():
     import resnet_jax
 
+    assert set(resnet_jax.__all__) == set(resnet_jax._LAZY) | {"UserError"}
+    assert set(resnet_jax.__all__) <= set(dir(resnet_jax))
     for name in resnet_jax.__all__:
         assert getattr(resnet_jax, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'trian'"):

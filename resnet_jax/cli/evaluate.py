@@ -96,11 +96,14 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.analysis.evaluation_page import write_page
-    from resnet_jax.distributed import is_primary
-    from resnet_jax.errors import UserError
-    from resnet_jax.evaluation.ensembles import read_ensemble
-    from resnet_jax.evaluation.evaluate import evaluate_nets, write_result
+    from resnet_jax.console import loading
+
+    with loading():
+        from resnet_jax.analysis.evaluation_page import write_page
+        from resnet_jax.distributed import is_primary
+        from resnet_jax.errors import UserError
+        from resnet_jax.evaluation.ensembles import read_ensemble
+        from resnet_jax.evaluation.evaluate import evaluate_nets, write_result
 
     nets: Any = options.weights or []
     ensemble = options.ensemble

@@ -77,8 +77,11 @@ def _list(_: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.paper.run import run_experiment
-    from resnet_jax.paper.settings import Setting, peer_timeout
+    from resnet_jax.console import loading
+
+    with loading():
+        from resnet_jax.paper.run import run_experiment
+        from resnet_jax.paper.settings import Setting, peer_timeout
 
     setting = Setting(options.dataset, options.scale, parse_overrides(options.rest))
     with connected(options, peer_timeout(options.experiment, setting)):

@@ -60,8 +60,11 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.analysis.predictions import predict_files
-    from resnet_jax.evaluation.classifier import Classifier
+    from resnet_jax.console import loading
+
+    with loading():
+        from resnet_jax.analysis.predictions import predict_files
+        from resnet_jax.evaluation.classifier import Classifier
 
     classifier = Classifier.from_pretrained(
         options.weights, protocol=options.protocol, **net_options(options)

@@ -42,8 +42,11 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.config import load_config
-    from resnet_jax.training.sweep import parse_grid, sweep
+    from resnet_jax.console import loading
+
+    with loading():
+        from resnet_jax.config import load_config
+        from resnet_jax.training.sweep import parse_grid, sweep
 
     overrides = parse_overrides(options.rest)
     grid = parse_grid(options.grid)

@@ -37,21 +37,28 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from resnet_jax.config import load_config
-    from resnet_jax.workdir import Workdir
+    from resnet_jax.console import loading
 
-    overrides = parse_overrides(options.rest)
-    if options.config is not None:
-        config = load_config(options.config, overrides)
-    else:
-        present = Workdir(options.workdir).read_config()
-        if present is None or overrides:
-            raise UserError(
-                "give --config NAME or FILE.py; only to continue a run, without "
-                "overrides, it is not needed"
-            )
-        config = present
-    from resnet_jax.training.train import train
+    with loading():
+        config = _config(options)  # first: the answer to a mistake should not wait
+        from resnet_jax.training.train import train
 
     with connected(options, config.parallel.peer_timeout_seconds):
         train(config, options.workdir)
+
+
+def _config(options: argparse.Namespace) -> Any:
+    from resnet_jax.config import load_config
+
+    overrides = parse_overrides(options.rest)
+    if options.config is not None:
+        return load_config(options.config, overrides)
+    from resnet_jax.workdir import Workdir
+
+    present = Workdir(options.workdir).read_config()
+    if present is None or overrides:
+        raise UserError(
+            "give --config NAME or FILE.py; only to continue a run, without overrides, "
+            "it is not needed"
+        )
+    return present

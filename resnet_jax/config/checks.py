@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from resnet_jax.config.schema import Config, fields, flatten
+from resnet_jax.config.schema import OPTIMIZERS, Config, fields, flatten
 from resnet_jax.errors import UserError
 
 _ABOVE_ZERO = (
@@ -19,6 +19,7 @@ _APPLIES_TO = {
     "augmentation.policy_magnitude": _RANDAUGMENT,
     "augmentation.policy_magnitude_std": _RANDAUGMENT,
     "loss.target_threshold": ("loss.kind", ("sigmoid",)),
+    "optimizer.momentum": ("optimizer.kind", OPTIMIZERS),
     "optimizer.nesterov": ("optimizer.kind", ("sgd", "lars")),
     "optimizer.second_momentum": ("optimizer.kind", ("lamb",)),
     "optimizer.epsilon": ("optimizer.kind", ("lamb",)),
@@ -68,8 +69,8 @@ def refuse_contradictions(config: Config) -> None:
     It is one sentence, or a list if there are several contradictions.
     """
     checks = (
-        *(_model, _profile, _ranges, _tables, _length, _schedule, _held_out),
-        *(_evaluation_size, _counts),
+        *(_model, _optimizer, _profile, _ranges, _tables, _length, _schedule),
+        *(_held_out, _evaluation_size, _counts),
     )
     sentences = [sentence for check in checks for sentence in check(config)]
     if len(sentences) == 1:
@@ -89,6 +90,24 @@ def _model(config: Config) -> Iterator[str]:
         create_model(config.model.name, **model_options(config.model))
     except UserError as error:
         yield str(error)
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    """Refuses unknown optimizers and arguments that the optimizer lacks."""
+    kind, arguments = config.optimizer.kind, config.optimizer.arguments
+    if kind not in OPTIMIZERS:
+        from resnet_jax.config.build import build_optax
+
+        try:
+            build_optax(config.optimizer)
+        except UserError as error:
+            yield str(error)
+    elif arguments:
+        yield (
+            f"optimizer.arguments={','.join(arguments)} is for an optimizer of optax, "
+            f"but optimizer.kind is {kind}, whose options are fields of their own: "
+            "train --help lists them"
+        )
 
 
 def _profile(config: Config) -> Iterator[str]:
@@ -112,6 +131,11 @@ def _tables(config: Config) -> Iterator[str]:
                 f"{one}={values[one]} and {other}={values[other]} exclude each other: "
                 "set only one"
             )
+    if (
+        values["data.normalization"] == "weights"
+        and not {"model.weights", "model.new_head"} & changed
+    ):
+        yield "data.normalization=weights needs model.weights: set it too"
     for name, needed in _NEEDS:
         if name in changed and needed not in changed:
             yield f"{name}={values[name]} needs {needed}: set it too"

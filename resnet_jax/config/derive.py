@@ -19,7 +19,7 @@ class Derived:
       steps, epochs: length of the run.
       boundaries: completed steps at which the learning rate falls.
       warmup_steps: length of the linear warm-up.
-      evaluate_every, checkpoint_every: intervals in steps.
+      log_every, evaluate_every, checkpoint_every: intervals in steps.
     """
 
     training_examples: int
@@ -29,6 +29,7 @@ class Derived:
     epochs: float
     boundaries: tuple[int, ...]
     warmup_steps: int
+    log_every: int
     evaluate_every: int
     checkpoint_every: int
 
@@ -93,6 +94,7 @@ def derive(config: Config, training_examples: int) -> Derived:
         epochs=steps / per_epoch,
         boundaries=boundaries,
         warmup_steps=warmup,
+        log_every=config.training.log_every_steps or min(100, math.ceil(steps / 20)),
         evaluate_every=config.evaluation.every_steps or in_steps(1),
         checkpoint_every=config.checkpoint.every_steps or in_steps(1),
     )

@@ -19,12 +19,13 @@ from resnet_jax.options import (
 if TYPE_CHECKING:
     import ml_collections
 
-NORMALIZATIONS = ("per_pixel_mean", "per_channel", "imagenet", "none")
+NORMALIZATIONS = ("per_pixel_mean", "per_channel", "imagenet", "weights", "none")
 INTERPOLATIONS = ("bilinear", "bicubic")
 PARTIAL_BATCHES = ("span", "drop")
 ON_ERROR = ("stop", "skip")
 POLICIES = ("randaugment", "trivialaugment")
 OPTIMIZERS = ("sgd", "lars", "lamb")
+"""Defined here; other names are optax's."""
 DECAY_SCOPES = ("all", "all_but_norm", "kernels")
 LOSSES = ("softmax", "sigmoid")
 SCHEDULES = ("constant", "piecewise", "cosine", "polynomial", "plateau")
@@ -121,7 +122,8 @@ class DataConfig:
     normalization: str = option(
         "per_pixel_mean",
         "of pixels in [0, 1]: subtract the training set's mean image; or subtract its "
-        "channel means and divide by their deviations; or use ImageNet's; or nothing",
+        "channel means and divide by their deviations; or use ImageNet's, or those of "
+        "model.weights; or nothing",
         choices=NORMALIZATIONS,
     )
     statistics_examples: int | None = option(
@@ -288,15 +290,20 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Stochastic gradient descent as in the paper, LARS or LAMB."""
+    """Stochastic gradient descent as in the paper, LARS, LAMB, or one of optax."""
 
-    kind: str = option("sgd", "update rule", choices=OPTIMIZERS)
+    kind: str = option(
+        "sgd", "sgd, lars or lamb; or an optimizer of optax by its name, such as adamw"
+    )
+    arguments: tuple[str, ...] = option(
+        (), "of an optimizer of optax, by their names there, such as b2=0.95,eps=1e-6"
+    )
     learning_rate: float = option(
         0.1, "highest learning rate", at_least=0, at_most=MOST_RATE
     )
     momentum: float = option(
         0.9,
-        "decay of the velocity; lamb: of the first moment",
+        "sgd, lars: decay of the velocity; lamb: of the first moment",
         at_least=0,
         at_most=BELOW_ONE,
     )
@@ -315,7 +322,7 @@ class OptimizerConfig:
     nesterov: bool = option(False, "sgd, lars: Nesterov's momentum (the paper: no)")
     weight_decay: float = option(
         1e-4,
-        "factor of each parameter added to its gradient; lamb: to its update",
+        "factor of each parameter added to its gradient; lamb, optax: to its update",
         at_least=0,
         at_most=1000,
     )
@@ -435,8 +442,12 @@ class TrainingConfig:
         at_least=1,
         at_most=MOST_BATCH,
     )
-    log_every_steps: int = option(
-        100, "steps per row of metrics.jsonl", at_least=1, at_most=MOST_STEPS
+    log_every_steps: int | None = option(
+        None,
+        "steps per row of metrics.jsonl; None: 100, or a 20th of a shorter run",
+        at_least=1,
+        at_most=MOST_STEPS,
+        operational=True,
     )
     steps_per_call: int | None = option(
         None,

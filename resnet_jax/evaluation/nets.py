@@ -169,6 +169,24 @@ def _protocol_of(config: Config) -> Protocol:
     return Center(size, data.eval_shorter_side or size, data.eval_interpolation)
 
 
+def expected_pixels(source: str, name: str) -> PixelStatistics | None:
+    """The pixels that published weights expect; None if nothing says.
+
+    Args:
+      source: a file of weights or a hub name.
+      name: of the net in the catalog.
+
+    Raises:
+      UserError: the file cannot be read, or holds another net.
+    """
+    timm = hub_config(source) if source.startswith(HUB_PREFIX) else {}
+    named = load_named_model(source, name)
+    content = _content(source, named, timm)
+    if content.keys().isdisjoint({"mean", "std"}):
+        return None
+    return _statistics(source, named, content["mean"], content["std"])
+
+
 def _of_file(
     source: str,
     model: str | None,

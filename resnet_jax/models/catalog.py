@@ -8,6 +8,7 @@ see ``FAMILIES``.
 
 import dataclasses
 import difflib
+import fnmatch
 import functools
 import re
 from collections.abc import Sequence
@@ -305,9 +306,12 @@ _MAKERS: dict[tuple[str, int], Any] = {
 """By kind, and the layers of three blocks: 6 of basic ones, 9 of bottlenecks."""
 
 
-def list_models() -> list[str]:
-    """The names of the catalog; ``FAMILIES`` are valid for other depths too."""
-    return list(CATALOG)
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of the catalog that match a pattern, such as ``"wide*"``.
+
+    ``FAMILIES`` are valid for other depths too.
+    """
+    return fnmatch.filter(CATALOG, pattern)
 
 
 def catalog_entry(name: str) -> Entry:

@@ -13,12 +13,16 @@ from resnet_jax.models import shortcuts
 from resnet_jax.models.catalog import catalog_entry
 from resnet_jax.models.conv import INITIALIZATIONS
 from resnet_jax.models.factories import class_of, field_names
+from resnet_jax.models.highway import HighwayNet
+from resnet_jax.models.mlp import HighwayMLP, PlainMLP
 from resnet_jax.models.norm import NoNorm
 from resnet_jax.models.resnet import ResNet, plan_strides
 from resnet_jax.models.stages import OverlappingStage
 from resnet_jax.models.vgg import VGG
 from resnet_jax.models.wrappers import SqueezeExcite
 from resnet_jax.options import ModelOptions, check, declared
+
+Net = ResNet | VGG | HighwayNet | PlainMLP | HighwayMLP
 
 _OPTIONS = {
     field.name: field
@@ -49,7 +53,7 @@ def create_model(
     batch_norm_frozen: bool | Sequence[str] | None = None,
     dtype: Any = jnp.float32,
     **options: Any,
-) -> Any:
+) -> Net:
     """A Linen module by its name in the catalog.
 
     Options that are None or not given are the net's own, as published.

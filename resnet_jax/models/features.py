@@ -4,7 +4,10 @@ from collections.abc import Sequence
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
+
+from resnet_jax.errors import UserError
 
 
 @flax.struct.dataclass
@@ -42,17 +45,41 @@ class FeatureNet(nn.Module):
         Returns:
           (n, num_classes) float32 logits, or (n, channels) float32 pooled features if
           ``num_classes`` is None.
+
+        Raises:
+          UserError: one image without a batch, or channels before height and width.
         """
-        return self._maps_and_output(images, train)[1]
+        return self._maps_and_output(checked_images(images), train)[1]
 
     def features(
         self, images: jax.Array, train: bool = False
     ) -> tuple[FeatureMap, ...]:
         """The net's maps C1, C2, ...; its docstring lists them."""
-        return self._maps_and_output(images, train)[0]
+        return self._maps_and_output(checked_images(images), train)[0]
 
     def _maps_and_output(self, images, train):
         raise NotImplementedError
+
+
+def checked_images(images: jax.Array) -> jax.Array:
+    """The images, if their shape can be (n, h, w, channels).
+
+    Raises:
+      UserError: it cannot; the sentence says how to change it.
+    """
+    shape = jnp.shape(images)
+    if len(shape) != 4:
+        hint = "; for one image, images[None]" if len(shape) == 3 else ""
+        raise UserError(
+            f"images have the shape (n, height, width, channels), not {shape}{hint}"
+        )
+    # One or three rows of that many channels are no image.
+    if shape[1] in (1, 3) and shape[3] > 4:
+        raise UserError(
+            f"images of shape {shape} have their channels before height and width: "
+            "transpose them, images.transpose(0, 2, 3, 1)"
+        )
+    return images
 
 
 def check_stages(

@@ -56,14 +56,14 @@ def run_experiment(
     rounds = itertools.zip_longest(*by_run)
     members = dict(member for each in rounds for member in each if member is not None)
     folder = Workdir(workdir)
-    folder.create()
-    for section in {name.split("/")[0] for name in members}:
-        Section.note(folder.path / section, setting, experiment.name)
-    say(console, f"{experiment.title}: {len(members)} runs")
-    if experiment.trains:
-        train_members(members, folder.path, train_one, console)
-    if experiment.analysis is not None:
-        analyse(experiment, members, folder.path, console)
+    with folder.created():
+        for section in {name.split("/")[0] for name in members}:
+            Section.note(folder.path / section, setting, experiment.name)
+        say(console, f"{experiment.title}: {len(members)} runs")
+        if experiment.trains:
+            train_members(members, folder.path, train_one, console)
+        if experiment.analysis is not None:
+            analyse(experiment, members, folder.path, console)
     say(
         console,
         f"{experiment.name} is complete; its table and figures: "

@@ -166,7 +166,9 @@ def _intervals(config: Config, steps: int, shortened: bool) -> dict[str, int]:
     """
     evaluations = _EVALUATIONS if steps >= _LONG else _FEW_EVALUATIONS
     rows = max(1, steps // (2 * evaluations))
-    intervals = {"training.log_every_steps": min(config.training.log_every_steps, rows)}
+    intervals = {}
+    if rows < (config.training.log_every_steps or 100):
+        intervals["training.log_every_steps"] = rows
     if shortened or config.evaluation.every_steps is None:
         intervals["evaluation.every_steps"] = max(1, steps // evaluations)
     if shortened or config.checkpoint.every_steps is None:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from resnet_jax.config.build import build_optax
 from resnet_jax.config.schema import OptimizerConfig
+from resnet_jax.errors import UserError
 from resnet_jax.models.trees import STACKED, parts_in_order, trainable_mask
 
 
@@ -20,7 +22,8 @@ def make_optimizer(
     all trained parameters. ``layer_decay`` last scales the update of each part by its
     depth. Parameters of ``frozen`` parts (see ``trainable_mask``) do not change.
     """
-    steps = {"sgd": _sgd, "lars": _lars, "lamb": _lamb}[config.kind](config)
+    kinds = {"sgd": _sgd, "lars": _lars, "lamb": _lamb}
+    steps = kinds.get(config.kind, _of_optax)(config)
     if config.max_grad_norm is not None:
         steps = (optax.clip_by_global_norm(config.max_grad_norm), *steps)
     if config.layer_decay != 1:
@@ -101,6 +104,42 @@ def _lamb(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
         optax.add_decayed_weights(config.weight_decay, mask),
         adapted if mask is None else optax.masked(adapted, mask),
     )
+
+
+def _of_optax(config: OptimizerConfig) -> tuple[optax.GradientTransformation, ...]:
+    """An optimizer of optax by its name. It subtracts by itself; the step does here."""
+    _refuse_other_updates(config)
+    return (build_optax(config, _mask(config)), optax.scale(-1.0))
+
+
+def _refuse_other_updates(config: OptimizerConfig) -> None:
+    """Tries two steps with two learning rates.
+
+    Raises:
+      UserError: the update needs more than gradients and parameters, or is not
+        proportional to the learning rate, by which the step multiplies it.
+    """
+
+    def second_update(rate: float) -> jax.Array:
+        optimizer = build_optax(config, learning_rate=rate)
+        parameter = jnp.array([[1.0, -2.0], [3.0, 0.5]])
+        state = optimizer.init(parameter)
+        for gradient in (parameter / 4, parameter**2 / 8):
+            update, state = optimizer.update(gradient, state, parameter)
+        return update
+
+    try:
+        single, double = second_update(0.01), second_update(0.02)
+    except TypeError as error:
+        raise UserError(
+            f"optax.{config.kind} needs more than gradients and parameters, which is "
+            f"all that training gives: take another optimizer.kind ({error})"
+        ) from error
+    if not jnp.allclose(double, 2 * single, rtol=1e-4):
+        raise UserError(
+            f"the update of optax.{config.kind} is not proportional to its learning "
+            "rate, as training assumes: take another optimizer.kind"
+        )
 
 
 def _scale_by_depth(layer_decay: float) -> optax.GradientTransformation:

@@ -1,17 +1,17 @@
-"""The terminal output of a run: its config, a progress line and messages."""
+"""The terminal output of a run: what it will do, a progress line and messages."""
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import rich.console
 import rich.progress
 
 from resnet_jax.analysis.complexity import count_parameters
-from resnet_jax.config import flatten
-from resnet_jax.console import describe, describe_seconds, print_facts, say
+from resnet_jax.config import fields, flatten
+from resnet_jax.console import describe_seconds, print_facts, say
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.training.state import Learner
 
@@ -47,19 +47,24 @@ class Throughput:
 
 
 class Progress:
-    """The progress line of a run: live in a terminal, plain lines elsewhere."""
+    """The progress line of a run: live in a terminal, plain lines elsewhere.
 
-    def __init__(self, console: rich.console.Console, steps: int):
-        self._console, self._steps = console, steps
-        self._created = time.perf_counter()
+    It names what the run does from its first second on, with a running clock.
+    """
+
+    def __init__(self, console: rich.console.Console):
+        self._console = console
+        self._phases: list[tuple[str, float]] = []
+        self._steps = 0
         self._began: tuple[float, int] | None = None
         self._live = rich.progress.Progress(
             rich.progress.BarColumn(bar_width=20),
+            rich.progress.TimeElapsedColumn(),
             rich.progress.TextColumn("{task.description}"),
             console=console,
             transient=True,
         )
-        self._task = self._live.add_task("compiling", total=steps)
+        self._task = self._live.add_task("", total=None)
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
@@ -74,12 +79,24 @@ class Progress:
         """Prints a line that stays."""
         say(self._console, text)
 
-    def start(self, step: int) -> None:
-        """Starts the clock that estimates the time left, at its first call."""
-        if self._began is None:
-            self._began = (time.perf_counter(), step)
-            seconds = self._began[0] - self._created
-            self.message(f"data and compiled step ready in {seconds:.1f} s")
+    def phase(self, name: str) -> None:
+        """Starts a part of the start, such as ``compiling``."""
+        self._phases.append((name, time.perf_counter()))
+        self._live.update(self._task, description=name)
+        if not self._console.is_terminal:
+            self.message(f"{name} ...")
+
+    def start(self, step: int, steps: int) -> None:
+        """Ends the start, once the first step was made; later calls do nothing."""
+        if self._began is not None:
+            return
+        self._steps, self._began = steps, (time.perf_counter(), step)
+        self._live.update(self._task, total=steps, completed=step)
+        names, times = zip(*self._phases, strict=True)
+        ends = (*times[1:], self._began[0])
+        parts = [f"{n} {e - t:.1f}" for n, t, e in zip(names, times, ends, strict=True)]
+        total = self._began[0] - times[0]
+        self.message(f"first step after {total:.1f} s ({', '.join(parts)})")
 
     def show(self, row: dict[str, Any]) -> None:
         """Shows a row of metrics.jsonl."""
@@ -112,30 +129,28 @@ class Progress:
 
 
 def print_start(
-    console: rich.console.Console, learner: Learner, dataset: Dataset
+    console: rich.console.Console, learner: Learner, dataset: Dataset, config_file: Path
 ) -> None:
-    """Prints the config, one line per section, the derived values and the data."""
+    """Prints what will run, and the config fields that differ from their defaults."""
     config, derived, mesh = learner.config, learner.derived, learner.mesh
-    sections: dict[str, list[str]] = {}
-    for name, value in flatten(config).items():
-        section, _, key = name.rpartition(".")
-        sections.setdefault(section or "run", []).append(f"{key}={value}")
-    values = dataclasses.asdict(derived) | {
-        "parameters": count_parameters(learner.abstract_state().params),
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
-    }
-    sections["derived"] = [f"{key}={describe(x)}" for key, x in values.items() if x]
-    print_facts(
-        console, {name: " ".join(entries) for name, entries in sections.items()}
-    )
-    for note in derived.notes():
-        say(console, note)
-    splits = (dataset.train, dataset.holdout, dataset.test)
-    counts = ", ".join(f"{len(split):,} {split.name}" for split in splits if split)
+    splits = [s for s in (dataset.train, dataset.holdout, dataset.test) if s]
+    counts = ", ".join(f"{len(split):,} {split.name}" for split in splits)
     shape = "x".join(map(str, dataset.image_shape))
-    classes = f"{dataset.num_classes} classes"
-    say(console, f"{config.data.name}: {counts}; {shape}, {classes}")
-    for note in dict.fromkeys(
-        note for split in splits if split for note in split.notes
-    ):
+    parameters = count_parameters(learner.abstract_state().params)
+    defaults = {name: field.default for name, field in fields().items()}
+    values = flatten(config)
+    changed = [f"{n}={values[n]}" for n in values if values[n] != defaults[n]]
+    facts = {
+        "model": f"{config.model.name}, {parameters:,} parameters",
+        "data": f"{config.data.name}: {counts}; {shape}, {dataset.num_classes} classes",
+        "length": f"{derived.steps:,} steps of {derived.global_batch_size:,}, "
+        f"{derived.epochs:.4g} epochs",
+        "test": f"every {derived.evaluate_every:,} steps",
+        "save": f"every {derived.checkpoint_every:,} steps",
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "config": "\n".join(changed) + f"\nall fields: {config_file}",
+    }
+    print_facts(console, facts)
+    notes = [note for split in splits for note in split.notes]
+    for note in dict.fromkeys([*derived.notes(), *notes]):
         say(console, note)

@@ -46,9 +46,8 @@ def train_seeds(
       Preempted: a signal stopped a run, and it has saved.
     """
     folder = Workdir(workdir)
-    folder.refuse_other_run(config)
-    folder.create()
-    with folder.lock(lambda text: say(console, text)):
+    folder.admit(config)
+    with folder.created(), folder.lock(lambda text: say(console, text)):
         folder.write_config(config, command_line())
         outcomes = train_members(members_of(config), folder.path, train_one, console)
     result = _combined(outcomes)
@@ -132,7 +131,7 @@ def train_members(
         for number, (name, config) in enumerate(members.items(), start=1):
             title = f"[{number}/{len(members)}] {name}"
             workdir = Workdir(folder / name)
-            workdir.refuse_other_run(config)
+            workdir.admit(config)
             outcome = Outcome.read(workdir, config.seed)
             if distributed.broadcast(outcome.is_open):
                 say(console, ("\n" if ran else "") + title)

@@ -68,11 +68,11 @@ def sweep(
     console = console or make_console()
     points = _points(spec, grid, overrides or {})
     folder = Workdir(workdir)
-    folder.create()
     members: dict[str, Config] = {}
     for fields, config in points:
         members |= members_of(config, f"{_folder(fields)}/")
-    outcomes = iter(train_members(members, folder.path, train_one, console))
+    with folder.created():
+        outcomes = iter(train_members(members, folder.path, train_one, console))
     rows = [
         _row(fields, list(itertools.islice(outcomes, config.seeds)))
         for fields, config in points

@@ -36,6 +36,7 @@ from resnet_jax.evaluation.precise_statistics import (
     precise_variables,
 )
 from resnet_jax.identity import Identity
+from resnet_jax.training.pretrained import pixels_for_weights
 from resnet_jax.training.profile import Profile
 from resnet_jax.training.progress import Progress, Throughput, print_start
 from resnet_jax.training.report import make_result, print_result, write_report
@@ -97,7 +98,7 @@ def train_one(
     """Trains or continues one run; ``datasets`` opens the data of runs in a row."""
     # 1. Refuse a workdir with another run; a finished run only prints its result.
     folder = Workdir(workdir)
-    folder.refuse_other_run(config)
+    folder.admit(config)
     result = folder.read_result() if distributed.is_primary() else None
     if distributed.broadcast(result is not None):
         result = result or folder.read_result() or {}
@@ -106,21 +107,24 @@ def train_one(
             write_report(folder, result, folder.read_rows())
         print_result(console, result, folder.report)
         return result
-    folder.create()
     tell = functools.partial(say, console)
     with (
+        Progress(console) as progress,
+        folder.created(),
         folder.lock(tell),
         StopSignal(tell) as stop,
         folder.compiled_programs(config.compilation_cache),
     ):
         # 2. Open the data; build net, optimizer and schedule.
+        progress.phase("data")
         dataset = datasets.open(config) if datasets else open_dataset(config)
         if distributed.is_primary():
             folder.refuse_other_data(dataset.identity, folder.read_data())
+        progress.phase("init")
         learner = learner_for(config, dataset)
         check_precise_statistics(config, learner.abstract_state().batch_stats)
         folder.check_shared()
-        print_start(console, learner, dataset)
+        print_start(console, learner, dataset, folder.path / "config.json")
         with Checkpoints(folder.checkpoints, config.checkpoint, True) as checkpoints:
             # 3. Restore the newest whole checkpoint, or make the first state. Only then
             # write config.json: a start that fails can be repeated in other ways.
@@ -130,7 +134,8 @@ def train_one(
             # 4. Run the steps that are left.
             rows = start.rows
             if int(state.step) < learner.derived.steps or start.row_is_due:
-                run = _Run(learner, dataset, checkpoints, folder, console, stop, start)
+                progress.phase("compiling")
+                run = _Run(learner, dataset, checkpoints, folder, progress, stop, start)
                 try:
                     rows = run.to_the_end(state)
                 except Preempted as stopped:
@@ -226,18 +231,20 @@ def _first_state(
         say(console, f"continuing from the checkpoint at step {int(state.step)}")
         return state, start
     folder.write_rows([])
-    options, key = learner.config.model, jax.random.key(learner.config.seed)
-    variables = None
-    if options.weights is not None:
-        variables = load_weights(
-            options.weights,
-            learner.model,
-            new_head=options.new_head,
-            rng=key,
-            example=jax.ShapeDtypeStruct((1, *learner.image_shape), jax.numpy.float32),
-            notify=lambda text: say(console, text),
-        )
-    return learner.fresh_state(dataset.train.statistics(), variables), _Start()
+    options = learner.config.model
+    if options.weights is None:
+        return learner.fresh_state(dataset.train.statistics()), _Start()
+    tell = functools.partial(say, console)
+    variables = load_weights(
+        options.weights,
+        learner.model,
+        new_head=options.new_head,
+        rng=jax.random.key(learner.config.seed),
+        example=jax.ShapeDtypeStruct((1, *learner.image_shape), jax.numpy.float32),
+        notify=tell,
+    )
+    statistics = pixels_for_weights(learner.config, dataset, tell)
+    return learner.fresh_state(statistics, variables), _Start()
 
 
 @dataclasses.dataclass
@@ -248,7 +255,7 @@ class _Run:
     dataset: dataclasses.InitVar[Dataset]
     checkpoints: Checkpoints
     folder: Workdir
-    console: rich.console.Console
+    progress: Progress
     stop: StopSignal
     start: _Start
 
@@ -267,7 +274,6 @@ class _Run:
         self.train_feed = self.eval_feeds.pop("train")
         self.evaluator = Evaluator(self.learner.model, mesh)
         self.steps_per_call = steps_per_call(config, dataset, mesh)
-        self.progress = Progress(self.console, self.derived.steps)
         self.throughput = Throughput()
         mirror = functools.partial(folder.mirror, folder.profile)
         self.profile = Profile(mirror, config.profile.range)
@@ -293,7 +299,6 @@ class _Run:
         with (
             contextlib.closing(batches),
             contextlib.closing(self.profile),
-            self.progress,
             self.tensorboard,
         ):
             if self.start.row_is_due:
@@ -323,7 +328,7 @@ class _Run:
                     compiled.add(length)
                     state.step.block_until_ready()
                     self.stop.steps_were_made()
-                    self.progress.start(step)
+                    self.progress.start(step, last)
                     self.throughput.restart()
                 if self.profile.after(step, state):
                     self.progress.message(f"profile of steps: {self.folder.profile}")
@@ -333,7 +338,7 @@ class _Run:
     def next_due(self, step: int) -> int:
         """The next step after which the host must act."""
         periods = (
-            self.config.training.log_every_steps,
+            self.derived.log_every,
             self.derived.evaluate_every,
             self.derived.checkpoint_every,
         )
@@ -353,7 +358,7 @@ class _Run:
         # A checkpoint can be the best one only if it was evaluated.
         evaluates = last or step % self.derived.evaluate_every == 0
         evaluates = evaluates or (saves and self.config.checkpoint.best)
-        reports = evaluates or step % self.config.training.log_every_steps == 0
+        reports = evaluates or step % self.derived.log_every == 0
         if reports:
             try:
                 state = self._write_row(state, step, evaluates)

@@ -24,7 +24,7 @@ REFUSED = [
     ("training.learning_rate", 0.1, "did you mean optimizer.learning_rate"),
     ("training.batch_size", 8, "did you mean training.global_batch_size"),
     ("optimizer.lr", 0.1, "did you mean optimizer.learning_rate?"),
-    ("optimizer.zzz", 0.1, "optimizer has kind, learning_rate,"),
+    ("optimizer.zzz", 0.1, "optimizer has kind, arguments, learning_rate,"),
     ("seed", 2**31, "from 0 to 2,147,483,647, not 2147483648"),
     ("optimizer.learning_rate", "fast", "takes a number, not 'fast'"),
     ("optimizer.learning_rate", float("nan"), "must be from 0 to 1e+38, not nan"),
@@ -77,6 +77,9 @@ REFUSED = [
     ("loss.label_smoothing", 1.0, "from 0 to 0.999999"),
     ("loss.target_threshold", 0.2, "needs loss.kind=sigmoid"),
     ("optimizer.kind", "lamp", "did you mean lamb"),
+    ("optimizer.kind", "adamm", "did you mean adam"),
+    ("optimizer.kind", "adam", "no weight decay: set optimizer.weight_decay=0"),
+    ("optimizer.arguments", ("b2=0.9",), "but optimizer.kind is sgd"),
     ("optimizer.second_momentum", 0.99, "needs optimizer.kind=lamb"),
     ("optimizer.epsilon", 1e-8, "reset optimizer.epsilon to 1e-06"),
     ("optimizer.trust_coefficient", 0.02, "needs optimizer.kind=lars, but it is sgd"),
@@ -124,6 +127,7 @@ TRIVIAL = {"augmentation.policy": "trivialaugment"}
 RANDOM = {"augmentation.policy": "randaugment"}
 POLYNOMIAL = {"schedule.kind": "polynomial"}
 PIECEWISE = {"schedule.kind": "piecewise"}
+ADAMW = {"optimizer.kind": "adamw"}
 LAMB, LARS = {"optimizer.kind": "lamb"}, {"optimizer.kind": "lars"}
 CONTRADICTIONS = [
     (PIECEWISE | {"schedule.boundaries_steps": (8, 4)}, "must increase"),
@@ -158,6 +162,14 @@ CONTRADICTIONS = [
     (
         {"schedule.warmup_steps": 5, "schedule.warmup_initial_learning_rate": 0.2},
         "above optimizer.learning_rate=0.1",
+    ),
+    (ADAMW | {"optimizer.momentum": 0.8}, "reset optimizer.momentum to 0.9"),
+    (ADAMW | {"optimizer.arguments": ("b3=0.9",)}, "are b1, b2, eps, eps_root,"),
+    (ADAMW | {"optimizer.arguments": ("mask=1",)}, "nesterov, not mask"),
+    (ADAMW | {"optimizer.arguments": ("b2",)}, "takes NAME=VALUE, not 'b2'"),
+    (
+        {"optimizer.kind": "novograd", "optimizer.weight_decay_scope": "kernels"},
+        "set optimizer.weight_decay_scope=all",
     ),
     (OTHER_SIZE, "set data.normalization=per_channel or imagenet"),
     (

@@ -934,6 +934,12 @@ def test_every_option_has_its_test():
     assert set(inspect.signature(create_model).parameters) == tested
 
 
+def test_names_by_pattern():
+    assert list_models("wide*") == [n for n in list_models() if n.startswith("wide")]
+    assert set(list_models("resnet?[04]")) == {"resnet34", "resnet50"}
+    assert list_models("nothing") == []
+
+
 def test_options_name_what_exists():
     """They are declared without jax, away from what they name."""
     assert tuple(shortcuts.BY_NAME) == SHORTCUTS

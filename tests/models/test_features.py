@@ -1,11 +1,14 @@
 """Maps with a name and a stride, through JAX's transformations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.models import CifarStem, FeatureMap, ResNet
+from resnet_jax.errors import UserError
+from resnet_jax.models import CifarStem, FeatureMap, ResNet, create_model
 from tests.models.reference import double_precision, random_variables
 
 
@@ -88,3 +91,19 @@ def test_maps_of_a_net_through_jit_grad_and_vmap():
     slopes = np.asarray(slopes).sum((1, 2, 3, 4))
     assert np.abs(slopes).min() > 1e-9
     np.testing.assert_allclose(difference, slopes, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [None, "features"])
+@pytest.mark.parametrize("name", ["cifar_resnet8", "vgg16", "cifar_highway19"])
+@pytest.mark.parametrize(
+    ("shape", "sentence"),
+    [
+        ((32, 32, 3), r"not \(32, 32, 3\); for one image, images\[None\]"),
+        ((2, 3, 32, 32), r"channels before height and width: transpose them"),
+        ((2, 1024), r"shape \(n, height, width, channels\), not \(2, 1024\)"),
+    ],
+)
+def test_images_of_another_layout_get_a_sentence(name, shape, sentence, method):
+    init = functools.partial(create_model(name).init, method=method)
+    with pytest.raises(UserError, match=sentence):
+        jax.eval_shape(init, jax.random.key(0), jnp.zeros(shape))

@@ -109,4 +109,4 @@ def test_a_whole_run_with_its_state_cut(config, tmp_path, console):
     precise = resnet_jax.evaluate(tmp_path / "run", precise_batches=2, console=console)
     assert precise["count"] == result["test_count"]
     config.parallel.fully_sharded = False
-    Workdir(tmp_path / "run").refuse_other_run(resolve(config))
+    Workdir(tmp_path / "run").admit(resolve(config))

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from resnet_jax.config.schema import OptimizerConfig
+from resnet_jax.errors import UserError
 from resnet_jax.models import create_model
 from resnet_jax.training.optimizer import decay_mask, make_optimizer
 from tests.models.reference import assert_trees_equal
@@ -244,3 +245,61 @@ def test_scopes_know_the_parameters_of_the_nets(name):
 
 def _assert(condition):
     assert condition
+
+
+def adamw(decays, weight_decay, beta_1, beta_2, epsilon):
+    """Loshchilov & Hutter 2019, algorithm 2."""
+    params = leaves(PARAMS)
+    first, second = dict.fromkeys(params, 0), dict.fromkeys(params, 0)
+    for step, (gradients, rate) in enumerate(zip(GRADIENTS, RATES), start=1):
+        for part, g in leaves(gradients).items():
+            first[part] = beta_1 * first[part] + (1 - beta_1) * g
+            second[part] = beta_2 * second[part] + (1 - beta_2) * g**2
+            mean = first[part] / (1 - beta_1**step)
+            root = np.sqrt(second[part] / (1 - beta_2**step))
+            decay = weight_decay * params[part] if part in decays else 0
+            params[part] = params[part] - rate * (mean / (root + epsilon) + decay)
+    return params
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_adamw_of_optax_follows_its_equations(scope):
+    config = OptimizerConfig(
+        kind="adamw",
+        arguments=("b1=0.8", "b2=0.95", "eps=1e-3"),
+        weight_decay=0.05,
+        weight_decay_scope=scope,
+    )
+    expected = adamw(SCOPES[scope], 0.05, 0.8, 0.95, 1e-3)
+    for part, value in run(config).items():
+        np.testing.assert_allclose(value, expected[part], rtol=2e-5, err_msg=str(part))
+
+
+@pytest.mark.parametrize("kind", ["adan", "lion", "rmsprop", "yogi"])
+def test_others_of_optax_take_the_steps_they_take_there(kind):
+    """With a rate that changes, which optax itself would take from a schedule."""
+    takes_decay = kind in ("adan", "lion")
+    config = OptimizerConfig(kind=kind, weight_decay=0.1 if takes_decay else 0.0)
+    theirs = getattr(optax, kind)(
+        lambda count: jnp.asarray(RATES)[count],
+        **({"weight_decay": 0.1} if takes_decay else {}),
+    )
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = theirs.init(params)
+    for gradients in GRADIENTS:
+        updates, state = theirs.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    for part, value in run(config).items():
+        np.testing.assert_allclose(value, leaves(params)[part], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("fromage", "optax.fromage is not proportional to its learning rate"),
+        ("lbfgs", "optax.lbfgs needs more than gradients and parameters"),
+    ],
+)
+def test_updates_of_another_form_are_refused(kind, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make_optimizer(OptimizerConfig(kind=kind, weight_decay=0.0))

@@ -93,4 +93,6 @@ def test_wrong_grids_are_told(tmp_path, capsys):
     assert "give --config.seeds=N" in error("--grid", "seed=1,2")
     both = ("--grid", "training.steps=1,2", "--config.training.steps=3")
     assert "both in the grid and overridden" in error(*both)
-    assert "did you mean training.steps" in error("--grid", "training.step=1,2")
+    assert "did you mean --config.training.steps" in error(
+        "--grid", "training.step=1,2"
+    )

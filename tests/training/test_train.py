@@ -1,3 +1,4 @@
+import copy
 import functools
 import json
 import os
@@ -16,7 +17,9 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 import resnet_jax
+from resnet_jax.config import resolve
 from resnet_jax.errors import UserError
+from resnet_jax.training import train as training
 from resnet_jax.workdir import Workdir
 from tests.conftest import (
     REPOSITORY,
@@ -318,6 +321,66 @@ def test_a_workdir_that_cannot_be_written_is_named(tiny_config, tmp_path, consol
     file.write_text("")
     with pytest.raises(UserError, match=r"cannot be written to"):
         resnet_jax.train(tiny_config, file / "run", console)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("fault", ["data", "weights", "step"])
+def test_a_start_that_fails_leaves_no_workdir(
+    tiny_config, tmp_path, console, monkeypatch, seeds, fault
+):
+    """Unless the folder was there, which may be the user's."""
+    tiny_config.seeds = seeds
+    if fault == "data":
+        tiny_config.data.path = str(tmp_path / "nowhere")
+    elif fault == "weights":
+        tiny_config.model.weights = str(tmp_path / "none.safetensors")
+    else:
+        monkeypatch.setattr(training, "make_train_step", out_of_memory)
+        monkeypatch.setattr(training, "make_train_steps", out_of_memory)
+    (tmp_path / "mine").mkdir()
+    for workdir in ("runs/new", "mine"):
+        with pytest.raises((UserError, MemoryError)):
+            resnet_jax.train(tiny_config, tmp_path / workdir, console)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def out_of_memory(_):
+    def step(*_):
+        raise MemoryError
+
+    return step
+
+
+def test_a_finished_run_can_become_longer(tiny_config, finished, tmp_path, console):
+    """It ends with the bits of a run that was that long from its start."""
+    config, workdir = copy.deepcopy(tiny_config), tmp_path / "run"
+    config.training.steps = 6
+    resnet_jax.train(config, workdir, console)
+    config.training.steps = tiny_config.training.steps
+    assert resnet_jax.train(config, workdir, console)["step"] == config.training.steps
+    same(final_state(config, workdir)[0], final_state(tiny_config, finished[1])[0])
+    assert Workdir(workdir).read_config() == resolve(tiny_config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "sentence"),
+    [
+        (
+            "constant",
+            11,
+            r"steps=12, not 11, and a run can only become longer",
+        ),
+        ("cosine", 24, r"schedule.kind=cosine spreads its learning rates"),
+    ],
+)
+def test_why_a_finished_run_cannot_have_another_length(
+    tiny_config, tmp_path, console, kind, steps, sentence
+):
+    tiny_config.schedule.kind = kind
+    Workdir(tmp_path).write_config(resolve(tiny_config), "train")
+    tiny_config.training.steps = steps
+    with pytest.raises(UserError, match=sentence):
+        resnet_jax.train(tiny_config, tmp_path, console)
 
 
 def test_a_second_run_in_one_workdir_is_refused(tiny_config, tmp_path, console):
