@@ -61,6 +61,7 @@ SMALL = {
     "finetune": {
         "data.image_size": "32",
         "data.eval_shorter_side": "36",
+        "data.normalization": "imagenet",
         "training.epochs": "2",
         "training.global_batch_size": "8",
     },
@@ -148,7 +149,7 @@ def run(words, here):
     line = " ".join(words)
     if program == "resnet-jax" and not any(re.search(p, line) for p in PARSED):
         arguments = [replaced(word, here) for word in arguments]
-        assert main([*arguments, *small_overrides(arguments, here)]) == 0, line
+        assert main([*arguments, *small_flags(arguments, here)]) == 0, line
 
 
 def check(words):
@@ -161,8 +162,10 @@ def check(words):
     CHECKS[program](arguments)
 
 
-def small_overrides(arguments, here):
-    """Overrides that make a training short."""
+def small_flags(arguments, here):
+    """Flags that make a command short."""
+    if arguments[0] == "evaluate":
+        return ["--batch-size", "16"]
     if arguments[0] not in ("train", "sweep") or "--config" not in arguments:
         return []
     config = arguments[arguments.index("--config") + 1].partition(":")[0]
@@ -218,13 +221,11 @@ def check_pip(arguments):
 def check_python(arguments):
     """``python -m MODULE`` has these options; the launcher prints what it would do."""
     if arguments[0] == "-m":
-        module = importlib.util.find_spec(arguments[1])
-        package = (
-            importlib.util.find_spec(arguments[1] + ".__main__")
-            if module.submodule_search_locations
-            else module
-        )
-        source = open(package.origin).read()
+        path = REPOSITORY / arguments[1].replace(".", "/")
+        is_package = path.is_dir()
+        source = (
+            path / "__main__.py" if is_package else path.with_suffix(".py")
+        ).read_text()
         for flag in arguments[2:]:
             assert not flag.startswith("--") or f'"{flag}"' in source, flag
         return
