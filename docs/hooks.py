@@ -113,16 +113,23 @@ def config_files() -> str:
 def recipes() -> str:
     """What the recipes for ImageNet set: fields that differ from their defaults."""
     names = [name for name in list_configs() if name.startswith("recipes/")]
+    names.sort(key="recipes/he2015".__ne__)  # the paper's first
     values = [flatten(load_config(name)) for name in names]
     rows = []
     for field in fields().values():
         found = [recipe[field.name] for recipe in values]
-        if field.name.startswith("data.") and len(set(found)) == 1:
-            continue
-        if any(value != field.default for value in found):
-            cells = ["" if v == field.default else f"`{v}`" for v in found]
+        is_shared = field.name in ("model.name", "data.name", "data.test_split")
+        if not is_shared and set(found) != {field.default}:
+            cells = ["" if v == field.default else _plain(v) for v in found]
             rows.append((f"`{field.name}`", *cells))
     return table(("", *(name.removeprefix("recipes/") for name in names)), rows)
+
+
+def _plain(value: Any) -> str:
+    """A value as in a table: 0.08, 1."""
+    if isinstance(value, tuple):
+        return ", ".join(map(_plain, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def nets() -> str:

@@ -6,10 +6,11 @@ import urllib.parse
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.docs.pages import DOCS, PAGES, anchors, links, name_of
+from tests.docs.pages import DOCS, PAGES, anchors, blocks, links, name_of
 
 MOST_WORDS = 10_000
 MOST_README_BYTES = 8 * 1024
+MOST_COLUMNS = 92
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -33,6 +34,12 @@ def test_the_docs_stay_short():
     counts = {page.name: len(page.read_text().split()) for page in DOCS.glob("*.md")}
     assert sum(counts.values()) <= MOST_WORDS, counts
     assert (REPOSITORY / "README.md").stat().st_size <= MOST_README_BYTES
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_code_fits_the_width_of_the_site(page):
+    lines = [line for block in blocks(page) for line in block.text.splitlines()]
+    assert not [line for line in lines if len(line) > MOST_COLUMNS]
 
 
 def test_the_start_page_links_to_every_page():
