@@ -6,6 +6,7 @@ makes. Links to files outside docs/ become links to the repository.
 """
 
 import argparse
+import functools
 import importlib
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -245,6 +246,6 @@ GENERATED: dict[str, Callable[[], str]] = {
     "nets": nets,
     "recipes": recipes,
     "experiments": experiments,
-    **{page: (lambda page=page: python(page)) for page in MODULES},
+    **{page: functools.partial(python, page) for page in MODULES},
 }
 """What takes the place of the markers, by name."""
