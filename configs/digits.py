@@ -3,8 +3,8 @@
 resnet-jax train --config digits --workdir runs/digits
 
 Expected: 4 to 7 of the 360 test images wrong (five seeds on each of two kinds of CPU).
-The run's length, 400 or 600 steps, was chosen by the test error, so the figure is slightly
-optimistic. This is a demo, not a benchmark.
+The run's length, 400 or 600 steps, was chosen by the test error, so the figure is
+slightly optimistic. This is a demo, not a benchmark.
 """
 
 from resnet_jax.config import default_config

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from resnet_jax.models import create_model, list_models
     from resnet_jax.prepare import prepare_dataset
     from resnet_jax.training.report import report
+    from resnet_jax.training.show_data import show_data
     from resnet_jax.training.train import train
     from resnet_jax.weights import load_weights, save_weights
 
@@ -37,6 +38,7 @@ __all__ = [
     "prepare_dataset",
     "report",
     "save_weights",
+    "show_data",
     "train",
 ]
 
@@ -53,6 +55,7 @@ _LAZY = {
     "evaluate": "resnet_jax.evaluation.evaluate",
     "load_run": "resnet_jax.evaluation.saved_run",
     "report": "resnet_jax.training.report",
+    "show_data": "resnet_jax.training.show_data",
     "load_weights": "resnet_jax.weights",
     "save_weights": "resnet_jax.weights",
 }

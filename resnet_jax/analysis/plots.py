@@ -359,6 +359,46 @@ def confusion_figure(
     return figure
 
 
+def pictures_figure(
+    images: np.ndarray, captions: Sequence[str], title: str = ""
+) -> Figure:
+    """Pictures in rows of eight, with captions below.
+
+    Args:
+      images: uint8 (n, h, w, 1 or 3).
+      captions: one for each.
+      title: above them.
+    """
+    columns = min(8, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(1.3 * columns, 0.4 + 1.6 * rows), layout="constrained")
+    if title:
+        figure.suptitle(_literal(title))
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.set_axis_off()
+    for axes, image, caption in zip(panels, images, captions, strict=False):
+        grey = image.shape[-1] == 1
+        axes.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=255)
+        lines = [_shortened(line) for line in _literal(caption).split("\n")]
+        axes.text(
+            0.5, -0.04, "\n".join(lines), transform=axes.transAxes,
+            ha="center", va="top", fontsize=7,
+        )  # fmt: skip
+    return figure
+
+
+def _shortened(line: str, most: int = 20) -> str:
+    """A line of a caption; of a long one, the name is cut and its share kept."""
+    name, colon, share = line.rpartition(": ")
+    room = most - len(colon + share)
+    if len(line) <= most:
+        return line
+    if room < 2:
+        return f"{line[: most - 1]}\u2026"
+    return f"{name[: room - 1]}\u2026{colon}{share}"
+
+
 def _figure(title, count, size, rows=False):
     """A figure and its ``count`` panels, side by side or in rows."""
     figure = Figure(figsize=size, layout="constrained")

@@ -1,9 +1,7 @@
 """Predictions of pictures: a table on the screen, JSON lines, an HTML page."""
 
-import base64
 import contextlib
 import dataclasses
-import io
 import json
 import os
 from collections import Counter
@@ -14,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 import rich.console
-from PIL import Image
 from rich.cells import cell_len
 
 from resnet_jax.analysis import pages
@@ -24,7 +21,6 @@ from resnet_jax.analysis.activation_maps import (
     heat_over,
 )
 from resnet_jax.console import make_console, say
-from resnet_jax.data.images import to_pillow
 from resnet_jax.data.pictures import Picture, read_picture
 from resnet_jax.data.sources.folders import image_suffixes, images_below
 from resnet_jax.errors import UserError, printable
@@ -36,8 +32,6 @@ MOST_ON_PAGE = 100
 """Images on the page of ``predict_files``: a browser holds them all."""
 
 _PERCENT = len("probability")
-_SIDE = 320  # pixels of the longer side of a picture on the page
-_TINY = 64  # pixels of a side up to which the page shows pixels as squares
 
 
 def predict_files(
@@ -225,18 +219,18 @@ def predictions_page(
             "region, the more it adds to the logit of the likeliest class (class "
             "activation map, Zhou et al. 2016)."
         )
-    parts = [_STYLE, *(pages.paragraph(note, "note") for note in notes)]
+    parts = [pages.paragraph(note, "note") for note in notes]
     for image, prediction in zip(images, predictions, strict=True):
         pixels = read_picture(image, net.channels, prediction.image)
-        figures = [_figure(pixels, "the picture")]
+        figures = [pages.picture(pixels, "the picture")]
         if activation is not None:
             view = classifier.own_view.views(pixels)[0]
             heat = activation(view[None], [prediction.classes[0]])[0]
             caption = f"evidence for {prediction.names[0]}"
-            figures.append(_figure(heat_over(view, heat), caption))
+            figures.append(pages.picture(heat_over(view, heat), caption))
         inner = "\n".join([*figures, _bars(prediction)])
         parts.append(pages.heading(prediction.image))
-        parts.append(f'<div class="prediction">\n{inner}\n</div>')
+        parts.append(f'<div class="beside">\n{inner}\n</div>')
     return pages.page("Predictions", *parts)
 
 
@@ -253,26 +247,6 @@ def _compiled_map(net: TrainedNet) -> Any:
     )
 
 
-def _figure(pixels: np.ndarray, caption: str) -> str:
-    """A picture, scaled down and embedded, with a line below it."""
-    image = to_pillow(pixels)
-    tiny = max(image.size) <= _TINY
-    if max(image.size) > _SIDE:
-        shares = (side * _SIDE / max(image.size) for side in image.size)
-        width, height = (max(1, round(side)) for side in shares)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    file = io.BytesIO()
-    kind = "png" if tiny else "jpeg"
-    image.save(file, kind, **({} if tiny else {"quality": 85}))
-    data = base64.b64encode(file.getvalue()).decode()
-    text = pages.escape(caption)
-    mark = ' class="tiny"' if tiny else ""
-    return (
-        f'<figure><img{mark} alt="{text}" src="data:image/{kind};base64,{data}">'
-        f"<figcaption>{text}</figcaption></figure>"
-    )
-
-
 def _bars(prediction: Prediction) -> str:
     rows = []
     for name, share in zip(prediction.names, prediction.probabilities, strict=True):
@@ -282,24 +256,3 @@ def _bars(prediction: Prediction) -> str:
             f'<i style="width:{100 * share:.1f}%"></i></li>'
         )
     return "\n".join(['<ol class="bars">', *rows, "</ol>"])
-
-
-_STYLE = """<style>
-:root { color-scheme: light dark; }
-h2, .note { overflow-wrap: anywhere; }
-.prediction { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
-figure { margin: 0; flex: 1 1 10rem; max-width: 14rem; }
-figure img { display: block; width: 100%; max-height: 20rem; object-fit: contain; }
-figure img.tiny { image-rendering: pixelated; }
-figcaption { color: #666; font-size: .85rem; overflow-wrap: anywhere; }
-.bars { list-style: none; margin: 0; padding: 0; flex: 1 1 16rem; min-width: 0; }
-.bars li { display: grid; grid-template-columns: 1fr auto; gap: 0 1rem;
-  margin-bottom: .5rem; }
-.bars span { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.bars i { grid-column: 1 / -1; height: .4rem; min-width: 1px; background: #47a; }
-@media (prefers-color-scheme: dark) {
-  body { color: #ddd; background: #181818; }
-  .note, figcaption { color: #aaa; }
-  .bars i { background: #7ad; }
-}
-</style>"""

@@ -18,6 +18,7 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax evaluate --workdir runs/digits
   resnet-jax predict --weights torchvision:resnet50 pictures/ --html pictures.html
   resnet-jax report --workdir runs/digits --figure digits.png
+  resnet-jax show-data --config digits --out batch.png
   resnet-jax sweep --config digits --workdir runs/sweep \\
       --grid optimizer.learning_rate=0.05,0.1 --config.seeds=3
   resnet-jax paper list
@@ -33,7 +34,8 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
 
 _COMMANDS = (
     *("train", "evaluate", "predict", "features", "report", "sweep", "paper"),
-    *("summary", "plan", "prepare", "convert", "export", "benchmark", "configs"),
+    *("show_data", "summary", "plan", "prepare", "convert", "export", "benchmark"),
+    "configs",
 )
 
 

@@ -112,6 +112,7 @@ def _run(options: argparse.Namespace) -> None:
         nets, ensemble = [*nets, *members], ensemble or average
     if not nets:
         raise UserError("give nets with --weights, --workdir or --ensemble-config")
+    pictures: dict[int, Any] = {}
     with connected(options):
         result = evaluate_nets(
             nets,
@@ -125,6 +126,7 @@ def _run(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             precise_batches=options.precise_batches,
             overrides=parse_overrides(options.rest),
+            on_mistake=pictures.__setitem__ if options.html else None,
             **net_options(options),
         )
         if not is_primary():
@@ -132,4 +134,4 @@ def _run(options: argparse.Namespace) -> None:
         if options.json:
             write_result(options.json, result)
         if options.html:
-            write_page(options.html, result)
+            write_page(options.html, result, pictures)

@@ -606,6 +606,16 @@ def flatten(config: Any) -> dict[str, Any]:
     return dict(walk(config, ""))
 
 
+def changed_fields(config: Config) -> dict[str, Any]:
+    """The fields that differ from their defaults, by dotted name."""
+    defaults = flatten(Config())
+    return {
+        name: value
+        for name, value in flatten(config).items()
+        if value != defaults[name]
+    }
+
+
 def default_config() -> "ml_collections.ConfigDict":
     """The defaults as a ConfigDict, for a config file to change."""
     # Imported here because the training step must not need it.

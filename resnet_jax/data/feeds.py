@@ -151,7 +151,7 @@ class StreamingFeed:
     def training_batches(self, position, batch_size, seed):
         """See ``Feed``."""
         split, data, augmentation = self.split, self.data, self.augmentation
-        layout = self._layout(batch_size, split.training_shape)
+        layout = batch_layout(batch_size, split.training_shape)
         if split.in_memory and not augmentation.on_host:
             # Copying rows is cheap: one chunk per batch.
             layout = dataclasses.replace(layout, chunk_size=layout.host_size)
@@ -162,15 +162,11 @@ class StreamingFeed:
 
     def evaluation_batches(self, batch_size):
         """See ``Feed``."""
-        layout = self._layout(batch_size, self.split.image_shape)
+        layout = batch_layout(batch_size, self.split.image_shape)
         skips = self.data.on_error == "skip"
         chunks = EvaluationChunks(self.split, layout, skips)
         count = -(-len(self.split) // batch_size)
         yield from self._placed(host_batches(chunks, self.data, count))
-
-    def _layout(self, batch_size: int, shape: tuple[int, ...]) -> Layout:
-        hosts = jax.process_index(), jax.process_count()
-        return Layout.of(batch_size, int(np.prod(shape)), *hosts)
 
     def _placed(self, batches: Generator[Chunk]) -> Generator[Batch]:
         """Batches on the devices, one ahead; notes what was skipped in each."""
@@ -188,6 +184,12 @@ class StreamingFeed:
                 yield batch
         finally:
             batches.close()
+
+
+def batch_layout(batch_size: int, shape: tuple[int, ...]) -> Layout:
+    """The chunks of a global batch of images (h, w, c) that this process reads."""
+    hosts = jax.process_index(), jax.process_count()
+    return Layout.of(batch_size, int(np.prod(shape)), *hosts)
 
 
 def host_batches(

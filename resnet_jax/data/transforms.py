@@ -49,6 +49,11 @@ class PixelStatistics:
     std: jax.Array | np.ndarray
 
 
+def run_key(seed: int) -> jax.Array:
+    """The key of a run's steps: each folds its number in."""
+    return jax.random.split(jax.random.key(seed))[1]
+
+
 def normalize(images: jax.Array, statistics: PixelStatistics) -> jax.Array:
     """Subtracts the mean from float32 pixels in [0, 1] and divides by the deviation."""
     return (images - statistics.mean[None]) / statistics.std[None]

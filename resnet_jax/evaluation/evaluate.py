@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +17,7 @@ from resnet_jax import distributed, parallel
 from resnet_jax.config import flatten
 from resnet_jax.config.schema import fields
 from resnet_jax.console import make_console, say
+from resnet_jax.data import images
 from resnet_jax.environment import command_line, environment
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation import outputs
@@ -50,8 +51,9 @@ def evaluate(net: Tested, **options: Any) -> dict[str, Any]:
 
     Returns:
       loss, error (a share of 1), errors and count; top5_error with 100 classes or more;
-      calibration, errors by class and the confusion matrix; the net, its checksum and
-      its protocol; and the step of a run's checkpoint. See ``figures.figures``.
+      calibration, errors by class, the confusion matrix and the worst mistakes; the
+      net, its checksum and its protocol; and the step of a run's checkpoint. See
+      ``figures.figures``.
 
     Raises:
       UserError: see ``evaluate_nets``; or the workdir holds runs of several seeds.
@@ -82,6 +84,7 @@ def evaluate_nets(
     batch_size: int | None = None,
     precise_batches: int | None = None,
     overrides: Mapping[str, str] | None = None,
+    on_mistake: Callable[[int, np.ndarray], object] | None = None,
     console: rich.console.Console | None = None,
 ) -> dict[str, Any]:
     """Tests nets on the same images; each image is decoded once.
@@ -108,6 +111,8 @@ def evaluate_nets(
         of its first batches; None keeps the checkpoint's.
       overrides: values as text for the config's data section, such as
         ``{"data.path": "/data/moved"}``: where a run's data are now.
+      on_mistake: receives the index and the uint8 image (h, w, c) of each example in
+        the result's "mistakes".
       console: where to print; standard output by default.
 
     Returns:
@@ -164,6 +169,7 @@ def evaluate_nets(
     for fault in faults:
         say(console, f"skipped: {fault}")
     result = _result(test, records, faults)
+    _read_mistakes(test, result, on_mistake)
     _print_result(test, result, console)
     return result
 
@@ -339,6 +345,24 @@ def _result(
         "environment": environment(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _read_mistakes(
+    test: _Test,
+    result: Mapping[str, Any],
+    on_mistake: Callable[[int, np.ndarray], object] | None,
+) -> None:
+    """Adds the file names of the mistakes, and passes on their images."""
+    tested = [*result["nets"], *filter(None, [result.get("ensemble")])]
+    mistakes = [mistake for found in tested for mistake in found.get("mistakes", ())]
+    channels, limit = test.members[0].net.channels, test.inputs.data.max_image_pixels
+    for index in sorted({mistake["index"] for mistake in mistakes}):
+        example = test.inputs.source[index]
+        for mistake in mistakes:
+            if mistake["index"] == index:
+                mistake["name"] = example.name
+        if on_mistake is not None:
+            on_mistake(index, images.decode(example, channels, limit))
 
 
 def _print_result(

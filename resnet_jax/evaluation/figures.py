@@ -15,6 +15,9 @@ CALIBRATION_BINS = 15
 _SHOWN_CLASSES = 2000
 """Confusion matrices of more classes are left out: they grow with the square."""
 
+MOST_MISTAKES = 24
+"""Wrong answers that a result names, the most confident ones."""
+
 RESAMPLES = 10_000
 """Of the bootstrap; its random numbers are always the same."""
 
@@ -73,7 +76,7 @@ class Records:
 def figures(
     records: Records, class_names: Sequence[str], *, one_label: bool = True
 ) -> dict[str, Any]:
-    """Errors, loss, calibration, errors by class and the confusion matrix.
+    """Errors, loss, calibration, errors by class, confusions and the worst mistakes.
 
     Args:
       records: of all examples.
@@ -82,8 +85,9 @@ def figures(
 
     Returns:
       error, errors, count; top5_error and top5_errors with 100 classes or more; and
-      with one label loss, calibration, classes (those that occur), and confusion with
-      class_names. Errors are shares of 1, not percent.
+      with one label loss, calibration, classes (those that occur), mistakes (see
+      ``worst_mistakes``), and confusion with class_names. Errors are shares of 1, not
+      percent.
     """
     some = records.only_counted()
     count, errors = len(some.target), int(some.wrong.sum())
@@ -104,10 +108,34 @@ def figures(
         for label, name in enumerate(class_names)
         if (own := some.target == label).any()
     }
+    found["mistakes"] = worst_mistakes(records, class_names)
     if len(class_names) <= _SHOWN_CLASSES:
         found["class_names"] = list(class_names)
         found["confusion"] = _confusion(some)
     return found
+
+
+def worst_mistakes(
+    records: Records, class_names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The most confident wrong answers, at most ``MOST_MISTAKES``.
+
+    Returns:
+      index (of the example), class (the right one), predicted, and the probability of
+      the predicted class, for each mistake; the most confident first.
+    """
+    wrong = np.flatnonzero((records.counted > 0) & records.wrong)
+    confidences = np.nan_to_num(records.confidence[wrong])
+    order = np.argsort(-confidences, kind="stable")[:MOST_MISTAKES]
+    return [
+        {
+            "index": int(index),
+            "class": class_names[records.target[index]],
+            "predicted": class_names[records.predicted[index]],
+            "probability": float(confidence),
+        }
+        for index, confidence in zip(wrong[order], confidences[order], strict=True)
+    ]
 
 
 def calibration(records: Records) -> dict[str, Any]:

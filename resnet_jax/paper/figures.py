@@ -1,6 +1,6 @@
 """Draws an experiment's figure from its measurements."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
@@ -23,11 +23,12 @@ def draw(
     if experiment.figure in ("responses", "gradients"):
         return _layers(experiment, section, measured, title)
     present = {item.entry.label: item for item in measured if item.results}
-    panels = {
-        panel.title: [present[label] for label in panel.labels if label in present]
-        for panel in experiment.panels
-    }
-    panels = {title: items for title, items in panels.items() if items}
+    panels = _with_news(
+        {
+            panel.title: [present[label] for label in panel.labels if label in present]
+            for panel in experiment.panels
+        }
+    )
     if not panels:
         return None
     if experiment.figure == "depth":
@@ -38,6 +39,20 @@ def draw(
     if experiment.figure == "curves":
         return plots.error_curves(curves, title)
     return plots.training_and_test_error(curves[""], title)
+
+
+def _with_news(
+    panels: Mapping[str, Sequence[Measured]],
+) -> dict[str, Sequence[Measured]]:
+    """The panels that have a line which no earlier panel has."""
+    kept: dict[str, Sequence[Measured]] = {}
+    drawn: set[str] = set()
+    for title, items in panels.items():
+        labels = {item.entry.label for item in items}
+        if labels - drawn:
+            kept[title] = items
+            drawn |= labels
+    return kept
 
 
 def _family(label: str) -> str:

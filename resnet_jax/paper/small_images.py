@@ -12,7 +12,7 @@ from resnet_jax.paper.entries import Experiment, Panel, PaperRun, row
 _HE2015 = "He et al. 2015"
 _HE2016 = "He et al. 2016"
 _WRN = "Zagoruyko & Komodakis 2016"
-_ONE_VIEW = "Test error on one view per image at the last checkpoint, 64k steps."
+_ONE_VIEW = "Test error on one view per image at the last checkpoint."
 
 
 def _cifar(

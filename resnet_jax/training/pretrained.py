@@ -14,12 +14,12 @@ _SAME = 0.02
 """Largest difference of means and deviations of pixels in [0, 1] without a warning."""
 
 
-def pixels_for_weights(
+def pixel_statistics(
     config: Config, dataset: Dataset, warn: Callable[[str], None]
 ) -> PixelStatistics:
-    """The pixel statistics of a run that starts from ``model.weights``.
+    """The statistics by which a run normalises its pixels.
 
-    These are the ones that the weights expect if ``data.normalization`` is "weights".
+    With ``data.normalization=weights``, the ones that ``model.weights`` expect.
     Otherwise they follow from the data, and ``warn`` gets a sentence if the weights
     expect others.
 
@@ -27,7 +27,8 @@ def pixels_for_weights(
       UserError: nothing says what the weights expect, or it has other channels.
     """
     weights, asked = config.model.weights, config.data.normalization == "weights"
-    assert weights is not None
+    if weights is None:
+        return dataset.train.statistics()
     try:
         expected = expected_pixels(weights, config.model.name)
     except UserError:  # such as a net whose options its file does not name

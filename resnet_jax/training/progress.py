@@ -10,7 +10,7 @@ import rich.console
 import rich.progress
 
 from resnet_jax.analysis.complexity import count_parameters
-from resnet_jax.config import fields, flatten
+from resnet_jax.config.schema import changed_fields
 from resnet_jax.console import describe_seconds, print_facts, say
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.training.state import Learner
@@ -137,9 +137,7 @@ def print_start(
     counts = ", ".join(f"{len(split):,} {split.name}" for split in splits)
     shape = "x".join(map(str, dataset.image_shape))
     parameters = count_parameters(learner.abstract_state().params)
-    defaults = {name: field.default for name, field in fields().items()}
-    values = flatten(config)
-    changed = [f"{n}={values[n]}" for n in values if values[n] != defaults[n]]
+    changed = [f"{name}={value}" for name, value in changed_fields(config).items()]
     facts = {
         "model": f"{config.model.name}, {parameters:,} parameters",
         "data": f"{config.data.name}: {counts}; {shape}, {dataset.num_classes} classes",

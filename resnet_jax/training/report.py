@@ -2,6 +2,7 @@
 
 import os
 import statistics
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from resnet_jax.analysis.plots import (
     save,
     training_curves,
 )
-from resnet_jax.config import fields, flatten
+from resnet_jax.analysis.run_pictures import run_pictures
+from resnet_jax.config import flatten
+from resnet_jax.config.schema import changed_fields
 from resnet_jax.console import describe_seconds, print_facts, say
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.environment import command_line, environment
@@ -101,6 +104,9 @@ def report(
 ) -> None:
     """Writes the report of a finished run again, and its curves as a picture.
 
+    The report shows a batch of the data and the mistakes on the test set, if data and
+    checkpoint are still there; see ``analysis.run_pictures``.
+
     Args:
       workdir: of ``train``.
       figure: a .png, .svg or .pdf file for the training curves.
@@ -122,6 +128,7 @@ def report(
     if "runs" not in result:
         rows = folder.read_rows()
         write_report(folder, result, rows)
+        add_pictures(folder, result, rows, console)
     elif figure is None:
         write_seeds_report(folder, result)
     else:
@@ -135,15 +142,25 @@ def report(
 
 
 def write_report(
-    folder: Workdir, result: dict[str, Any], rows: list[dict[str, Any]]
+    folder: Workdir,
+    result: dict[str, Any],
+    rows: list[dict[str, Any]],
+    pictures: Sequence[str] = (),
 ) -> None:
     """Writes report.html from result.json and the rows of metrics.jsonl.
 
     The page is self-contained, its curves drawn as SVG.
+
+    Args:
+      folder: of the run.
+      result: the content of result.json.
+      rows: of metrics.jsonl.
+      pictures: parts of the page, from ``run_pictures``.
     """
-    config = folder.read_config()
-    values = flatten(config) if config else {}
-    defaults = {name: field.default for name, field in fields().items()}
+    if not pictures:
+        command = f"resnet-jax report --workdir {folder.path}"
+        text = f"To add pictures of the data and of mistakes: {command}"
+        pictures = [pages.paragraph(text, "note")]
     page = pages.page(
         _title(result),
         pages.paragraph(
@@ -154,17 +171,50 @@ def write_report(
             f"run with seed {result['seed']}. The test set chose no checkpoint."
         ),
         pages.svg(training_curves(rows, _title(result))),
+        *pictures,
         pages.heading("The run"),
         pages.facts(
             _facts(result) | {name: result[name] for name in ("finished", "command")}
         ),
-        pages.heading("Config"),
-        pages.paragraph("Bold values differ from the default."),
-        pages.facts(values, bold={n for n in values if values[n] != defaults[n]}),
+        *_config(folder),
         pages.heading("Where it ran"),
         pages.facts(result["environment"]),
     )
     folder.write(folder.report, page)
+
+
+def _config(folder: Workdir) -> list[str]:
+    """The fields that differ from the default; the others are folded."""
+    config = folder.read_config()
+    if config is None:
+        return []
+    changed = changed_fields(config)
+    others = {n: value for n, value in flatten(config).items() if n not in changed}
+    return [
+        pages.heading("Config"),
+        pages.facts(changed),
+        pages.folded(f"{len(others)} fields at their defaults", pages.facts(others)),
+    ]
+
+
+def add_pictures(
+    folder: Workdir,
+    result: dict[str, Any],
+    rows: list[dict[str, Any]],
+    console: rich.console.Console,
+) -> None:
+    """Writes report.html again, with pictures of the data and of mistakes.
+
+    The run is finished and its report written. So a fault, or Ctrl-C, leaves them as
+    they are and prints one sentence.
+    """
+    try:
+        write_report(folder, result, rows, run_pictures(folder.path, result))
+    except KeyboardInterrupt:
+        say(console, "warning: the report has no pictures: interrupted")
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        say(console, f"warning: the report has no pictures: {reason}")
 
 
 def write_seeds_report(folder: Workdir, result: dict[str, Any]) -> None:

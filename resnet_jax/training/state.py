@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from resnet_jax import parallel
 from resnet_jax.config import Config, Derived, derive
 from resnet_jax.config.build import build_model
-from resnet_jax.data.transforms import PixelStatistics
+from resnet_jax.data.transforms import PixelStatistics, run_key
 from resnet_jax.evaluation.metrics import Sums
 from resnet_jax.training.optimizer import make_optimizer
 from resnet_jax.training.schedule import Schedule, ScheduleState
@@ -86,7 +86,7 @@ class Learner:
 
     def init(self, statistics: PixelStatistics) -> TrainState:
         """The state before the first step: a pure function of ``config.seed``."""
-        init_key, rng = jax.random.split(jax.random.key(self.config.seed))
+        init_key, _ = jax.random.split(jax.random.key(self.config.seed))
         image = jnp.zeros((1, *self.image_shape))
         variables: dict[str, Any] = {
             "batch_stats": {},  # Nets without batch normalisation have none.
@@ -100,7 +100,7 @@ class Learner:
             opt_state=self.optimizer.init(variables["params"]),
             ema=dict(variables) if averaged else None,
             schedule=self.schedule.init(),
-            rng=rng,
+            rng=run_key(self.config.seed),
             statistics=statistics,
             learning_rate=jnp.zeros(()),
             sums=Sums.zeros(),

@@ -36,10 +36,15 @@ from resnet_jax.evaluation.precise_statistics import (
     precise_variables,
 )
 from resnet_jax.identity import Identity
-from resnet_jax.training.pretrained import pixels_for_weights
+from resnet_jax.training.pretrained import pixel_statistics
 from resnet_jax.training.profile import Profile
 from resnet_jax.training.progress import Progress, Throughput, print_start
-from resnet_jax.training.report import make_result, print_result, write_report
+from resnet_jax.training.report import (
+    add_pictures,
+    make_result,
+    print_result,
+    write_report,
+)
 from resnet_jax.training.runs import train_seeds
 from resnet_jax.training.state import Learner, TrainState, make_learner
 from resnet_jax.training.step import call_length, make_train_step, make_train_steps
@@ -147,6 +152,8 @@ def train_one(
         folder.write_result(result)
         write_report(folder, result, rows)
     print_result(console, result, folder.report)
+    if datasets is None and distributed.process_count() == 1:
+        add_pictures(folder, result, rows, console)
     return result
 
 
@@ -231,19 +238,18 @@ def _first_state(
         say(console, f"continuing from the checkpoint at step {int(state.step)}")
         return state, start
     folder.write_rows([])
-    options = learner.config.model
-    if options.weights is None:
-        return learner.fresh_state(dataset.train.statistics()), _Start()
-    tell = functools.partial(say, console)
-    variables = load_weights(
-        options.weights,
-        learner.model,
-        new_head=options.new_head,
-        rng=jax.random.key(learner.config.seed),
-        example=jax.ShapeDtypeStruct((1, *learner.image_shape), jax.numpy.float32),
-        notify=tell,
-    )
-    statistics = pixels_for_weights(learner.config, dataset, tell)
+    options, tell = learner.config.model, functools.partial(say, console)
+    variables = None
+    if options.weights is not None:
+        variables = load_weights(
+            options.weights,
+            learner.model,
+            new_head=options.new_head,
+            rng=jax.random.key(learner.config.seed),
+            example=jax.ShapeDtypeStruct((1, *learner.image_shape), jax.numpy.float32),
+            notify=tell,
+        )
+    statistics = pixel_statistics(learner.config, dataset, tell)
     return learner.fresh_state(statistics, variables), _Start()
 
 

@@ -1,6 +1,7 @@
 """Each script runs once at its smallest, and its arithmetic is that of closed forms."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import compare, contenders, gpu, hlo, input_pipeline, peers, program
+from benchmarks import (
+    compare,
+    contenders,
+    gpu,
+    hlo,
+    input_pipeline,
+    paper_report,
+    peers,
+    program,
+)
 from resnet_jax.analysis.complexity import (
     abstract_variables,
     count_multiply_adds,
     count_parameters,
 )
 from resnet_jax.models import catalog_entry
+from tests.conftest import REPOSITORY
 
 # torchvision's published counts; for the CIFAR nets, the definition's.
 PARAMETERS = {
@@ -327,3 +338,18 @@ def test_input_pipelines_side_by_side(tmp_path, capsys):
     assert "resnet_jax, prepared" in rows
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows)
+
+
+STORED = sorted(
+    file.parent for file in (REPOSITORY / "benchmarks" / "results").glob("*/report.md")
+)
+
+
+@pytest.mark.parametrize("folder", STORED, ids=lambda folder: folder.name)
+def test_stored_reports_are_what_the_command_writes(folder, tmp_path):
+    for name in ("results.jsonl", "metrics.jsonl"):
+        shutil.copy(folder / name, tmp_path)
+    figure = tmp_path / "figure.png"
+    paper_report.main([str(tmp_path), "--figure", str(figure)])
+    assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
+    assert figure.read_bytes()[:4] == b"\x89PNG"

@@ -225,7 +225,9 @@ def test_the_command_writes_json_and_a_page(problem, tmp_path, capsys):
     assert result["data"]["counts"] == {"test": 15}
     page = files[1].read_text()
     assert page.count("<svg") == 6
-    assert "Commonest confusions" in page
+    assert "Confusions" in page
+    mistakes = [net["mistakes"] for net in [*result["nets"], result["ensemble"]]]
+    assert page.count("<img") == sum(map(len, mistakes)) > 0
     assert main(["evaluate", "--data", data]) == 1
     assert "give nets with" in capsys.readouterr().err
 

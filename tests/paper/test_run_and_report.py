@@ -13,11 +13,15 @@ from resnet_jax.cli import main
 from resnet_jax.errors import Preempted, UserError
 from resnet_jax.evaluation.nets import load_net
 from resnet_jax.paper.experiments import EXPERIMENTS
+from resnet_jax.paper.figures import draw
 from resnet_jax.paper.report import report
 from resnet_jax.paper.run import run_experiment
+from resnet_jax.paper.sections import Section
 from resnet_jax.paper.settings import Setting
 from resnet_jax.training.train import train_one
+from resnet_jax.workdir import Workdir
 from tests.conftest import make_console
+from tests.test_run_files import RESULT, ROW
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def test_runs_lie_where_experiments_share_them(finished):
     assert "[2/2] digits-tiny/cifar_plain20/seed-1" in printed
 
 
-def test_the_report_sets_measured_beside_published(finished):
+def test_other_data_have_a_table_of_their_own(finished):
     folder, _ = finished
     report(folder, figures=folder / "figures", console=make_console())
     text = (folder / "report.md").read_text()
@@ -72,14 +76,15 @@ def test_the_report_sets_measured_beside_published(finished):
     deviation = (sum((x - mean) ** 2 for x in results)) ** 0.5
     row = next(x for x in text.splitlines() if x.startswith("| plain-20 |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[:5] == [
+    assert cells[:4] == [
         "plain-20",
-        "",
         f"{100 * mean:.2f}",
         f"{100 * deviation:.2f}",
         "2",
     ]
-    assert cells[6:8] == ["last, step 4", "digits"]
+    assert cells[5:7] == ["last, step 4", "digits"]
+    assert "#### Measured on digits, 4 steps" in text
+    assert "| plain-56 |" not in text
     assert "not measured: plain-56" in text
     assert "data.name=digits (published: cifar10)" in text
     assert "model.name=cifar_plain8 (published: cifar_plain20)" in text
@@ -90,17 +95,108 @@ def test_the_report_sets_measured_beside_published(finished):
     assert (folder / "figures" / "digits-tiny-figure1.png").stat().st_size > 1000
 
 
-def test_tables_with_top_5_errors_show_them(finished, tmp_path):
-    copy = shutil.copytree(finished[0], tmp_path / "copy")
-    report(copy, only=["table2", "table3"], console=make_console())
-    table2, table3 = (copy / "report.md").read_text().split("### Table 3")
-    assert "top-5" not in table2
-    assert "| published top-5 (%) | measured top-5 (%) |" in table3
-    assert "| VGG-16 | 28.07 |  |  |  | 9.33 |  |  |" in table3
-    assert "| GoogLeNet |  |  |  |  | 9.15 |  |  |" in table3
-    blank = "not measured"
-    row = f"| ResNet-50 | 22.85 | {blank} |  | {blank} | 6.71 | {blank} | {blank} |"
-    assert row in table3
+def pretend(folder, setting, name, label, seed=0, **result):
+    """A finished run of a table's row, made up; returns what its config says."""
+    experiment = EXPERIMENTS[name]
+    run = next(entry.run for entry in experiment.entries if entry.label == label)
+    config = dataclasses.replace(setting.config(run), seed=seed)
+    section = folder / setting.section(config)
+    Section.note(section, setting, name)
+    workdir = Workdir(section / run.name / f"seed-{seed}")
+    workdir.create()
+    workdir.write_config(config, "resnet-jax paper run")
+    where = {"devices": "8 x TPU", "cpu": "a CPU", "cpu_cores": 2}
+    about = {"step": 64_000, "data": config.data.name, "environment": where}
+    workdir.write_rows([ROW | {"step": 64_000}])
+    workdir.write_result(RESULT | about | result)
+
+
+def table_of(folder, number=0):
+    """The rows of a table in report.md, as cells; the first is its header."""
+    report(folder, console=make_console())
+    tables = re.findall(r"(?:^\|.*\n)+", (folder / "report.md").read_text(), re.M)
+    lines = tables[number].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [rows[0], *rows[2:]]
+
+
+def test_the_report_sets_measured_beside_published(tmp_path):
+    published = Setting()
+    for seed, error in enumerate((0.0875, 0.0925)):
+        pretend(tmp_path, published, "table6", "ResNet-20", seed, test_error=error)
+    pretend(tmp_path, published, "table6", "plain-32", test_error=0.12)
+    header, *rows = table_of(tmp_path)
+    assert header[:5] == ["", "published (%)", "measured (%)", "deviation", "n"]
+    shown = {row[0]: row[1:5] for row in rows}
+    assert shown == {
+        "Maxout": ["9.38", "", "", ""],
+        "NIN": ["8.81", "", "", ""],
+        "DSN": ["8.22", "", "", ""],
+        "FitNet, 19 layers": ["8.39", "", "", ""],
+        "ResNet-20": ["8.75", "9.00", "0.35", "2"],
+        "plain-32": ["", "12.00", "", "1"],
+    }
+    text = (tmp_path / "report.md").read_text()
+    assert "Measured on" not in text
+    assert "not measured: Highway, 19 layers, Highway, 32 layers, ResNet-32" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "title"),
+    [
+        (Setting("cifar100"), "cifar100, 64,000 steps"),
+        (Setting("/data/mine"), "mine, 64,000 steps"),
+        (Setting(None, "small"), "cifar10, 640 steps"),
+        (Setting(None, "paper", {"training.steps": "48000"}), "cifar10, 48,000 steps"),
+    ],
+)
+def test_no_published_error_stands_beside_another_measurement(setting, title, tmp_path):
+    pretend(tmp_path, setting, "table6", "ResNet-20", test_error=0.0667)
+    header, *rows = table_of(tmp_path)
+    assert header[:2] == ["", "measured (%)"]
+    assert [row[:2] for row in rows] == [["ResNet-20", "6.67"]]
+    text = (tmp_path / "report.md").read_text()
+    assert f"#### Measured on {title}\n" in text
+    assert "they are for cifar10, 64,000 steps, and cannot be compared" in text
+    page = (tmp_path / "report.html").read_text()
+    for number in ("8.75", "9.38"):
+        assert number not in text
+        assert number not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
+
+
+def test_tables_with_top_5_errors_show_them(tmp_path):
+    errors = {"test_error": 0.23, "test_top5_error": 0.07}
+    for name, label in (("table2", "plain-34"), ("table3", "ResNet-50")):
+        pretend(tmp_path, Setting(), name, label, **errors)
+    table2, table3 = (dict_of(table_of(tmp_path, number)) for number in (0, 1))
+    assert table2["plain-34"]["published (%)"] == "28.54"
+    assert "published top-5 (%)" not in table2["plain-34"]
+    assert table3["VGG-16"]["published (%)"] == "28.07"
+    assert table3["VGG-16"]["published top-5 (%)"] == "9.33"
+    assert table3["GoogLeNet"]["published top-5 (%)"] == "9.15"
+    found = table3["ResNet-50"]
+    assert (found["published (%)"], found["measured (%)"]) == ("22.85", "23.00")
+    assert found["published top-5 (%)"] == "6.71"
+    assert found["measured top-5 (%)"] == "7.00"
+
+
+def dict_of(table):
+    header, *rows = table
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def test_a_panel_without_news_is_left_out(tmp_path):
+    def panels():
+        section = Section.read(tmp_path / "cifar10")
+        experiment = EXPERIMENTS["figure6"]
+        figure = draw(experiment, section, section.measured(experiment))
+        return [axes.get_title() for axes in figure.axes]
+
+    for label in ("ResNet-20", "ResNet-110"):
+        pretend(tmp_path, Setting(), "figure6", label)
+    assert panels() == ["ResNets"]
+    pretend(tmp_path, Setting(), "figure6", "ResNet-1202")
+    assert panels() == ["ResNets", "110 and 1202 layers"]
 
 
 @pytest.fixture
@@ -154,9 +250,11 @@ def test_tiny_imagenet_stands_in_for_imagenet(tiny_setting, tiny_imagenet, tmp_p
             *(tested["error"], tested["top5_error"]),
         )
     )
-    cells = f"| plain-34 | 28.54 | {one} |  | {ten} | 10.02 | {five} | {ten_five} | 1 |"
+    cells = f"| plain-34 | {one} | {ten} | {five} | {ten_five} | 1 |"
     assert line.startswith(cells)
-    assert "| measured, 10-crop (%) | published top-5 (%) |" in text
+    assert "| measured, 10-crop (%) | measured top-5 (%) |" in text
+    assert "Measured on Tiny ImageNet (64x64), 2 steps" in text
+    assert "28.54" not in text
     assert "| Tiny ImageNet (64x64) |" in line
     assert "data.image_size=56 (published: 224)" in text
     # Ten crops of 56 from the 64 pixels, and the mean of their softmax.
@@ -251,7 +349,7 @@ def test_a_run_that_diverged_is_told(setting, tmp_path):
     report(tmp_path, console=make_console())
     text = (tmp_path / "report.md").read_text()
     assert "plain-20, seed 0: diverged: the loss is not finite" in text
-    assert "| plain-20 |  | not measured |" in text
+    assert "| plain-20 |" not in text
 
 
 def test_a_folder_holds_one_setting(finished, setting):
@@ -353,8 +451,9 @@ def test_free_text_breaks_no_table(finished, tmp_path):
     for line in lines:
         assert f"| {shown} |" in line or not line.startswith("| plain-20 |")
     separators = [len(re.findall(r"(?<!\\)\|", x)) for x in lines if x[:2] == "| "]
-    assert set(separators) == {11}
+    assert set(separators) == {10}
     assert any(f"data.name={shown} (published" in line for line in lines)
+    assert f"#### Measured on {shown}, 4 steps" in lines
     assert "<script" not in (copy / "report.html").read_text()
 
 

@@ -12,7 +12,7 @@ from resnet_jax.config import resolve
 from resnet_jax.data.dataset import open_dataset
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.protocols import Stored
-from resnet_jax.training.pretrained import pixels_for_weights
+from resnet_jax.training.pretrained import pixel_statistics
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
@@ -45,7 +45,7 @@ def write_weights(tmp_path):
 def pixels(config):
     warnings: list[str] = []
     config = resolve(config)
-    found = pixels_for_weights(config, open_dataset(config), warnings.append)
+    found = pixel_statistics(config, open_dataset(config), warnings.append)
     return np.ravel(found.mean), np.ravel(found.std), warnings
 
 
@@ -58,6 +58,9 @@ def test_a_run_takes_the_pixels_of_its_weights(
     np.testing.assert_allclose(np.ravel(statistics.mean), MEAN, rtol=1e-6)
     np.testing.assert_allclose(np.ravel(statistics.std), STD, rtol=1e-6)
     assert "warning" not in console.file.getvalue()
+    shown = resnet_jax.show_data(fine_tuning, split="test")
+    expected = (shown.pixels / 255 - MEAN) / STD
+    np.testing.assert_allclose(shown.images, expected, atol=1e-5)
 
 
 def test_a_mean_image_counts_by_its_average(fine_tuning, write_weights):
