@@ -44,7 +44,7 @@ def test_references_are_complete(hooks):
     for name in ("create_model", "train", "Classifier"):
         assert f"::: resnet_jax.{name}\n" in made["python"]
     assert (
-        "| `optimizer.kind` |  |  |  | `lamb` | `lamb` | `lamb` |  |" in made["recipes"]
+        "| `optimizer.kind` |  |  |  | lamb | lamb | lamb |  |" in made["recipes"]
     )
 
 
