@@ -62,6 +62,7 @@ figcaption { font-size: .85rem; overflow-wrap: anywhere; white-space: pre-line; 
   .facts, .facts tbody, .facts tr, .facts th, .facts td { display: block; }
   .facts th { padding: .4rem 0 0; } .facts td { padding: 0; }
   .grid td, .grid th { white-space: nowrap; }
+  .pictures { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)); }
 }
 """
 
