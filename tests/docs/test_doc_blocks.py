@@ -166,10 +166,10 @@ def small_flags(arguments, here):
     """Flags that make a command short."""
     if arguments[0] == "evaluate":
         return ["--batch-size", "16"]
-    if arguments[0] not in ("train", "sweep", "show-data") or "--config" not in arguments:
+    if "--config" not in arguments:
         return []
     config = arguments[arguments.index("--config") + 1].partition(":")[0]
-    fields = dict(SMALL[config])
+    fields = dict(SMALL.get(config, {}))
     if config == "digits":
         fields["data.data_dir"] = str(here / "tfds")
     given = {word.removeprefix("--config.").partition("=")[0] for word in arguments}

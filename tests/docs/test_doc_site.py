@@ -43,9 +43,7 @@ def test_references_are_complete(hooks):
         assert f"## {command}\n" in made["commands"]
     for name in ("create_model", "train", "Classifier"):
         assert f"::: resnet_jax.{name}\n" in made["python"]
-    assert (
-        "| `optimizer.kind` |  |  |  | lamb | lamb | lamb |  |" in made["recipes"]
-    )
+    assert "| `optimizer.kind` |  |  |  | lamb | lamb | lamb |  |" in made["recipes"]
 
 
 def test_every_marker_has_a_maker_and_every_maker_a_page(hooks):
