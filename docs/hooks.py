@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import resnet_jax
 from resnet_jax.cli import command_parser
 from resnet_jax.config import (
     Field,
@@ -209,29 +210,29 @@ MODULES = {
 def python(page: str) -> str:
     """Directives of mkdocstrings for the public names of some modules."""
     parts = []
+    several = len(MODULES[page]) > 1
     for module in MODULES[page]:
-        if len(MODULES[page]) > 1:
-            parts.append(f"## {module}\n\n")
-        for name in _public(module):
-            parts.append(f"::: {module}.{name}\n")
-            if len(MODULES[page]) > 1:
-                parts.append("    options: {heading_level: 3}\n")
-            parts.append("\n")
-            if name == "create_model":
+        parts += [f"## {module}\n\n"] * several
+        for value in _public(module):
+            # Where it is defined: a module may have the name of its function.
+            parts.append(f"::: {value.__module__}.{value.__qualname__}\n")
+            parts += ["    options: {heading_level: 3}\n"] * several
+            if value is resnet_jax.create_model:
                 parts.append(
-                    "The options are the [fields of model](fields.md#model).\n\n"
+                    "\nThe options are the [fields of model](fields.md#model).\n"
                 )
+            parts.append("\n")
     return "".join(parts)
 
 
-def _public(module: str) -> Sequence[str]:
-    """``__all__``, or the public functions and classes that a module defines."""
+def _public(module: str) -> list[Any]:
+    """The functions and classes of ``__all__``, or those that a module defines."""
     loaded = importlib.import_module(module)
-    if hasattr(loaded, "__all__"):
-        names = loaded.__all__
-        return [n for n in names if callable(getattr(loaded, n))]
+    names = getattr(loaded, "__all__", None)
+    if names is not None:
+        return [v for v in (getattr(loaded, n) for n in names) if callable(v)]
     return [
-        name
+        value
         for name, value in vars(loaded).items()
         if not name.startswith("_")
         and callable(value)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import resnet_jax
 from resnet_jax.cli import command_parser
 from resnet_jax.config import fields, list_configs
 from resnet_jax.models.catalog import CATALOG
@@ -41,8 +42,8 @@ def test_references_are_complete(hooks):
         assert flag in ("--version", "--help", *made["commands"].split())
     for command in ("train", "paper run", "benchmark step"):
         assert f"## {command}\n" in made["commands"]
-    for name in ("create_model", "train", "Classifier"):
-        assert f"::: resnet_jax.{name}\n" in made["python"]
+    for name in resnet_jax.__all__:
+        assert f".{name}\n" in made["python"]
     assert "| `optimizer.kind` |  |  |  | lamb | lamb | lamb |  |" in made["recipes"]
 
 
