@@ -77,7 +77,7 @@ PARSED = {
 }
 """Commands that are parsed, their configs resolved, but not run; and why."""
 
-SLOW = {"analysis.md", "from_pytorch.md", "models.md", "train.md"}
+SLOW = {"analysis.md", "evaluation.md", "from_pytorch.md", "models.md", "train.md"}
 """Pages that only the slow tests run; ``test_blocks_are_valid`` has all."""
 
 OPTIONAL = {"import torch": "torch", "torch.onnx": "onnxscript"}
