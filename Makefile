@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo degradation test test-all docs lint wheel address clean
+.PHONY: demo degradation docs notebooks test test-all lint wheel address clean
 
 demo: $(VENV)/.demo
 	$(BIN)/resnet-jax train --config digits --workdir runs/digits
@@ -13,6 +13,10 @@ demo: $(VENV)/.demo
 degradation: $(VENV)/.demo
 	$(BIN)/resnet-jax paper run degradation --workdir runs/degradation
 	$(BIN)/resnet-jax paper report --workdir runs/degradation --figures runs/degradation
+
+# Runs the notebooks again and stores their outputs, in a quarter of an hour.
+notebooks: $(VENV)/.test
+	$(BIN)/python notebooks/execute.py
 
 # A worker that crashes ends the tests, because xdist can wait for ever for a new one. A
 # test of 15 minutes ends them too, and prints the stacks of its threads.

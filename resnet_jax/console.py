@@ -1,6 +1,7 @@
 """Printing, for all commands."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,10 +14,19 @@ from resnet_jax.errors import printable
 
 
 def make_console() -> rich.console.Console:
-    """Standard output; silent on all but the first process of a run."""
+    """Standard output; silent on all but the first process of a run.
+
+    In a notebook it prints plain text, which is one output per cell and can be copied.
+    """
     from resnet_jax import distributed
 
-    return rich.console.Console(quiet=not distributed.is_primary())
+    in_notebook = type(sys.stdout).__module__.startswith("ipykernel.")
+    return rich.console.Console(
+        quiet=not distributed.is_primary(),
+        force_jupyter=False,
+        # Notebooks claim to be a terminal, but show no bars or bold text.
+        force_terminal=False if in_notebook else None,
+    )
 
 
 @contextlib.contextmanager

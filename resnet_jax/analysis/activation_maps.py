@@ -12,7 +12,9 @@ import matplotlib
 import numpy as np
 
 from resnet_jax.data.images import to_pillow
+from resnet_jax.data.pictures import Picture, name_of, read_picture
 from resnet_jax.errors import UserError
+from resnet_jax.evaluation.classifier import Classifier
 from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.evaluation.outputs import normalized
 from resnet_jax.models.resnet import ResNet
@@ -60,6 +62,31 @@ def class_activation_map(
     return jnp.einsum(
         "nhwc,cn->nhw", last.astype(jnp.float32), weights, precision="highest"
     )
+
+
+def evidence(
+    classifier: Classifier, picture: Picture, label: int | None = None
+) -> np.ndarray:
+    """A picture as its net sees it, in grey, with a class activation map over it.
+
+    Args:
+      classifier: of a net that has such maps.
+      picture: a path, a Pillow image or uint8 pixels.
+      label: the class; None means the likeliest.
+
+    Returns:
+      Uint8 (h, w, 3), as ``heat_over`` draws it.
+
+    Raises:
+      UserError: the net has no such maps, or the picture is broken.
+    """
+    net = classifier.net
+    if label is None:
+        label = classifier(picture, top=1)[0].classes[0]
+    pixels = read_picture(picture, net.channels, name_of(picture, 0))
+    view = classifier.own_view.views(pixels)[0]
+    heat = class_activation_map(net, view[None], np.array([label]))[0]
+    return heat_over(view, np.asarray(heat))
 
 
 def heat_over(view: np.ndarray, heat: np.ndarray) -> np.ndarray:

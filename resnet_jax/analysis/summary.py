@@ -23,6 +23,7 @@ from resnet_jax.analysis.complexity import (
     trace,
 )
 from resnet_jax.analysis.receptive_field import Output, View, module_outputs
+from resnet_jax.console import make_console
 from resnet_jax.errors import UserError
 from resnet_jax.models import catalog_entry, create_model, shortcuts
 from resnet_jax.models.catalog import CATALOG, FAMILIES
@@ -207,7 +208,7 @@ def print_catalog(console: rich.console.Console | None = None) -> None:
         table.add_row(name, str(entry.image_size), *costs, entry.source)
     for name, meaning in FAMILIES.items():
         table.add_row(name, "32", "", "", meaning)
-    (console or rich.console.Console()).print(table)
+    (console or make_console()).print(table)
 
 
 def print_summaries(
@@ -250,7 +251,7 @@ def print_summaries(
         own = options | ({"shortcut": shortcut} if name in changed else {})
         summary = summarize_named(name, image_size=image_size, depth=depth, **own)
         summaries.append(summary)
-    console = console or rich.console.Console()
+    console = console or make_console()
     for shown in [summaries] if compare else [[summary] for summary in summaries]:
         console.print(render(*shown))
     if json_path is not None:

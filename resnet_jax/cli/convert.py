@@ -82,9 +82,7 @@ def convert_weights(
       UserError: ``target`` exists, the model is unknown, or a fault of
         ``load_weights`` or ``save_weights``.
     """
-    import rich.console
-
-    from resnet_jax.console import say
+    from resnet_jax.console import make_console, say
     from resnet_jax.evaluation.nets import PREPROCESSING, is_workdir, load_net
     from resnet_jax.storage import expand, refuse_existing
     from resnet_jax.weights import save_weights, shapes
@@ -114,7 +112,7 @@ def convert_weights(
         metadata=metadata,
     )
     say(
-        rich.console.Console(),
+        make_console(),
         f"wrote {target}: {len(written)} arrays, "
         f"{shapes.count_parameters(written):,} parameters, {layout} layout",
     )

@@ -6,8 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_jax.analysis.activation_maps import class_activation_map, heat_over
+from resnet_jax.analysis.activation_maps import (
+    class_activation_map,
+    evidence,
+    heat_over,
+)
 from resnet_jax.errors import UserError
+from resnet_jax.evaluation.classifier import Classifier
 from resnet_jax.evaluation.outputs import normalized
 from resnet_jax.models import ResNet, create_model
 from resnet_jax.models.blocks import PreActBasicBlock
@@ -64,3 +69,15 @@ def test_colours_over_a_view():
     np.testing.assert_array_equal(found[0, -1], [100, 100, 100])
     # Where nothing supports the class, the view is grey.
     np.testing.assert_array_equal(heat_over(view, -np.abs(heat)), 100)
+
+
+def test_evidence_for_a_class_of_a_picture(net):
+    classifier, picture = Classifier(net), IMAGES[0]
+    likeliest = classifier(picture, top=1)[0].classes[0]
+    view = net.sized_view.views(picture)[0]
+    for label in (likeliest, (likeliest + 1) % 7):
+        heat = np.asarray(class_activation_map(net, view[None], np.array([label]))[0])
+        found = evidence(classifier, picture, label)
+        np.testing.assert_array_equal(found, heat_over(view, heat))
+    first = evidence(classifier, picture)
+    np.testing.assert_array_equal(first, evidence(classifier, picture, likeliest))
