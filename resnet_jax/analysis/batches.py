@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from resnet_jax.analysis import plots
+from resnet_jax.analysis.gallery import gallery
 from resnet_jax.config import Config
 from resnet_jax.data.batch import gather
 from resnet_jax.data.chunks import Chunk, EvaluationChunks, TrainingChunks, join
@@ -66,7 +66,7 @@ class SeenBatch:
 
     def figure(self, title: str = "") -> Figure:
         """The pictures with their classes, in rows."""
-        return plots.pictures_figure(self.pixels, self.captions, title)
+        return gallery(self.pixels, self.captions, title=title)
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from resnet_jax.analysis.plots import literal
 from resnet_jax.data.images import to_pillow
-from resnet_jax.errors import UserError, printable
+from resnet_jax.errors import UserError
 
 _SMALL = 100  # pixels of a side up to which a pixel is drawn as a square
 _WRONG = "#c92a1a"
@@ -17,6 +18,7 @@ def gallery(
     captions: Sequence[object] | None = None,
     *,
     correct: Sequence[bool] | np.ndarray | None = None,
+    title: str = "",
     columns: int = 8,
     side: float = 1.2,
 ) -> Figure:
@@ -26,6 +28,7 @@ def gallery(
       pictures: uint8 arrays (h, w), (h, w, 1) or (h, w, 3), of any sizes.
       captions: a text for each picture.
       correct: whether each caption is right; wrong ones are red and bold.
+      title: above them all.
       columns: the most pictures in a row.
       side: of the square around a picture, in inches.
 
@@ -44,6 +47,8 @@ def gallery(
     figure = Figure(
         (side * columns, (side + 0.18 * lines) * rows), layout="constrained"
     )
+    if title:
+        figure.suptitle(literal(title))
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for index, axes in enumerate(panels):
         axes.set_axis_off()
@@ -53,13 +58,26 @@ def gallery(
             axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation=smooth)
         if index < count and captions is not None:
             wrong = correct is not None and not correct[index]
+            text = str(captions[index])
+            most = round(15 * side)  # characters beside each other
             axes.set_title(
-                printable(str(captions[index])).replace("$", r"\$"),
+                literal("\n".join(_shortened(line, most) for line in text.split("\n"))),
                 fontsize=9,
                 color=_WRONG if wrong else "black",
                 fontweight="bold" if wrong else "normal",
             )
     return figure
+
+
+def _shortened(line: str, most: int) -> str:
+    """A line of a caption; of a long one, the name is cut and its share kept."""
+    name, colon, share = line.rpartition(": ")
+    room = most - len(colon + share)
+    if len(line) <= most:
+        return line
+    if room < 2:
+        return f"{line[: most - 1]}\u2026"
+    return f"{name[: room - 1]}\u2026{colon}{share}"
 
 
 def _with_channels(picture: np.ndarray) -> np.ndarray:

@@ -100,7 +100,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     return file
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Text that matplotlib draws as it is, not as a formula between dollars."""
     return printable(text).replace("$", r"\$")
 
@@ -191,7 +191,7 @@ def error_curves(panels: Mapping[str, Sequence[Curves]], title: str = "") -> Fig
     thin, bold = {"linewidth": 1.0, "dashes": (4, 2)}, {"linewidth": 2.2}
     for axes, (name, curves) in zip(all_axes, panels.items(), strict=True):
         _draw_errors(axes, curves, look, {"train_error": thin, "test_error": bold})
-        axes.set_title(_literal(name), fontsize="medium")
+        axes.set_title(literal(name), fontsize="medium")
         axes.set_ylabel("error (%)")
     key = [
         Line2D([], [], color="0.2", label=label, **style)
@@ -230,7 +230,7 @@ def gradient_norms_figure(
     for axes, (name, nets) in zip(all_axes, panels.items(), strict=True):
         axes.sharey(all_axes[0])
         axes.set_yscale("log")
-        axes.set_title(_literal(name), fontsize="medium")
+        axes.set_title(literal(name), fontsize="medium")
         _draw_layers(axes, nets, _positive)
         axes.set_xlabel("layer index")
         lines = {line.get_label(): line for line in axes.get_lines()} | lines
@@ -254,7 +254,7 @@ def error_by_depth(families: Sequence[Depths], title: str = "") -> Figure:
             xs,
             means,
             deviations,
-            label=_literal(family.label),
+            label=literal(family.label),
             color=colors[family.label],
             capsize=3,
             linewidth=1.8,
@@ -289,7 +289,7 @@ def error_by_setting(
         means, places, xerr=deviations, color=color, fmt="o", capsize=4, linewidth=1.8
     )
     names = [
-        f"{_literal(name)} (n = {len(errors)})" for name, errors in settings.items()
+        f"{literal(name)} (n = {len(errors)})" for name, errors in settings.items()
     ]
     axes.set_yticks(places, labels=names)
     axes.set_ylim(len(settings) - 0.5, -0.5)
@@ -339,7 +339,7 @@ def confusion_figure(
     figure, (axes,) = _figure("", 1, (side, side))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     axes.grid(False)
-    names = [_literal(textwrap.shorten(name, 24)) for name in class_names]
+    names = [literal(textwrap.shorten(name, 24)) for name in class_names]
     axes.set_xticks(range(size), names, rotation=90, fontsize=8)
     axes.set_yticks(range(size), names, fontsize=8)
     axes.set_xlabel("predicted")
@@ -359,51 +359,11 @@ def confusion_figure(
     return figure
 
 
-def pictures_figure(
-    images: np.ndarray, captions: Sequence[str], title: str = ""
-) -> Figure:
-    """Pictures in rows of eight, with captions below.
-
-    Args:
-      images: uint8 (n, h, w, 1 or 3).
-      captions: one for each.
-      title: above them.
-    """
-    columns = min(8, len(images))
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.3 * columns, 0.4 + 1.6 * rows), layout="constrained")
-    if title:
-        figure.suptitle(_literal(title))
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in panels:
-        axes.set_axis_off()
-    for axes, image, caption in zip(panels, images, captions, strict=False):
-        grey = image.shape[-1] == 1
-        axes.imshow(image[..., 0] if grey else image, cmap="gray", vmin=0, vmax=255)
-        lines = [_shortened(line) for line in _literal(caption).split("\n")]
-        axes.text(
-            0.5, -0.04, "\n".join(lines), transform=axes.transAxes,
-            ha="center", va="top", fontsize=7,
-        )  # fmt: skip
-    return figure
-
-
-def _shortened(line: str, most: int = 20) -> str:
-    """A line of a caption; of a long one, the name is cut and its share kept."""
-    name, colon, share = line.rpartition(": ")
-    room = most - len(colon + share)
-    if len(line) <= most:
-        return line
-    if room < 2:
-        return f"{line[: most - 1]}\u2026"
-    return f"{name[: room - 1]}\u2026{colon}{share}"
-
-
 def _figure(title, count, size, rows=False):
     """A figure and its ``count`` panels, side by side or in rows."""
     figure = Figure(figsize=size, layout="constrained")
     if title:
-        figure.suptitle(_literal(title))
+        figure.suptitle(literal(title))
     shape = (count, 1) if rows else (1, count)
     panels = list(figure.subplots(*shape, squeeze=False).flat)
     for axes in panels:
@@ -480,7 +440,7 @@ def _draw_errors(
             mean, xs = errors.mean(0), steps / look.unit
             marker = "o" if len(steps) == 1 else None
             axes.plot(
-                xs, mean, color=color, label=_literal(net.label), marker=marker, **style
+                xs, mean, color=color, label=literal(net.label), marker=marker, **style
             )
             if len(errors) > 1:
                 low, high = errors.min(0), errors.max(0)
@@ -517,7 +477,7 @@ def _label_ends(axes: Any, ends: Iterable[tuple[str, float, Any]]) -> None:
     heights = _apart([height for height, _, _ in wanted], _LABEL_HEIGHT)
     for (_, label, color), height in zip(wanted, heights, strict=True):
         axes.annotate(
-            _literal(label),
+            literal(label),
             (1.02, height),
             xycoords="axes fraction",
             color=color,
@@ -551,7 +511,7 @@ def _draw_layers(
         axes.plot(
             range(1, len(values) + 1),
             values,
-            label=_literal(net.label),
+            label=literal(net.label),
             color=colors[net.label],
             linewidth=1.5,
             dashes=_DASHES[net.family],

@@ -114,7 +114,7 @@ def test_without_augmentation_the_pictures_are_the_stored_pixels(image_folder):
     panels = found.figure("a title").axes
     for panel, image, caption in zip(panels, stored, found.captions, strict=True):
         np.testing.assert_array_equal(panel.get_images()[0].get_array(), image)
-        assert [text.get_text() for text in panel.texts] == [caption]
+        assert panel.get_title() == caption
 
 
 def test_long_names_are_cut_and_their_shares_kept():
@@ -127,10 +127,10 @@ def test_long_names_are_cut_and_their_shares_kept():
         class_names=("n02099601", "a_class_with_a_long_name"),
     )
     assert batch.captions[0] == "golden retriever: 98 %\na_class_with_a_long_name: 2 %"
-    texts = [axes.texts[0].get_text() for axes in batch.figure().axes]
+    texts = [axes.get_title() for axes in batch.figure().axes]
     assert texts == [
-        "golden retrie…: 98 %\na_class_with_a…: 2 %",
-        "a_class_with_a_long…",
+        "golden retr…: 98 %\na_class_with…: 2 %",
+        "a_class_with_a_lo…",
     ]
     assert batch._repr_png_()[:4] == b"\x89PNG"
 
@@ -158,7 +158,7 @@ def test_the_command_draws_a_page_or_a_picture(tfds_dir, tmp_path, capsys):
     assert page.read_text().count("<img") == 32
     assert "augmentation.pad" in page.read_text()
     assert main([*command, str(picture), "--images", "9", "--split", "test"]) == 0
-    assert len(cv2.imread(str(picture))) > 300
+    assert len(cv2.imread(str(picture))) > 200
     assert capsys.readouterr().out.splitlines()[-1] == f"9 images: {picture}"
     for out, rest, sentence in (
         ("batch.txt", [], "must end in .png, .svg, .pdf or .html"),
