@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo degradation notebooks test test-all lint wheel address clean
+.PHONY: demo degradation docs notebooks test test-all lint wheel address clean
 
 demo: $(VENV)/.demo
 	$(BIN)/resnet-jax train --config digits --workdir runs/digits
@@ -26,6 +26,10 @@ test: $(VENV)/.test lint
 
 test-all: test
 	$(BIN)/python -m pytest -m slow
+
+# The documentation, as a site in site/.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -62,5 +66,9 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist runs
+	rm -rf $(VENV) build dist runs site
