@@ -145,8 +145,14 @@ def train_one(
             if int(state.step) < learner.derived.steps or start.row_is_due:
                 progress.phase("compiling")
                 run = _Run(
-                    *(learner, dataset, checkpoints, folder, progress, stop, start),
-                    trackers=trackers,
+                    learner,
+                    dataset,
+                    checkpoints,
+                    folder,
+                    progress,
+                    stop,
+                    start,
+                    trackers,
                 )
                 try:
                     rows = run.to_the_end(state)
