@@ -189,5 +189,6 @@ def test_programs_on_simulated_devices_are_waited_for(
     resnet_jax.train(tiny_config, tmp_path)
     # Checksums of a checkpoint's arrays are pairs.
     programs = [name for name in waited if name != "tuple"]
-    assert programs == ["TrainState"] * 3 + ["dict"] * 2 + ["Sums"] * 3
+    assert programs[:8] == ["TrainState"] * 3 + ["dict"] * 2 + ["Sums"] * 3
+    assert set(programs[8:]) == {"ArrayImpl"}  # for the report's pictures
     assert "tuple" in waited
