@@ -1,4 +1,4 @@
-"""The paper's ensemble for Table 5: six nets, tested fully convolutionally.
+r"""The paper's ensemble for Table 5: six nets, tested fully convolutionally.
 
 resnet-jax evaluate --ensemble-config ensemble:runs/paper/imagenet \
     --data /data/imagenet --split val

@@ -1,4 +1,4 @@
-"""ResNet-20 on Fashion-MNIST: 60,000 grey images of 28x28 pixels.
+r"""ResNet-20 on Fashion-MNIST: 60,000 grey images of 28x28 pixels.
 
 resnet-jax train --config fashion_mnist --workdir runs/fashion_mnist \
     --config.data.path=/usr/share/datasets/fashion-mnist

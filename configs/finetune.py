@@ -1,4 +1,4 @@
-"""Published or own weights, fine-tuned on your images: a folder of class folders.
+r"""Published or own weights, fine-tuned on your images: a folder of class folders.
 
 resnet-jax train --config finetune:torchvision:resnet50 \
     --workdir runs/mine --config.data.path=/data/mine --config.data.name=mine

@@ -1,4 +1,4 @@
-"""A net on your own images: a folder of class folders, or the output of prepare.
+r"""A net on your own images: a folder of class folders, or the output of prepare.
 
 resnet-jax train --config folder:resnet18 --workdir runs/mine \
     --config.data.path=/data/mine --config.data.name=mine

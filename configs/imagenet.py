@@ -1,4 +1,4 @@
-"""ImageNet: a net and one of the published recipes for it.
+r"""ImageNet: a net and one of the published recipes for it.
 
 resnet-jax train --config imagenet:resnet50,rsb_a2 --workdir runs/resnet50 \
     --config.data.path=/data/imagenet --config.data.test_split=val

@@ -1,4 +1,4 @@
-"""ImageNet with ResNet-50 in large batches: 8,192 images, or 32,768 with LARS.
+r"""ImageNet with ResNet-50 in large batches: 8,192 images, or 32,768 with LARS.
 
 resnet-jax train --config imagenet_large_batch:lars32768 \
     --workdir runs/lars32768 \

@@ -304,11 +304,14 @@ def find_hints(facts: Facts) -> list[str]:
 def _broken_devices(facts: Facts) -> Iterator[str]:
     found = facts["devices"]
     fault, devices = found["fault"], found["devices"]
-    platforms = facts["settings"].get("JAX_PLATFORMS")
-    if fault and not devices and platforms:
+    platforms = facts["settings"].get("JAX_PLATFORMS", "cpu")
+    blamed = [n for n in facts["settings"] if n.lower() in (fault or "").lower()]
+    if fault and not devices and blamed and blamed != ["JAX_PLATFORMS"]:
+        yield f"jax does not start ({fault}): unset {blamed[0]}, or correct it"
+    elif fault and not devices and platforms != "cpu":
         yield (
             f"jax finds no devices ({fault}), and JAX_PLATFORMS={platforms} chooses "
-            "them: unset it, or set it to cpu"
+            "them: unset it, or install what it needs (see the extras above)"
         )
     elif fault and not devices:
         yield (

@@ -40,7 +40,7 @@ def printable(text: str) -> str:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest valid name, or the valid ones."""
     valid = list(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]}?"
     return f"valid are {some_of(valid)}"

@@ -87,6 +87,16 @@ def test_a_healthy_machine_needs_no_hint(changes):
         ),
         (NOTHING | {"devices.fault": "no answer within 9 s"}, "no devices .no answer"),
         (
+            NO_GPU
+            | NOTHING
+            | {
+                "devices.fault": 'Invalid value "abc" for JAX flag jax_num_cpu_devices',
+                "settings.JAX_NUM_CPU_DEVICES": "abc",
+                "settings.JAX_PLATFORMS": "cpu",
+            },
+            "does not start .*: unset JAX_NUM_CPU_DEVICES, or correct it",
+        ),
+        (
             NOTHING | {"devices.fault": "x", "settings.JAX_PLATFORMS": "cuda"},
             "JAX_PLATFORMS=cuda chooses them: unset it",
         ),

@@ -1,4 +1,4 @@
-"""fb.resnet.torch (2016): 90 epochs with Inception crops and colour augmentation.
+r"""fb.resnet.torch (2016): 90 epochs with Inception crops and colour augmentation.
 
 resnet-jax train --config recipes/fb2016:resnet50 --workdir runs/fb2016 \
     --config.data.path=/data/imagenet --config.data.test_split=val

@@ -1,4 +1,4 @@
-"""ImageNet in large batches: 8,192 images, a linear warm-up (Goyal et al. 2017).
+r"""ImageNet in large batches: 8,192 images, a linear warm-up (Goyal et al. 2017).
 
 resnet-jax train --config recipes/goyal2017:resnet50 --workdir runs/goyal \
     --config.data.path=/data/imagenet --config.data.test_split=val

@@ -1,4 +1,4 @@
-"""The ImageNet nets of He et al. 2015, section 4.1, with the paper's exact recipe.
+r"""The ImageNet nets of He et al. 2015, section 4.1, with the paper's exact recipe.
 
 resnet-jax train --config recipes/he2015:resnet50 --workdir runs/resnet50 \
     --config.data.path=/data/imagenet --config.data.test_split=val

@@ -1,4 +1,4 @@
-"""Procedure A1 of "ResNet strikes back" (Wightman et al. 2021): 600 epochs.
+r"""Procedure A1 of "ResNet strikes back" (Wightman et al. 2021): 600 epochs.
 
 resnet-jax train --config recipes/rsb_a1:resnet50 --workdir runs/rsb_a1 \
     --config.data.path=/data/imagenet --config.data.test_split=val

@@ -1,4 +1,4 @@
-"""Procedure A2 of "ResNet strikes back" (Wightman et al. 2021): 300 epochs.
+r"""Procedure A2 of "ResNet strikes back" (Wightman et al. 2021): 300 epochs.
 
 resnet-jax train --config recipes/rsb_a2:resnet50 --workdir runs/rsb_a2 \
     --config.data.path=/data/imagenet --config.data.test_split=val

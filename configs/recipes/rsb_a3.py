@@ -1,4 +1,4 @@
-"""Procedure A3 of "ResNet strikes back" (Wightman et al. 2021): 100 epochs.
+r"""Procedure A3 of "ResNet strikes back" (Wightman et al. 2021): 100 epochs.
 
 resnet-jax train --config recipes/rsb_a3:resnet50 --workdir runs/rsb_a3 \
     --config.data.path=/data/imagenet --config.data.test_split=val

@@ -1,4 +1,4 @@
-"""The recipe of torchvision's newer weights, IMAGENET1K_V2: 600 epochs at 176 pixels.
+r"""The recipe of torchvision's newer weights, IMAGENET1K_V2: 600 epochs at 176 pixels.
 
 resnet-jax train --config recipes/torchvision_v2:resnet50 \
     --workdir runs/torchvision_v2 \

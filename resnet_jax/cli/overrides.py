@@ -37,11 +37,29 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
+def join_overrides(arguments: Sequence[str]) -> list[str]:
+    """The arguments with ``--config.FIELD VALUE`` as ``--config.FIELD=VALUE``.
+
+    Otherwise argparse takes the value for an argument of the command.
+    """
+    joined: list[str] = []
+    for argument in arguments:
+        last = joined[-1] if joined else ""
+        is_open = last.startswith(PREFIX) and "=" not in last
+        if is_open and not argument.startswith("--"):
+            joined[-1] = f"{last}={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def as_flags(sentence: str) -> str:
     """A sentence with its config fields as flags: ``--config.data.path``."""
-    names = "|".join(re.escape(name) for name in fields() if "." in name)
-    pattern = rf"(?<![\w./-])(?:config field )?({names})(?![\w.]\w|\w)"
-    return re.sub(pattern, rf"{PREFIX}\1", sentence)
+    names = sorted(map(re.escape, fields()), key=len, reverse=True)
+    dotted = "|".join(name for name in names if "." in name)
+    plain = "|".join(name for name in names if "." not in name)
+    pattern = rf"(?<![\w./-])(?:(?:config field )?({dotted})|config field ({plain}))\b"
+    return re.sub(pattern, lambda m: f"{PREFIX}{m[1] or m[2]}", sentence)
 
 
 def fields_help() -> str:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from resnet_jax.cli.overrides import PREFIX
+from resnet_jax.cli.overrides import PREFIX, join_overrides
 from resnet_jax.config import nearest_field
 from resnet_jax.errors import nearest, printable
 
@@ -35,12 +35,15 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         """As in argparse, which parses a subcommand by this method too."""
         arguments = list(sys.argv[1:] if args is None else args)
+        if self.get_default("takes_overrides"):
+            arguments = join_overrides(arguments)
         for argument in arguments:
             if argument == "--":
                 break
-            if argument.startswith("--"):
+            is_flag = argument.startswith("--" if self.commands is None else "-")
+            if is_flag and argument not in self._option_string_actions:
                 self._refuse_unknown_flag(argument.partition("=")[0])
-            elif self.commands is not None and not argument.startswith("-"):
+            elif self.commands is not None and not is_flag:
                 self._refuse_unknown_command(argument)
                 break  # the rest belongs to the subcommand
         return super().parse_known_args(arguments, namespace)

@@ -106,7 +106,10 @@ def _locate(spec: str) -> tuple[Path, str]:
     if name in known.values():
         return config_folder() / f"{name}.py", arg
     close = difflib.get_close_matches(name.rpartition("/")[2], known, n=1)
+    beside = f"{path}.py"
     hint = f" (did you mean {known[close[0]]}?)" if close else ""
+    if os.path.isfile(beside):
+        hint = f" (did you mean {beside}?)"
     raise UserError(
         f"config file {path} does not exist: give the path of a file, or a name that "
         f"resnet-jax configs lists{hint}"

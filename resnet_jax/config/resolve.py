@@ -18,13 +18,13 @@ from resnet_jax.options import Field, check
 from resnet_jax.storage import locate
 
 
-def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
+def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config:
     """Reads a config file and resolves it.
 
     Args:
       spec: the path of a file that defines ``get_config(arg)``, or a name of
         ``list_configs``; with ``:ARG`` after it if there is an argument.
-      overrides: dotted field names to values as text, as on the command line.
+      overrides: dotted field names to values, as text if you like.
 
     Raises:
       UserError: the file or a value is wrong.
@@ -38,7 +38,7 @@ def override(config: Config, overrides: Mapping[str, str]) -> Config:
 
     Args:
       config: stays as it is.
-      overrides: dotted field names to values as text, as on the command line.
+      overrides: dotted field names to values, as text if you like.
 
     Raises:
       UserError: a field or a value is wrong.
@@ -60,6 +60,11 @@ def resolve(config: Any) -> Config:
     """
     if isinstance(config, Config):
         return config
+    if isinstance(config, str):
+        raise UserError(
+            f"a config is an object, not the text {config!r}: take the one that "
+            "resnet_jax.load_config returns"
+        )
     given = flatten(config)
     if given.get("model.conv_algorithm") == "pointwise":  # of older runs
         given["model.conv_algorithm"] = "auto"
@@ -124,9 +129,11 @@ def nearest_field(name: str) -> str | None:
     """The field that a misspelt name, or the name of another library, may mean."""
     section, _, key = name.rpartition(".")
     siblings = _siblings(section)
-    close = [siblings[other] for other in difflib.get_close_matches(key, siblings, 1)]
+    in_section = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
+    close = [siblings[other] for other in in_section]
     close += [_ELSEWHERE[key]] if key in _ELSEWHERE else []
     close += [known for known in fields() if known.rpartition(".")[2] == key]
+    close += [siblings[other] for other in difflib.get_close_matches(key, siblings, 1)]
     close += difflib.get_close_matches(name, fields(), n=1, cutoff=0.8)
     return close[0] if close else None
 
@@ -145,16 +152,23 @@ _ELSEWHERE = {
     "arch": "model.name",
     "b": "training.global_batch_size",
     "batch_size": "training.global_batch_size",
+    "batchsize": "training.global_batch_size",
+    "data": "data.path",
     "data_path": "data.path",
     "dataset": "data.name",
     "ema": "optimizer.ema_decay",
+    "epoch": "training.epochs",
     "lr": "optimizer.learning_rate",
+    "model": "model.name",
     "net": "model.name",
+    "num_workers": "data.num_threads",
     "opt": "optimizer.kind",
     "optimizer": "optimizer.kind",
+    "pretrained": "model.weights",
     "sched": "schedule.kind",
     "scheduler": "schedule.kind",
     "smoothing": "loss.label_smoothing",
+    "step": "training.steps",
     "wd": "optimizer.weight_decay",
     "workers": "data.num_threads",
 }
@@ -176,6 +190,8 @@ def _check(field: Field, value: Any) -> Any:
 
 def _from_text(field: Field, text: str) -> Any:
     """A value from text, or the text itself if it has no such form."""
+    if not isinstance(text, str):  # from a notebook
+        return text
     kinds = str(field.annotation)
     if text == "None":
         return None

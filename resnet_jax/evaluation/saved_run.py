@@ -158,7 +158,7 @@ def _config_of(folder: Workdir, overrides: Mapping[str, str]) -> Config:
             f"them, such as {folder.path / f'seed-{config.seed}'}"
         )
     if not folder.checkpoints.is_dir():
-        raise UserError(f"workdir {folder.path} holds no checkpoint yet")
+        raise UserError(f"workdir {folder.path} holds no checkpoint")
     return override(config, overrides)
 
 
@@ -192,7 +192,7 @@ def _restore(
 def _find_step(checkpoints: Checkpoints, wanted: int | str, folder: Workdir) -> int:
     steps = checkpoints.steps()
     if not steps:
-        raise UserError(f"workdir {folder.path} holds no checkpoint yet")
+        raise UserError(f"workdir {folder.path} holds no checkpoint")
     if wanted == "last":
         return steps[-1]
     if wanted == "best":

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import numbers
 from collections.abc import Container, Iterable, Sequence
 from typing import Any, Literal
 
@@ -80,8 +81,11 @@ def create_model(
     net: Any = entry.net
     if num_classes == "published":
         num_classes = entry.num_classes
-    if num_classes is not None and num_classes < 1:
-        raise UserError(f"num_classes must be at least 1, not {num_classes}")
+    is_whole = isinstance(num_classes, numbers.Integral)
+    if num_classes is not None and (not is_whole or num_classes < 1):  # type: ignore[operator]
+        raise UserError(
+            f"num_classes must be an integer of at least 1, not {num_classes!r}"
+        )
     given = {
         key: check(_OPTIONS[key], value)
         for key, value in options.items()

@@ -73,8 +73,8 @@ def checked_images(images: jax.Array) -> jax.Array:
         raise UserError(
             f"images have the shape (n, height, width, channels), not {shape}{hint}"
         )
-    # One or three rows of that many channels are no image.
-    if shape[1] in (1, 3) and shape[3] > 4:
+    # A square of 5 or more pixels behind one or three channels.
+    if shape[1] in (1, 3) and shape[2] == shape[3] > 4:
         raise UserError(
             f"images of shape {shape} have their channels before height and width: "
             "transpose them, images.transpose(0, 2, 3, 1)"

@@ -143,8 +143,8 @@ def print_start(
         "data": f"{config.data.name}: {counts}; {shape}, {dataset.num_classes} classes",
         "length": f"{derived.steps:,} steps of {derived.global_batch_size:,}, "
         f"{derived.epochs:.4g} epochs",
-        "test": f"every {derived.evaluate_every:,} steps",
-        "save": f"every {derived.checkpoint_every:,} steps",
+        "test": f"every {min(derived.evaluate_every, derived.steps):,} steps",
+        "save": f"every {min(derived.checkpoint_every, derived.steps):,} steps",
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "config": "\n".join(changed) + f"\nall fields: {config_file}",
     }

@@ -127,7 +127,8 @@ def report(
         )
     if "runs" not in result:
         rows = folder.read_rows()
-        write_report(folder, result, rows)
+        if not folder.report.exists():  # else it may have pictures, and keeps them
+            write_report(folder, result, rows)
         add_pictures(folder, result, rows, console)
     elif figure is None:
         write_seeds_report(folder, result)
@@ -211,10 +212,10 @@ def add_pictures(
     try:
         write_report(folder, result, rows, run_pictures(folder.path, result))
     except KeyboardInterrupt:
-        say(console, "warning: the report has no pictures: interrupted")
+        say(console, "warning: no new pictures for the report: interrupted")
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        say(console, f"warning: the report has no pictures: {reason}")
+        say(console, f"warning: no new pictures for the report: {reason}")
 
 
 def write_seeds_report(folder: Workdir, result: dict[str, Any]) -> None:

@@ -102,8 +102,7 @@ def parse_grid(arguments: Sequence[str]) -> dict[str, list[str]]:
         values = [value.strip() for value in _split(text)]
         if not (equals and name and all(values)):
             raise UserError(
-                f"--grid is FIELD=VALUE,VALUE, such as "
-                f"optimizer.learning_rate=0.05,0.1, not {argument!r}"
+                f"--grid takes FIELD=VALUE,VALUE, such as seed=0,1, not {argument!r}"
             )
         if name in grid or len(set(values)) < len(values):
             raise UserError(f"--grid {argument} names a field or a value twice")

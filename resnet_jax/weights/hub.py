@@ -88,6 +88,11 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
         return file
     if name.startswith(TORCHVISION_PREFIX):
         return _from_torchvision(name)
+    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+        raise UserError(
+            f"{name} is the workdir of a run: resnet-jax convert {name} "
+            f"{path.name}.safetensors writes its weights to a file"
+        )
     if path.is_dir():
         raise UserError(f"weights {name} is a folder; give the path of a file in it")
     model = name.partition(".")[0]

@@ -105,14 +105,18 @@ def folder_run(tmp_path):
     return config, data, tmp_path / "run"
 
 
-def test_without_the_data_the_report_has_its_curves(folder_run, console):
+def test_without_the_data_the_report_keeps_its_pictures_or_has_its_curves(
+    folder_run, console
+):
     config, data, workdir = folder_run
     resnet_jax.train(config, workdir, make_console())
-    assert "<img" in (workdir / "report.html").read_text()
     shutil.rmtree(data)
+    resnet_jax.report(workdir, console=make_console())
+    assert "<img" in (workdir / "report.html").read_text()
+    (workdir / "report.html").unlink()
     resnet_jax.report(workdir, console=console)
     printed = console.file.getvalue()
-    assert printed.count("warning: the report has no pictures: ") == 1
+    assert printed.count("warning: no new pictures for the report: ") == 1
     page = (workdir / "report.html").read_text()
     assert "<img" not in page
     assert f"resnet-jax report --workdir {workdir}" in page
@@ -146,5 +150,5 @@ def test_a_fault_of_a_picture_costs_no_result(folder_run, monkeypatch, console, 
     assert result["step"] == 2
     lines = console.file.getvalue().splitlines()
     reason = "interrupted" if fault is KeyboardInterrupt else "no"
-    assert lines[-1] == f"warning: the report has no pictures: {reason}"
+    assert lines[-1] == f"warning: no new pictures for the report: {reason}"
     assert (workdir / "report.html").read_text().count("<svg") == 1

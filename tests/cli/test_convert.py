@@ -205,7 +205,7 @@ def test_workdirs_without_a_whole_checkpoint(workdir, tmp_path):
             file.write_bytes(b"")
     assert "is damaged" in refusal(copy, target)
     shutil.rmtree(copy / "checkpoints")
-    assert "no checkpoint yet" in refusal(copy, target)
+    assert "holds no checkpoint" in refusal(copy, target)
     (copy / "config.json").unlink()
     assert "holds no run" in refusal(copy, target)
     assert not target.exists()

@@ -60,6 +60,7 @@ def test_other_arguments_are_refused(arguments, sentence):
         (["--config", f"{DIGITS}:resnet51"], "did you mean resnet50"),
         ([], "give --config NAME or FILE.py"),
         (["--config", "digit"], "did you mean digits?"),
+        (["--config", DIGITS, "--config.seed", "x"], "--config.seed takes an integer"),
         (["--config", "rsb_a3"], "did you mean recipes/rsb_a3?"),
         (["--config", "folder"], "set --config.data.path to a folder"),
     ],
@@ -83,6 +84,8 @@ def test_train_says_in_one_sentence_what_is_wrong(
         ("paper rum", "paper: error: there is no action rum; did you mean run?"),
         ("train --confg=digits", "unknown flag --confg; did you mean --config?"),
         ("train --lr 1", "--lr; did you mean --config.optimizer.learning_rate?"),
+        ("train --steps 4", "--steps; did you mean --config.training.steps?"),
+        ("-v", "resnet-jax: error: unknown flag -v; see resnet-jax --help"),
         ("plan --batch-size=8", "did you mean --config.training.global_batch_size?"),
         ("sweep --confg.seed=1", "did you mean --config.seed?"),
         ("evaluate --workdr x", "unknown flag --workdr; did you mean --workdir?"),
@@ -98,6 +101,12 @@ def test_typos_get_a_suggestion(capsys, line, sentence):
     err = capsys.readouterr().err
     assert sentence in err
     assert err.count("\n") == 1
+
+
+def test_an_override_with_a_space_may_come_before_other_arguments(capsys):
+    line = ["paper", "run", "--config.seed", "3", "figure99", "--workdir", "x"]
+    status, _, err = run(capsys, *line)
+    assert (status, "unknown experiment 'figure99'" in err) == (1, True)
 
 
 def test_version(capsys):

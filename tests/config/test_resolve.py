@@ -23,6 +23,7 @@ REFUSED = [
     ("optimizer.learning_rat", 0.1, "did you mean optimizer.learning_rate"),
     ("training.learning_rate", 0.1, "did you mean optimizer.learning_rate"),
     ("training.batch_size", 8, "did you mean training.global_batch_size"),
+    ("data.batch_size", 8, "did you mean training.global_batch_size"),
     ("optimizer.lr", 0.1, "did you mean optimizer.learning_rate?"),
     ("optimizer.zzz", 0.1, "optimizer has kind, arguments, learning_rate,"),
     ("seed", 2**31, "from 0 to 2,147,483,647, not 2147483648"),
@@ -441,3 +442,12 @@ def test_help_shows_the_limits_of_numbers():
     )
     assert "  optimizer.momentum = 0.9  (a number, from 0 to 0.999999)" in lines
     assert "  data.test_split = test  (a string)" in lines
+
+
+def test_overrides_from_a_notebook_need_not_be_text():
+    config = load_config("digits", {"optimizer.learning_rate": 0.3, "seed": 2})
+    assert (config.optimizer.learning_rate, config.seed) == (0.3, 2)
+    with pytest.raises(UserError, match=r"seed takes an integer, not 2\.5"):
+        load_config("digits", {"seed": 2.5})
+    with pytest.raises(UserError, match=r"take the one that resnet_jax\.load_config"):
+        resolve("digits")

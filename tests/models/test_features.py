@@ -107,3 +107,9 @@ def test_images_of_another_layout_get_a_sentence(name, shape, sentence, method):
     init = functools.partial(create_model(name).init, method=method)
     with pytest.raises(UserError, match=sentence):
         jax.eval_shape(init, jax.random.key(0), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 8), (1, 1, 16, 6)])
+def test_low_images_of_many_channels_are_images(shape):
+    model = create_model("cifar_resnet8")
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))

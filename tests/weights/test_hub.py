@@ -403,3 +403,11 @@ def test_the_hub_is_quiet_and_then_as_loud_as_before(hugging_face, monkeypatch):
     complaint("hf-hub:timm/nothing")
     assert loudness() == before
     assert set(during) == {(True, utils.logging.ERROR)}
+
+
+def test_a_workdir_is_no_file_of_weights(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    command = r"resnet-jax convert \S+ run\.safetensors writes its weights"
+    with pytest.raises(UserError, match=command):
+        locate(tmp_path / "run")
