@@ -263,7 +263,7 @@ def test_a_recipe_says_where_it_is_from_and_what_differs(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_of_recipes_names_each(name):
     table = (REPOSITORY / "docs" / "recipes.md").read_text()
-    assert f"configs/recipes/{name}.py" in table
+    assert f"`recipes/{name}`" in table
     for error in EXPECTED_ERRORS[name][:1]:
         assert error in table
 

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY
 from tests.launch.conftest import LAUNCH, launch
 
 OWN = shlex.split("--name run1 --zone us-east5-a --accelerator v5litepod-16")
@@ -312,8 +311,7 @@ def test_a_launcher_that_was_killed_finds_its_run_again(cloud):
     assert not cloud.has_slice()
 
 
-def test_the_images_of_docs_are_those_of_the_script():
-    table = (REPOSITORY / "docs" / "launch.md").read_text()
+def test_each_accelerator_has_its_image():
     for accelerator, image in [
         ("v4-8", "tpu-ubuntu2204-base"),
         ("v5p-8", "v2-alpha-tpuv5"),
@@ -321,4 +319,3 @@ def test_the_images_of_docs_are_those_of_the_script():
     ]:
         script = dry_run("--accelerator", accelerator)
         assert f"--runtime-version={image}" in script
-        assert f"`{image}`" in table
