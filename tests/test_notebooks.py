@@ -50,14 +50,8 @@ def with_tiny_settings(notebook, constants):
         assert changed == 1, f"one line must begin {name} = "
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        pytest.param(file, marks=() if "quickstart" in file.stem else pytest.mark.slow)
-        for file in NOTEBOOKS
-    ],
-    ids=lambda file: file.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_notebook_runs(file, tmp_path, tfds_dir, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
     monkeypatch.setenv("TFDS_DATA_DIR", tfds_dir)
