@@ -143,7 +143,7 @@ def _has_tpu() -> bool:
     for vendor in Path("/sys/bus/pci/devices").glob("*/vendor"):
         with contextlib.suppress(OSError):
             kind = (vendor.parent / "class").read_text().strip()
-            # Google's virtual disks and network cards are of the classes 1 and 2.
+            # Classes 1 and 2: Google's virtual disks and network cards.
             google = vendor.read_text().strip() == "0x1ae0"
             if google and not kind.startswith(("0x01", "0x02")):
                 return True

@@ -178,14 +178,16 @@ class Workdir:
         }
         self.write_json("config.json", content)
 
-    def admit(self, config: Config) -> None:
-        """Raises UserError if the folder holds a run that would have another result.
+    def admit(self, config: Config) -> bool:
+        """Whether the config makes the run in the folder longer.
 
-        A finished run may become longer, if its learning rates stay the same: then its
-        result.json is deleted, and it continues from its last checkpoint.
+        A run may become longer if its learning rates stay the same.
+
+        Raises:
+          UserError: the folder holds a run that would have another result.
         """
         if not distributed.is_primary():
-            return
+            return False
         present = self.read_config()
         if present is None:
             if self.checkpoints.exists() and any(self.checkpoints.iterdir()):
@@ -193,7 +195,7 @@ class Workdir:
                     f"workdir {self.path} holds checkpoints but no config.json; give "
                     "another --workdir"
                 )
-            return
+            return False
         if (present.seeds > 1) != (config.seeds > 1):
             several = f"runs of {present.seeds} seeds"
             held = several if present.seeds > 1 else "a single run"
@@ -208,7 +210,7 @@ class Workdir:
             if here[name] != wanted[name] and not field.operational
         ]
         if not other:
-            return
+            return False
         name = other[0]
         run = f"workdir {self.path} holds a run with {name}={here[name]}"
         if other != [name] or name not in ("training.steps", "training.epochs"):
@@ -227,7 +229,7 @@ class Workdir:
                 "rates over that length, so that it cannot become longer; give another "
                 "--workdir, or that value"
             )
-        (self.path / "result.json").unlink(missing_ok=True)
+        return True
 
     def read_data(self) -> Identity | None:
         """The data of the run that is here; None if config.json does not say."""
@@ -272,6 +274,11 @@ class Workdir:
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes result.json, which marks the run as finished."""
         self.write_json("result.json", result)
+
+    def remove_result(self) -> None:
+        """Deletes result.json: the run is to continue."""
+        if distributed.is_primary():
+            (self.path / "result.json").unlink(missing_ok=True)
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""

@@ -100,7 +100,7 @@ def first_batch(
     examples, as they are tested.
 
     Reads a whole training batch, because mixing pairs its two ends. If broken images
-    are skipped, their replacements may differ from those of a run with resident data.
+    are skipped, a run with resident data may show others in their place.
 
     Args:
       config: of the run.

@@ -190,7 +190,7 @@ def _errors(
 
 
 def _conditions(item: Measured) -> Conditions | None:
-    """The conditions of finished runs; None for those of the publication."""
+    """The conditions of finished runs; None if they are as published."""
     assert item.entry.run is not None
     configs = (o.workdir.read_config() for o in item.outcomes if o.result is not None)
     found = [Conditions.of(config) for config in configs if config is not None]

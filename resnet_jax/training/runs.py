@@ -131,9 +131,9 @@ def train_members(
         for number, (name, config) in enumerate(members.items(), start=1):
             title = f"[{number}/{len(members)}] {name}"
             workdir = Workdir(folder / name)
-            workdir.admit(config)
+            is_longer = workdir.admit(config)
             outcome = Outcome.read(workdir, config.seed)
-            if distributed.broadcast(outcome.is_open):
+            if distributed.broadcast(outcome.is_open or is_longer):
                 say(console, ("\n" if ran else "") + title)
                 ran = True
                 try:

@@ -102,10 +102,10 @@ def train_one(
 ) -> dict[str, Any]:
     """Trains or continues one run; ``datasets`` opens the data of runs in a row."""
     # 1. Refuse a workdir with another run; a finished run only prints its result.
-    check_installed(config)
     folder = Workdir(workdir)
-    folder.admit(config)
-    result = folder.read_result() if distributed.is_primary() else None
+    is_longer = folder.admit(config)
+    show = distributed.is_primary() and not is_longer
+    result = folder.read_result() if show else None
     if distributed.broadcast(result is not None):
         result = result or folder.read_result() or {}
         say(console, f"{folder.path} holds a finished run; nothing to do")
@@ -113,6 +113,7 @@ def train_one(
             write_report(folder, result, folder.read_rows())
         print_result(console, result, folder.report)
         return result
+    check_installed(config)
     tell = functools.partial(say, console)
     with (
         Progress(console) as progress,
@@ -136,6 +137,7 @@ def train_one(
             # 3. Restore the newest whole checkpoint, or make the first state. Only then
             # write config.json: a start that fails can be repeated in other ways.
             state, start = _first_state(learner, dataset, checkpoints, folder, console)
+            folder.remove_result()  # of a run that becomes longer
             identity = dataset.identity
             folder.write_config(config, command_line(), learner.derived, identity)
             # 4. Run the steps that are left.

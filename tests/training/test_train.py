@@ -361,6 +361,12 @@ def test_a_finished_run_can_become_longer(tiny_config, finished, tmp_path, conso
     config.training.steps = 6
     resnet_jax.train(config, workdir, console)
     config.training.steps = tiny_config.training.steps
+    before = (workdir / "result.json").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "open_dataset", out_of_memory(None))
+        with pytest.raises(MemoryError):
+            resnet_jax.train(config, workdir, console)
+    assert (workdir / "result.json").read_text() == before
     assert resnet_jax.train(config, workdir, console)["step"] == config.training.steps
     same(final_state(config, workdir)[0], final_state(tiny_config, finished[1])[0])
     assert Workdir(workdir).read_config() == resolve(tiny_config)
