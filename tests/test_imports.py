@@ -79,6 +79,7 @@ ROOMS = (
     ("evaluation",),
     ("analysis", "export"),
     ("training",),
+    ("detection",),
     ("targets", "plan", "paper", "doctor"),
     ("cli",),
 )
