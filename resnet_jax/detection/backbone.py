@@ -88,15 +88,10 @@ def make_backbone(config: BackboneConfig) -> Backbone:
         frozen: bool | Sequence[str] = True
     else:
         frozen = frozen_parts(config, backbone)
-    return dataclasses.replace(
-        backbone,
-        trunk=backbone.trunk.clone(batch_norm_frozen=frozen),
-        **(
-            {"tail": backbone.tail.clone(batch_norm_frozen=frozen)}
-            if isinstance(backbone.tail, ResNet)
-            else {}
-        ),
-    )
+    trunk, tail = backbone.trunk.clone(batch_norm_frozen=frozen), backbone.tail
+    if isinstance(tail, ResNet):
+        tail = tail.clone(batch_norm_frozen=frozen)
+    return dataclasses.replace(backbone, trunk=trunk, tail=tail)
 
 
 def frozen_parts(config: BackboneConfig, backbone: Backbone) -> tuple[str, ...]:

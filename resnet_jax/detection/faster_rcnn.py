@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -24,6 +25,7 @@ from resnet_jax.detection.rpn import RPN, Proposals, propose
 from resnet_jax.models.features import checked_images
 from resnet_jax.models.masking import masked
 from resnet_jax.models.pooling import inside
+from resnet_jax.models.resnet import ResNet
 
 
 class FasterRCNN(nn.Module):
@@ -45,6 +47,7 @@ class FasterRCNN(nn.Module):
     anchors: Anchors
 
     def setup(self) -> None:
+        """Builds the parts, in one scope."""
         # Copies, as a module belongs to one parent.
         self.trunk, self.tail = self.backbone.trunk.clone(), self.backbone.tail.clone()
         nn.share_scope(self, self.trunk)
@@ -103,8 +106,7 @@ class FasterRCNN(nn.Module):
         """
         boxes = lax.stop_gradient(boxes)
         if self.config.context:
-            whole = jnp.pad(sizes[:, None, ::-1].astype(boxes.dtype), ((0, 0), (0, 0), (2, 0)))
-            boxes = jnp.concatenate([boxes, whole], axis=1)
+            boxes = jnp.concatenate([boxes, whole_images(sizes)], axis=1)
         regions = jax.vmap(self._pool)(maps, boxes, self.map_sizes(sizes))
         features = self.tail(regions.reshape(-1, *regions.shape[2:]), train)
         features = features.reshape(*regions.shape[:2], -1)
@@ -114,7 +116,9 @@ class FasterRCNN(nn.Module):
             features = jnp.concatenate([features, context], axis=-1)
         return features
 
-    def _pool(self, features: jax.Array, boxes: jax.Array, size: jax.Array) -> jax.Array:
+    def _pool(
+        self, features: jax.Array, boxes: jax.Array, size: jax.Array
+    ) -> jax.Array:
         pool = roi_align if self.config.roi_pooling == "align" else roi_pool
         out = self.config.roi_size or self.backbone.roi_size
         return pool(features, boxes, size, stride=STRIDE, out=out)
@@ -122,18 +126,26 @@ class FasterRCNN(nn.Module):
     def __call__(
         self, images: jax.Array, sizes: jax.Array, train: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """One pass through all parts, for ``init``: logits and deltas of whole images."""
+        """Passes all parts, for ``init``: logits and deltas of whole images."""
         maps = self.features(images, sizes, train)
         self.rpn_of(maps, sizes)
-        whole = jnp.pad(sizes[:, None, ::-1].astype(jnp.float32), ((0, 0), (0, 0), (2, 0)))
-        return self.classify(maps, whole, sizes, train)
+        return self.classify(maps, whole_images(sizes), sizes, train)
 
-    def grid(self, maps: jax.Array, sizes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Anchors (N, 4) of a map, and which belong to each image: bool (B, N)."""
-        height, width = maps.shape[1:3]
+    @property
+    def tail_parts(self) -> tuple[str, ...]:
+        """The names of the tail's parts."""
+        return ("stage4",) if isinstance(self.backbone.tail, ResNet) else ("fc1", "fc2")
+
+    def present(self, maps: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Which anchors of a map belong to cells of each image: bool (B, N)."""
         cells = inside(maps, self.map_sizes(sizes)).reshape(len(maps), -1)
-        present = jnp.repeat(cells, self.anchors.per_cell, axis=1)
-        return jnp.asarray(self.anchors.grid(height, width)), present
+        return jnp.repeat(cells, self.anchors.per_cell, axis=1)
+
+
+def whole_images(sizes: jax.Array) -> jax.Array:
+    """A box over each image: sizes (B, 2) to float32 (B, 1, 4)."""
+    corners = sizes[:, None, ::-1].astype(jnp.float32)
+    return jnp.concatenate([jnp.zeros_like(corners), corners], axis=-1)
 
 
 def make_detector(config: DetectionConfig, num_classes: int) -> FasterRCNN:
@@ -147,48 +159,37 @@ def make_detector(config: DetectionConfig, num_classes: int) -> FasterRCNN:
         backbone=make_backbone(config.model),
         num_classes=num_classes,
         config=detector,
-        anchors=Anchors(detector.anchor_sizes, detector.anchor_ratios, STRIDE),
+        anchors=Anchors(
+            sizes=detector.anchor_sizes,
+            ratios=detector.anchor_ratios,
+            stride=STRIDE,
+            rounded=detector.anchor_rounding,
+            order=detector.anchor_order,
+        ),
     )
 
 
-def proposals_of(
-    model: FasterRCNN,
-    variables: Any,
-    maps: jax.Array,
-    sizes: jax.Array,
-    *,
-    train: bool,
-) -> Proposals:
-    """The proposals of each image, (B, P, ...): in training many, in testing few."""
-    bound = model.bind(variables)
-    objectness, deltas = bound.rpn_of(maps, sizes)
-    anchors, present = model.clone(parent=None).bind(variables).grid(maps, sizes)
-    return select_proposals(
-        model.config, objectness, deltas, anchors, present, sizes, train=train
-    )
-
-
-def select_proposals(
+def propose_from(
     config: DetectorConfig,
+    anchors: jax.Array | np.ndarray,
     objectness: jax.Array,
     deltas: jax.Array,
-    anchors: jax.Array,
     present: jax.Array,
-    sizes: jax.Array,
+    size: jax.Array,
     *,
     train: bool,
 ) -> Proposals:
-    """``propose`` for each image of a batch, one after another to save memory."""
-    choose = functools.partial(
-        propose,
+    """``propose`` with the numbers of a config: many in training, few in testing."""
+    return propose(
+        objectness,
+        deltas,
+        jnp.asarray(anchors),
+        present,
+        size,
         candidates=config.train_candidates if train else config.test_candidates,
         count=config.train_proposals if train else config.test_proposals,
         threshold=config.proposal_nms,
         smallest=config.smallest_proposal,
-    )
-    return lax.map(
-        lambda image: choose(image[0], image[1], anchors, image[2], image[3]),
-        (objectness, deltas, present, sizes),
     )
 
 
@@ -213,15 +214,22 @@ def detections_of(
     """
     net = model.bind(variables)
     maps = net.features(images, sizes)
-    objectness, deltas = net.rpn_of(maps, sizes)
-    anchors, present = net.grid(maps, sizes)
-    proposals = select_proposals(
-        model.config, objectness, deltas, anchors, present, sizes, train=False
-    )
+    proposals = proposals_of(net, maps, sizes)
     logits, deltas = net.classify(maps, proposals.boxes, sizes)
     boxes = jax.vmap(functools.partial(decode_regions, num_classes=model.num_classes))(
         deltas, proposals.boxes, sizes
     )
     return jax.vmap(functools.partial(detect, config=model.config))(
         nn.softmax(logits), boxes, proposals.valid
+    )
+
+
+def proposals_of(net: FasterRCNN, maps: jax.Array, sizes: jax.Array) -> Proposals:
+    """The proposals (B, P, ...) of a bound net in testing."""
+    objectness, deltas = net.rpn_of(maps, sizes)
+    anchors = net.anchors.grid(*maps.shape[1:3])
+    # One image after another, because suppression takes much memory.
+    return lax.map(
+        lambda image: propose_from(net.config, anchors, *image, train=False),
+        (objectness, deltas, net.present(maps, sizes), sizes),
     )

@@ -13,6 +13,9 @@ from resnet_jax.models.conv import INITIALIZATIONS, Conv
 from resnet_jax.models.fused import widen
 from resnet_jax.models.pooling import inside
 
+ANCHOR_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+"""Factors of the deltas of anchors."""
+
 small_normal = INITIALIZATIONS["normal_0.01"]
 
 
@@ -90,7 +93,7 @@ def propose(
     """
     objectness = jnp.where(present, objectness, -jnp.inf)
     scores, best = lax.top_k(objectness, min(candidates, len(objectness)))
-    boxes = clip(decode(deltas[best], anchors[best]), size)
+    boxes = clip(decode(deltas[best], anchors[best], ANCHOR_WEIGHTS), size)
     sides = boxes[:, 2:] - boxes[:, :2]
     valid = jnp.isfinite(scores) & (sides >= smallest).all(-1)
     kept, valid = nms(boxes, scores, valid, threshold, count)

@@ -334,11 +334,11 @@ class Run:
         self, step: int, batches: Iterator[Any]
     ) -> tuple[Callable[..., TrainState], Any, int]:
         """The program to call next, its batch, and the number of steps it runs."""
+        length = call_length(self.next_due(step) - step, self.steps_per_call)
         if self.steps_per_call == 1:
-            return self.one_step, next(batches), 1
+            return self.one_step, next(batches), length
         feed, first = self.feeds["train"], step * self.batch_size
         assert isinstance(feed, ResidentFeed)
-        length = call_length(self.next_due(step) - step, self.steps_per_call)
         seed = self.config.seed
         indices = feed.training_indices(first, length, self.batch_size, seed)
         return self.many_steps, indices, length
