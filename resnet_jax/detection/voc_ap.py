@@ -91,11 +91,9 @@ def voc_average_precision(
       iou: what the overlap must exceed.
 
     Raises:
-      UserError: the numbers of images differ, or a class has no name.
+      UserError: there are no images, their numbers differ, or a class has no name.
     """
     check_images(annotations, detections, len(class_names))
-    if not annotations:
-        raise UserError("there are no images to evaluate; expected at least one")
     overlaps, places = _best_objects(annotations, detections)
     found_classes = np.concatenate([found.classes for found in detections])
     scores = np.concatenate([found.scores for found in detections])
@@ -117,6 +115,8 @@ def check_images(
     num_classes: int,
 ) -> None:
     """Raises UserError unless each image has detections, of classes that exist."""
+    if not annotations:
+        raise UserError("there are no images to evaluate; expected at least one")
     if len(annotations) != len(detections):
         raise UserError(
             f"there are detections of {len(detections):,} images and annotations of "
