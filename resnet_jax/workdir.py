@@ -45,8 +45,9 @@ class Workdir:
       checkpoints, tensorboard, profile, report: paths in it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        """Names the folder; touches nothing."""
+    def __init__(self, path: str | os.PathLike[str], schema: Any = Config):
+        """Names the folder of a run whose config has this schema; touches nothing."""
+        self._schema = schema
         self.path: Path = storage.locate(path)
         self._storage = storage.storage_of(self.path)
         self.checkpoints = self.path / "checkpoints"
@@ -152,19 +153,19 @@ class Workdir:
         if distributed.is_primary():
             mark.unlink()
 
-    def read_config(self) -> Config | None:
+    def read_config(self) -> Any:
         """The config of the run that is here, or None."""
         saved = self.read_json("config.json", CONFIG)
         if saved is None:
             return None
         try:
-            return resolve(saved["config"])
+            return resolve(saved["config"], self._schema)
         except UserError as error:
             raise UserError(f"{self.path / 'config.json'}: {error}") from error
 
     def write_config(
         self,
-        config: Config,
+        config: Any,
         command: str,
         derived: Derived | None = None,
         data: Identity | None = None,
@@ -178,7 +179,7 @@ class Workdir:
         }
         self.write_json("config.json", content)
 
-    def admit(self, config: Config) -> bool:
+    def admit(self, config: Any) -> bool:
         """Whether the config makes the run in the folder longer.
 
         A run may become longer if its learning rates stay the same.
@@ -206,7 +207,7 @@ class Workdir:
         here, wanted = flatten(present), flatten(config)
         other = [
             name
-            for name, field in fields().items()
+            for name, field in fields(self._schema).items()
             if here[name] != wanted[name] and not field.operational
         ]
         if not other:

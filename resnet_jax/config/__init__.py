@@ -7,6 +7,7 @@ library reads only ``Config``. The import needs no jax, so that commands answer 
 """
 
 from resnet_jax.config.derive import Derived, derive
+from resnet_jax.config.detection import DetectionConfig
 from resnet_jax.config.files import list_configs
 from resnet_jax.config.resolve import (
     load_config,
@@ -21,6 +22,7 @@ from resnet_jax.options import Field, describe_range, describe_type
 __all__ = [
     "Config",
     "Derived",
+    "DetectionConfig",
     "Field",
     "default_config",
     "derive",

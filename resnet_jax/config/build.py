@@ -13,6 +13,7 @@ from flax import linen as nn
 from resnet_jax.config.schema import OPTIMIZERS, ModelConfig, OptimizerConfig
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.models import create_model
+from resnet_jax.options import ModelOptions
 
 
 def build_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
@@ -29,16 +30,16 @@ def build_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
     return model
 
 
-def model_options(config: ModelConfig) -> dict[str, Any]:
+def model_options(config: ModelOptions) -> dict[str, Any]:
     """The keyword arguments of ``create_model`` that a config sets.
 
     Options at their default are left out: not every net has all of them.
     """
-    others = {"name", "dtype", "weights", "new_head", "frozen", "frozen_statistics"}
     return {
         field.name: getattr(config, field.name)
-        for field in dataclasses.fields(config)
-        if field.name not in others and getattr(config, field.name) != field.default
+        for field in dataclasses.fields(ModelOptions)
+        if field.name not in ("name", "dtype")
+        and getattr(config, field.name) != field.default
     }
 
 

@@ -1,8 +1,9 @@
 """The combinations of fields that ``resolve`` refuses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from resnet_jax.config.detection import DetectionConfig
 from resnet_jax.config.schema import OPTIMIZERS, TRACKERS, Config, fields, flatten
 from resnet_jax.errors import UserError, nearest
 
@@ -63,15 +64,17 @@ _MOST_BATCH_PIXELS = 2**38
 """Most pixels of a batch, as of 2**20 images of 512 x 512."""
 
 
-def refuse_contradictions(config: Config) -> None:
+def refuse_contradictions(config: Any) -> None:
     """Raises a UserError if fields contradict each other.
 
     It is one sentence, or a list if there are several contradictions.
     """
-    checks = (
-        *(_model, _optimizer, _profile, _tracking, _ranges, _tables, _length),
-        *(_schedule, _held_out, _evaluation_size, _counts),
+    checks: tuple[Callable[[Any], Iterator[str]], ...] = (
+        *(_model, _optimizer, _profile, _tracking, _tables, _length, _schedule),
+        *(_ranges, _held_out, _evaluation_size, _counts),
     )
+    if isinstance(config, DetectionConfig):
+        checks = (*checks[:7], _detection_weights, _detector, _detection_training)
     sentences = [sentence for check in checks for sentence in check(config)]
     if len(sentences) == 1:
         raise UserError(sentences[0])
@@ -130,7 +133,8 @@ def _tracking(config: Config) -> Iterator[str]:
 
 
 def _tables(config: Config) -> Iterator[str]:
-    defaults = {field.name: field.default for field in fields().values()}
+    schema: Any = type(config)
+    defaults = {field.name: field.default for field in fields(schema).values()}
     values = flatten(config)
     changed = {
         name
@@ -144,7 +148,7 @@ def _tables(config: Config) -> Iterator[str]:
                 "set only one"
             )
     if (
-        values["data.normalization"] == "weights"
+        values.get("data.normalization") == "weights"
         and not {"model.weights", "model.new_head"} & changed
     ):
         yield "data.normalization=weights needs model.weights: set it too"
@@ -158,7 +162,7 @@ def _tables(config: Config) -> Iterator[str]:
                 f"{values[other]}: change it, or reset {name} to {defaults[name]}"
             )
     for name in _ABOVE_ZERO:
-        if values[name] == 0:
+        if values.get(name) == 0:
             yield f"{name} must be above 0, not 0"
 
 
@@ -324,6 +328,62 @@ def _counts(config: Config) -> Iterator[str]:
         yield (
             f"seed={config.seed} and seeds={config.seeds} reach beyond 2147483647: "
             "lower seed"
+        )
+
+
+def _detection_weights(config: DetectionConfig) -> Iterator[str]:
+    """Frozen random weights would train to nothing, without an error."""
+    model = config.model
+    if model.weights is None and model.frozen:
+        yield (
+            f"model.frozen={','.join(model.frozen)} would freeze random weights: set "
+            "model.weights too, or leave model.frozen at None"
+        )
+    if config.training.procedure == "fast_rcnn" and not model.weights:
+        yield (
+            "training.procedure=fast_rcnn trains on the proposals of a finished run: "
+            "set training.proposals or model.weights to its workdir"
+        )
+
+
+def _detector(config: DetectionConfig) -> Iterator[str]:
+    detector, data = config.detector, config.data
+    for low, high in (
+        ("rpn_low", "rpn_high"),
+        ("roi_low", "roi_high"),
+        ("test_proposals", "test_candidates"),
+        ("train_proposals", "train_candidates"),
+    ):
+        if getattr(detector, low) > getattr(detector, high):
+            yield (
+                f"detector.{low}={getattr(detector, low)} is above detector.{high}="
+                f"{getattr(detector, high)}: lower it"
+            )
+    for name in ("anchor_sizes", "anchor_ratios"):
+        if not getattr(detector, name):
+            yield f"detector.{name} must name at least one"
+    if data.shorter_side > data.longer_side:
+        yield (
+            f"data.shorter_side={data.shorter_side} is above data.longer_side="
+            f"{data.longer_side}: lower it"
+        )
+
+
+def _detection_training(config: DetectionConfig) -> Iterator[str]:
+    if config.schedule.kind == "plateau" or config.checkpoint.best:
+        yield (
+            "schedule.kind=plateau and checkpoint.best use a held-out error, which "
+            "detection does not measure: choose others"
+        )
+    if config.schedule.warmup_until_error is not None:
+        yield (
+            "schedule.warmup_until_error uses the training error, which detection does "
+            "not measure: use schedule.warmup_steps"
+        )
+    if config.training.proposals and config.training.procedure != "fast_rcnn":
+        yield (
+            "training.proposals needs training.procedure=fast_rcnn, but it is "
+            f"{config.training.procedure}: change it"
         )
 
 

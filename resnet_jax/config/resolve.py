@@ -1,4 +1,4 @@
-"""Resolves a config file, command line or dictionary to a valid ``Config``.
+"""Resolves a config file, command line or dictionary to a valid config.
 
 Every error is one sentence, raised before any device is touched.
 """
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from resnet_jax.config.checks import refuse_contradictions
+from resnet_jax.config.detection import DetectionConfig
 from resnet_jax.config.files import run_config_file
 from resnet_jax.config.schema import Config, fields, flatten
 from resnet_jax.errors import UserError
@@ -18,22 +19,27 @@ from resnet_jax.options import Field, check
 from resnet_jax.storage import locate
 
 
-def load_config(spec: str, overrides: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    spec: str, overrides: Mapping[str, Any] | None = None, schema: Any = Config
+) -> Any:
     """Reads a config file and resolves it.
 
     Args:
       spec: the path of a file that defines ``get_config(arg)``, or a name of
         ``list_configs``; with ``:ARG`` after it if there is an argument.
       overrides: dotted field names to values, as text if you like.
+      schema: ``Config``, or ``DetectionConfig`` for a detector.
 
     Raises:
       UserError: the file or a value is wrong.
     """
-    values = {name: parse(name, text) for name, text in (overrides or {}).items()}
-    return resolve(run_config_file(spec, values))
+    values = {
+        name: parse(name, text, schema) for name, text in (overrides or {}).items()
+    }
+    return resolve(run_config_file(spec, values), schema)
 
 
-def override(config: Config, overrides: Mapping[str, str]) -> Config:
+def override(config: Any, overrides: Mapping[str, str]) -> Any:
     """A config with some fields replaced.
 
     Args:
@@ -43,22 +49,24 @@ def override(config: Config, overrides: Mapping[str, str]) -> Config:
     Raises:
       UserError: a field or a value is wrong.
     """
-    values = {name: parse(name, text) for name, text in overrides.items()}
-    return resolve(flatten(config) | values)
+    schema = type(config)
+    values = {name: parse(name, text, schema) for name, text in overrides.items()}
+    return resolve(flatten(config) | values, schema)
 
 
-def resolve(config: Any) -> Config:
+def resolve(config: Any, schema: Any = Config) -> Any:
     """The typed, valid config of a run.
 
     Args:
-      config: a ConfigDict, a nested dictionary, or a Config, which is returned as
-        it is.
+      config: a ConfigDict, a nested dictionary, or a config of the schema, which is
+        returned as it is.
+      schema: ``Config``, or ``DetectionConfig`` for a detector.
 
     Raises:
       UserError: an unknown field, a wrong type, a value out of range or a
         contradiction, in one sentence.
     """
-    if isinstance(config, Config):
+    if isinstance(config, schema):
         return config
     if isinstance(config, str):
         raise UserError(
@@ -66,6 +74,7 @@ def resolve(config: Any) -> Config:
             "resnet_jax.load_config returns"
         )
     given = flatten(config)
+    _refuse_other_schema(given, schema)
     if given.get("model.conv_algorithm") == "pointwise":  # of older runs
         given["model.conv_algorithm"] = "auto"
     for name, old in _REMOVED.items():
@@ -75,17 +84,31 @@ def resolve(config: Any) -> Config:
                 f"{' or '.join(map(repr, old))} can be loaded"
             )
     for name in given:
-        _known_field(name)
+        _known_field(name, schema)
     values = {}
-    for name, field in fields().items():
+    for name, field in fields(schema).items():
         values[name] = _check(field, given.get(name, field.default))
     for name in ("data.path", "data.data_dir"):
         # Absolute, so that other commands find the data from any folder.
-        if values[name] is not None:
+        if values.get(name) is not None:
             values[name] = os.fspath(locate(values[name]))
-    resolved = _build(Config, values)
+    resolved = _build(schema, values)
     refuse_contradictions(resolved)
     return resolved
+
+
+def _refuse_other_schema(given: Mapping[str, Any], schema: type) -> None:
+    sections = {name.partition(".")[0] for name in given}
+    if schema is Config and "detector" in sections:
+        raise UserError(
+            "this is the config of a detector: use the commands of resnet-jax detect, "
+            "or resnet_jax.detection in Python"
+        )
+    if schema is DetectionConfig and "loss" in sections:
+        raise UserError(
+            "this is the config of a classifier, not of a detector: use resnet-jax "
+            "without detect, or resnet_jax itself in Python"
+        )
 
 
 _REMOVED = {
@@ -108,41 +131,41 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
     )
 
 
-def _known_field(name: str) -> Field:
-    schema = fields()
-    if name in schema:
-        return schema[name]
-    inside = [known for known in schema if known.startswith(name + ".")]
+def _known_field(name: str, schema: type) -> Field:
+    known_fields = fields(schema)
+    if name in known_fields:
+        return known_fields[name]
+    inside = [known for known in known_fields if known.startswith(name + ".")]
     if inside:
         raise UserError(
             f"config field {name} is a section; set one of {', '.join(inside)}"
         )
     section = name.rpartition(".")[0]
-    siblings = _siblings(section)
-    close = nearest_field(name)
+    siblings = _siblings(section, schema)
+    close = nearest_field(name, schema)
     listed = f"{section} has {', '.join(siblings)}" if siblings else "see train --help"
     hint = f"did you mean {close}?" if close else listed
     raise UserError(f"unknown config field {name}; {hint}")
 
 
-def nearest_field(name: str) -> str | None:
+def nearest_field(name: str, schema: type = Config) -> str | None:
     """The field that a misspelt name, or the name of another library, may mean."""
     section, _, key = name.rpartition(".")
-    siblings = _siblings(section)
+    siblings = _siblings(section, schema)
     in_section = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
     close = [siblings[other] for other in in_section]
-    close += [_ELSEWHERE[key]] if key in _ELSEWHERE else []
-    close += [known for known in fields() if known.rpartition(".")[2] == key]
+    close += [_ELSEWHERE[key]] if _ELSEWHERE.get(key) in fields(schema) else []
+    close += [known for known in fields(schema) if known.rpartition(".")[2] == key]
     close += [siblings[other] for other in difflib.get_close_matches(key, siblings, 1)]
-    close += difflib.get_close_matches(name, fields(), n=1, cutoff=0.8)
+    close += difflib.get_close_matches(name, fields(schema), n=1, cutoff=0.8)
     return close[0] if close else None
 
 
-def _siblings(section: str) -> dict[str, str]:
+def _siblings(section: str, schema: type) -> dict[str, str]:
     """The fields of a section: full names by their last parts."""
     return {
         field.rpartition(".")[2]: field
-        for field in fields()
+        for field in fields(schema)
         if field.rpartition(".")[0] == section
     }
 
@@ -175,13 +198,14 @@ _ELSEWHERE = {
 """What timm, torchvision and others call some fields."""
 
 
-def parse(name: str, text: str) -> Any:
+def parse(name: str, text: str, schema: type = Config) -> Any:
     """The value of a field from text, as on the command line.
 
     Raises:
       UserError: the field is unknown, or the value is wrong.
     """
-    return _check(_known_field(name), _from_text(_known_field(name), text))
+    field = _known_field(name, schema)
+    return _check(field, _from_text(field, text))
 
 
 def _check(field: Field, value: Any) -> Any:

@@ -612,9 +612,9 @@ class Config:
 
 
 @functools.cache
-def fields() -> Mapping[str, Field]:
-    """The schema: dotted name to field, in order."""
-    return {field.name: field for field in declared(Config)}
+def fields(schema: type = Config) -> Mapping[str, Field]:
+    """The fields of ``Config`` or ``DetectionConfig`` by dotted name, in order."""
+    return {field.name: field for field in declared(schema)}
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -627,14 +627,14 @@ def flatten(config: Any) -> dict[str, Any]:
             else:
                 yield f"{prefix}{key}", value
 
-    if isinstance(config, Config):
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)
     return dict(walk(config, ""))
 
 
-def changed_fields(config: Config) -> dict[str, Any]:
+def changed_fields(config: Any) -> dict[str, Any]:
     """The fields that differ from their defaults, by dotted name."""
-    defaults = flatten(Config())
+    defaults = flatten(type(config)())
     return {
         name: value
         for name, value in flatten(config).items()
@@ -642,9 +642,9 @@ def changed_fields(config: Config) -> dict[str, Any]:
     }
 
 
-def default_config() -> "ml_collections.ConfigDict":
-    """The defaults as a ConfigDict, for a config file to change."""
+def default_config(schema: Any = Config) -> "ml_collections.ConfigDict":
+    """The defaults of a schema as a ConfigDict, for a config file to change."""
     # Imported here because the training step must not need it.
     import ml_collections
 
-    return ml_collections.ConfigDict(dataclasses.asdict(Config()), type_safe=False)
+    return ml_collections.ConfigDict(dataclasses.asdict(schema()), type_safe=False)

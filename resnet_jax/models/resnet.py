@@ -132,6 +132,9 @@ class ResNet(FeatureNet):
       dropout_rate: dropout between the convolutions of a block.
       stochastic_depth_rate: the probability with which training drops the last block;
         it grows linearly from the first.
+      stages: (first, end) computes only a part of the net, such as (0, 3): the stem and
+        stages 1 to 3. A part that starts later takes the map before it. Its variables
+        have the whole net's names. None is the whole net.
       scan, remat: see Stage.
       conv_algorithm: see ``models.conv.convolve``.
       dtype: dtype of convolutions and maps; bfloat16 on accelerators.
@@ -146,6 +149,7 @@ class ResNet(FeatureNet):
     stem_width: int | None = None
     num_classes: int | None = 1000
     output_stride: int | None = None
+    stages: tuple[int, int] | None = None
     norm: ModuleFactory = BatchNorm
     batch_norm_frozen: bool | Sequence[str] = False
     kernel_init: Any = he_normal
@@ -171,14 +175,19 @@ class ResNet(FeatureNet):
 
     @nn.compact
     def _maps_and_output(self, images, train):
-        conv = self._conv(self.conv_algorithm)
-        norm = self._norm("stem", train)
-        stem = self.stem(self.stem_width or self.width, conv, norm, name="stem")
-        c1, x = stem(images.astype(self.dtype))
-        maps = [FeatureMap(c1, "C1", stem.strides[0])]
-        plan = plan_strides(len(self.stage_sizes), stem.strides[1], self.output_stride)
+        first, end = self.stages or (0, len(self.stage_sizes))
+        x = images.astype(self.dtype)
+        maps, stem_strides = [], class_of(self.stem).strides
+        if first == 0:
+            conv = self._conv(self.conv_algorithm)
+            norm = self._norm("stem", train)
+            stem = self.stem(self.stem_width or self.width, conv, norm, name="stem")
+            c1, x = stem(x)
+            maps.append(FeatureMap(c1, "C1", stem_strides[0]))
+        plan = plan_strides(len(self.stage_sizes), stem_strides[1], self.output_stride)
         rates = linear_rates(self.stochastic_depth_rate, sum(self.stage_sizes))
-        for index, size in enumerate(self.stage_sizes):
+        for index in range(first, end):
+            size = self.stage_sizes[index]
             strides, dilation, output_stride = plan[index]
             before = sum(self.stage_sizes[:index])
             stage = self.stage(

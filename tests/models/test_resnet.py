@@ -497,3 +497,21 @@ def test_the_net_computes_in_float64_where_told(variables):
         )
     assert logits.dtype == np.float64
     assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {np.dtype("float64")}
+
+
+def test_the_parts_of_a_net_are_the_whole_net():
+    net = create_model("resnet18d", num_classes=None)
+    images = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
+    variables = jax.jit(net.init)(jax.random.key(1), images)
+    trunk, last = net.clone(stages=(0, 3)), net.clone(stages=(3, 4))
+    c4 = trunk.apply(variables, images, method="features")[-1]
+    assert (c4.name, c4.stride) == ("C4", 16)
+    whole = net.apply(variables, images, method="features")[-2].array
+    np.testing.assert_array_equal(c4.array, whole)
+    np.testing.assert_array_equal(
+        last.apply(variables, c4.array), net.apply(variables, images)
+    )
+    names = set()
+    for part, example in ((trunk, images), (last, c4.array)):
+        names |= set(jax.eval_shape(part.init, jax.random.key(1), example)["params"])
+    assert names == set(variables["params"])
