@@ -1,37 +1,20 @@
 """The appendix's localisation: its error in closed form, and nets that learn it."""
 
-import dataclasses
-import os
-import xml.etree.ElementTree as ElementTree
-from pathlib import Path
-
-import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from resnet_jax.data.order import Order
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.detection.anchors import Anchors
 from resnet_jax.detection.localization import (
-    Localizer,
     evaluate_localizer,
-    localization_error,
-    localize,
     train_localizer,
 )
-from resnet_jax.detection.localization.crops import Crops
-from resnet_jax.detection.localization.net import (
-    LocalizationNet,
-    best_boxes,
-    localization_loss,
-)
-from resnet_jax.errors import UserError
 from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.evaluation.protocols import Center
-from resnet_jax.models import create_model, precise_batch_stats
+from resnet_jax.models import create_model
 
 ANCHORS = Anchors(sizes=(8, 16), ratios=(0.5, 1, 2), stride=4)
 
