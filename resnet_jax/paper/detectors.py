@@ -23,7 +23,7 @@ NOT_MEASURED = f"not measured: no run in the folder {FOLDER} was tested on these
 
 _FIELDS = {"voc": "an object", "classes": "an object", "images": run_files.NUMBER}
 _VOC07_TEST = 4952
-_COCO_CLASSES = 80
+_COCO_CLASSES, _COCO_VAL = 80, (5000, 40_504)  # val of 2017 and of 2014
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Tested:
         if set(first["classes"]) == set(VOC_CLASSES):
             return "voc07" if first["images"] == _VOC07_TEST else None
         is_coco = "coco" in first and len(first["classes"]) == _COCO_CLASSES
-        return "coco" if is_coco else None
+        return "coco" if is_coco and first["images"] in _COCO_VAL else None
 
     def spread(self, group: str, name: str) -> str:
         """A figure of all seeds in percent; "" where none has it."""

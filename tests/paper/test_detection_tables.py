@@ -104,7 +104,7 @@ def tested(tmp_path_factory):
     contents = {
         "resnet-voc/seed-0": result(VOC_CLASSES, 4952, 30),
         "resnet-voc/seed-1": result(VOC_CLASSES, 4952, 0),
-        "small-coco": result([f"c{i}" for i in range(80)], 160, 30, coco=True),
+        "resnet-coco": result([f"c{i}" for i in range(80)], 5000, 30, coco=True),
         "cells": result(("red", "white"), 20, 30),
         "unfinished": None,
     }
@@ -143,7 +143,7 @@ def test_measured_numbers_have_tables_of_their_own(tested):
         "20 classes, 4,952 images",
         "shorter_side 600",
     ]
-    assert len(cells(text, "small-coco")) == len(measured) + 3
+    assert len(cells(text, "resnet-coco")) == len(measured) + 3
     assert cells(text, "cells")[3:5] == ["1", "2 classes, 20 images"]
     ten = text[text.index("### Table 10") :]
     header = "| class | resnet-voc, 11 points | resnet-voc, area |"
