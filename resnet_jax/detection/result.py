@@ -103,11 +103,11 @@ def headline(result: Mapping[str, Any]) -> str:
 
 
 def row_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """The main figures of a result for a row of metrics.jsonl."""
-    row = {f"test_{name}": result["voc"][name] for name in MEANINGS}
+    """The main figures of a result for a row of metrics.jsonl; those that exist."""
+    figures = {f"test_{name}": result["voc"][name] for name in ("map_area", "map_11")}
     for name in FIGURES if "coco" in result else ():
-        row[f"test_coco_{name}"] = result["coco"][name]
-    return {name: value for name, value in row.items() if value is not None}
+        figures[f"test_{name.lower()}"] = result["coco"][name]
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def percent(share: float | None) -> str:
