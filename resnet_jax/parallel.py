@@ -80,6 +80,18 @@ def gathered(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
+def on_each_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The function, applied by each device to its own part of batches; inside jit.
+
+    Arguments and results are trees of arrays (n, ...), cut over the devices along their
+    first axis. The devices exchange nothing.
+    """
+    batch = PartitionSpec("data")
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False
+    )
+
+
 def settled(tree: Tree) -> Tree:
     """Returns ``tree``; waits for it first if one CPU simulates several devices.
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from typing import Any
 
-from resnet_jax.config.schema import MOST_STEPS, Config
+from resnet_jax.config.schema import MOST_STEPS
 from resnet_jax.errors import UserError
 
 
@@ -50,7 +51,7 @@ class Derived:
         return notes
 
 
-def derive(config: Config, training_examples: int) -> Derived:
+def derive(config: Any, training_examples: int) -> Derived:
     """Counts a run's steps; see ``Derived``.
 
     Raises:

@@ -72,6 +72,15 @@ class DetectorConfig:
         at_least=0.01,
         at_most=100,
     )
+    anchor_rounding: bool = option(
+        False, "round the anchors' corners, as torchvision does"
+    )
+    anchor_order: str = option(
+        "ratio",
+        "order of a cell's anchors, as in the RPN's weights: ratio by ratio, as in "
+        "torchvision, or size by size, as in Detectron2",
+        choices=("ratio", "size"),
+    )
     rpn_features: int = option(
         512, "channels of the RPN's 3x3 convolution", at_least=1, at_most=2**16
     )

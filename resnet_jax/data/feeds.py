@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -158,7 +158,7 @@ class StreamingFeed:
         order = training_order(len(split), seed, batch_size, data, augmentation)
         skips = data.on_error == "skip"
         chunks = TrainingChunks(split, augmentation, order, position, layout, skips)
-        yield from self._placed(host_batches(chunks, data))
+        yield from placed(host_batches(chunks, data), self.mesh, self.skipped)
 
     def evaluation_batches(self, batch_size):
         """See ``Feed``."""
@@ -166,24 +166,28 @@ class StreamingFeed:
         skips = self.data.on_error == "skip"
         chunks = EvaluationChunks(self.split, layout, skips)
         count = -(-len(self.split) // batch_size)
-        yield from self._placed(host_batches(chunks, self.data, count))
+        batches = host_batches(chunks, self.data, count)
+        yield from placed(batches, self.mesh, self.skipped)
 
-    def _placed(self, batches: Generator[Chunk]) -> Generator[Batch]:
-        """Batches on the devices, one ahead; notes what was skipped in each."""
-        sharding = parallel.batch_sharding(self.mesh)
 
-        def placed() -> Iterator[tuple[Batch, str]]:
-            for batch in batches:
-                skipped = batch.pop("skipped")
-                yield parallel.place(batch, sharding), skipped
-            yield {}, ""  # the last batch has nothing ahead of it
+def placed(
+    batches: Generator[Chunk], mesh: Mesh, skipped: list[str]
+) -> Generator[Batch]:
+    """Batches on the devices, one ahead; appends to ``skipped`` what each skipped."""
+    sharding = parallel.batch_sharding(mesh)
 
-        try:
-            for (batch, skipped), _ in itertools.pairwise(placed()):
-                self.skipped.extend(skipped.splitlines())
-                yield batch
-        finally:
-            batches.close()
+    def ahead() -> Iterator[tuple[Batch, str]]:
+        for batch in batches:
+            faults = batch.pop("skipped")
+            yield parallel.place(batch, sharding), faults
+        yield {}, ""  # the last batch has nothing ahead of it
+
+    try:
+        for (batch, faults), _ in itertools.pairwise(ahead()):
+            skipped.extend(faults.splitlines())
+            yield batch
+    finally:
+        batches.close()
 
 
 def batch_layout(batch_size: int, shape: tuple[int, ...]) -> Layout:
@@ -192,8 +196,19 @@ def batch_layout(batch_size: int, shape: tuple[int, ...]) -> Layout:
     return Layout.of(batch_size, int(np.prod(shape)), *hosts)
 
 
+class Chunks(Protocol):
+    """Makes the chunks of batches; can be sent to a process."""
+
+    @property
+    def layout(self) -> Layout:
+        """The division of a batch."""
+
+    def __call__(self, number: int) -> Chunk:
+        """Reads chunk ``number``."""
+
+
 def host_batches(
-    chunks: TrainingChunks | EvaluationChunks,
+    chunks: Chunks,
     data: DataConfig,
     num_batches: int | None = None,
 ) -> Generator[Chunk]:

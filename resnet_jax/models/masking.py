@@ -6,6 +6,7 @@ back into the image. Here every convolution and pooling gets zeros (or minus inf
 outside each image, which is what it sees at the edge of an image alone.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,8 +41,20 @@ def apply_masked(
     Raises:
       ValueError: h or w is no multiple of a stride.
     """
-    with nn.intercept_methods(_masking(images.shape[1:3], sizes)):
+    with masked(images.shape[1:3], sizes):
         return model.apply(variables, images, train=False, **options)
+
+
+def masked(
+    padded: tuple[int, ...], sizes: jax.Array
+) -> contextlib.AbstractContextManager[None]:
+    """Within it, the convolutions and poolings of a net do not see the padding.
+
+    Args:
+      padded: height and width of the batch.
+      sizes: integers (n, 2), height and width of each image.
+    """
+    return nn.intercept_methods(_masking(padded, sizes))
 
 
 def sizes_of_map(sizes: jax.Array, stride: int) -> jax.Array:

@@ -133,8 +133,9 @@ class ResNet(FeatureNet):
       stochastic_depth_rate: the probability with which training drops the last block;
         it grows linearly from the first.
       stages: (first, end) computes only a part of the net, such as (0, 3): the stem and
-        stages 1 to 3. A part that starts later takes the map before it. Its variables
-        have the whole net's names. None is the whole net.
+        stages 1 to 3. A part that starts later takes the map before it, and one that
+        ends earlier returns its last map. Variables keep the whole net's names. None is
+        the whole net.
       scan, remat: see Stage.
       conv_algorithm: see ``models.conv.convolve``.
       dtype: dtype of convolutions and maps; bfloat16 on accelerators.
@@ -206,6 +207,8 @@ class ResNet(FeatureNet):
             if self.preactivation and index == len(self.stage_sizes) - 1:
                 x = norm_act(self._norm("norm", train)(name="norm"), x)
             maps.append(FeatureMap(x, f"C{index + 2}", output_stride))
+        if end < len(self.stage_sizes):
+            return tuple(maps), x
         output = Pool(global_average)(x)
         if self.num_classes is not None:
             head = nn.Dense(self.num_classes, kernel_init=fan_in_uniform, name="head")

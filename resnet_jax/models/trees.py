@@ -78,7 +78,7 @@ def _map_stages(function, tree):
     }
 
 
-_PARTS = ("stem", "stage", "layer", "norm", "bottleneck", "fc", "head")
+_PARTS = ("stem", "stage", "layer", "norm", "bottleneck", "rpn", "fc", "head")
 """The parts of all nets, in the order in which an image passes them."""
 
 

@@ -33,7 +33,7 @@ class TrainState:
       rng: the run's random key; each step folds in its number.
       statistics: of the training pixels, constant.
       learning_rate: of the last step, float32.
-      sums: training metrics since the last row of metrics.jsonl.
+      sums: training metrics since the last row of metrics.jsonl, such as ``Sums``.
       first_bad_step: the first step with a loss that is not finite, or -1.
     """
 
@@ -46,7 +46,7 @@ class TrainState:
     rng: jax.Array
     statistics: PixelStatistics
     learning_rate: jax.Array
-    sums: Sums
+    sums: Any
     first_bad_step: jax.Array
 
     def evaluation_variables(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Learner:
       image_shape: (h, w, c) of the net's input in training.
     """
 
-    config: Config
+    config: Any
     derived: Derived
     mesh: Mesh
     model: nn.Module
@@ -87,10 +87,9 @@ class Learner:
     def init(self, statistics: PixelStatistics) -> TrainState:
         """The state before the first step: a pure function of ``config.seed``."""
         init_key, _ = jax.random.split(jax.random.key(self.config.seed))
-        image = jnp.zeros((1, *self.image_shape))
         variables: dict[str, Any] = {
             "batch_stats": {},  # Nets without batch normalisation have none.
-            **self.model.init(init_key, image, train=False),
+            **self.init_variables(init_key),
         }
         averaged = self.config.optimizer.ema_decay is not None
         return TrainState(
@@ -103,9 +102,18 @@ class Learner:
             rng=run_key(self.config.seed),
             statistics=statistics,
             learning_rate=jnp.zeros(()),
-            sums=Sums.zeros(),
+            sums=self.zero_sums(),
             first_bad_step=jnp.full((), -1, jnp.int32),
         )
+
+    def init_variables(self, key: jax.Array) -> dict[str, Any]:
+        """The net's variables before the first step; inside jit."""
+        image = jnp.zeros((1, *self.image_shape))
+        return dict(self.model.init(key, image, train=False))
+
+    def zero_sums(self) -> Any:
+        """The training metrics of no examples."""
+        return Sums.zeros()
 
     def fresh_state(
         self, statistics: PixelStatistics, variables: dict[str, Any] | None = None
@@ -133,6 +141,11 @@ class Learner:
             self.shardings,
         )
 
+    @property
+    def has_mean_image(self) -> bool:
+        """Whether each pixel has its own mean."""
+        return self.config.data.normalization == "per_pixel_mean"
+
     @functools.cached_property
     def shardings(self) -> TrainState:
         """The sharding of every array of the state.
@@ -151,7 +164,7 @@ class Learner:
     @functools.cached_property
     def _shapes(self) -> TrainState:
         shape = self.image_shape
-        if self.config.data.normalization != "per_pixel_mean":
+        if not self.has_mean_image:
             shape = (1, 1, shape[-1])
         pixels: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
         return jax.eval_shape(self.init, PixelStatistics(mean=pixels, std=pixels))

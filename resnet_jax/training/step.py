@@ -23,7 +23,7 @@ from resnet_jax import parallel
 from resnet_jax.config import Config
 from resnet_jax.data.batch import Batch, gather
 from resnet_jax.data.transforms import augment_and_mix, mixed_targets
-from resnet_jax.evaluation.metrics import Sums, batch_sums
+from resnet_jax.evaluation.metrics import batch_sums
 from resnet_jax.models.conv import loop_algorithm
 from resnet_jax.training.losses import main_labels, training_loss
 from resnet_jax.training.state import Learner, TrainState
@@ -45,7 +45,7 @@ def make_train_step(learner: Learner) -> jax.stages.Wrapped:
     Returns:
       A function of the ``TrainState``, ``Feed.resident`` and a ``Batch``.
     """
-    return _jitted(
+    return jitted(
         _step_function(learner), learner, parallel.batch_sharding(learner.mesh)
     )
 
@@ -68,12 +68,13 @@ def make_train_steps(learner: Learner) -> jax.stages.Wrapped:
 
         return lax.scan(one, state, indices)[0]
 
-    return _jitted(train_steps, learner, parallel.steps_sharding(learner.mesh))
+    return jitted(train_steps, learner, parallel.steps_sharding(learner.mesh))
 
 
-def _jitted(
+def jitted(
     function: Callable[..., TrainState], learner: Learner, batch: NamedSharding
 ) -> jax.stages.Wrapped:
+    """A step function (state, resident, batch), compiled for a learner's devices."""
     return jax.jit(
         function,
         in_shardings=(learner.shardings, parallel.replicated(learner.mesh), batch),
@@ -117,36 +118,44 @@ def _step_function(
         dropout_key = jax.random.fold_in(key, _DROPOUT)
         found = gradients_of(params, state.batch_stats, images, targets, dropout_key)
 
-        # 3. The update. Each device updates its own part of parameters that are cut.
-        gradients = lax.with_sharding_constraint(
-            found.gradients, learner.shardings.params
-        )
-        updates, opt_state = learner.optimizer.update(
-            gradients, state.opt_state, state.params
-        )
-        rate = learner.schedule.rate(state.schedule, state.step)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        step, sums = state.step + 1, found.sums
-        newly_bad = (state.first_bad_step < 0) & ~jnp.isfinite(found.loss)
-        return state.replace(
-            step=step,
-            params=params,
-            batch_stats=found.batch_stats,
-            opt_state=opt_state,
-            ema=_averaged(state.ema, params, found.batch_stats, step, config),
-            schedule=learner.schedule.after_batch(
-                state.schedule, sums.errors / sums.count
-            ),
-            learning_rate=rate,
-            sums=state.sums + sums,
-            first_bad_step=jnp.where(newly_bad, step, state.first_bad_step),
-        )
+        # 3. The update.
+        error = found.sums.errors / found.sums.count
+        return updated(learner, state, found, error)
 
     return train_step
 
 
+def updated(
+    learner: Learner, state: TrainState, found: "Gradients", error: jax.Array
+) -> TrainState:
+    """The state after a step; ``error`` is the batch's, for the schedule.
+
+    Each device updates its own part of parameters that are cut.
+    """
+    gradients = lax.with_sharding_constraint(found.gradients, learner.shardings.params)
+    updates, opt_state = learner.optimizer.update(
+        gradients, state.opt_state, state.params
+    )
+    rate = learner.schedule.rate(state.schedule, state.step)
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    step, stats = state.step + 1, found.batch_stats
+    newly_bad = (state.first_bad_step < 0) & ~jnp.isfinite(found.loss)
+    return dataclasses.replace(
+        state,
+        step=step,
+        params=params,
+        batch_stats=stats,
+        opt_state=opt_state,
+        ema=_averaged(state.ema, params, stats, step, learner.config),
+        schedule=learner.schedule.after_batch(state.schedule, error),
+        learning_rate=rate,
+        sums=state.sums + found.sums,
+        first_bad_step=jnp.where(newly_bad, step, state.first_bad_step),
+    )
+
+
 @flax.struct.dataclass
-class _Gradients:
+class Gradients:
     """The result of one pass over a batch, or over a part of it.
 
     Attributes:
@@ -158,11 +167,11 @@ class _Gradients:
 
     loss: jax.Array
     gradients: Any
-    sums: Sums
+    sums: Any
     batch_stats: Any
 
 
-def _of_examples(model: nn.Module, config: Config) -> Callable[..., _Gradients]:
+def _of_examples(model: nn.Module, config: Config) -> Callable[..., Gradients]:
     """A function of (params, batch_stats, images, targets, dropout key)."""
 
     def of_examples(params, batch_stats, images, targets, key):
@@ -181,12 +190,12 @@ def _of_examples(model: nn.Module, config: Config) -> Callable[..., _Gradients]:
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (sums, new_stats)), gradients = grad_fn(params)
-        return _Gradients(loss, gradients, sums, new_stats)
+        return Gradients(loss, gradients, sums, new_stats)
 
     return of_examples
 
 
-def _accumulated(learner: Learner, count: int) -> Callable[..., _Gradients]:
+def _accumulated(learner: Learner, count: int) -> Callable[..., Gradients]:
     """As ``_of_examples``, but averages micro-batches that run one after another.
 
     The whole batch is augmented and mixed first. With batch normalisation groups a
@@ -213,7 +222,7 @@ def _accumulated(learner: Learner, count: int) -> Callable[..., _Gradients]:
         new_stats = jax.tree.map(
             lambda old, change: old + change / count, batch_stats, total.batch_stats
         )
-        return _Gradients(
+        return Gradients(
             loss=total.loss / count,
             gradients=jax.tree.map(lambda g: g / count, total.gradients),
             sums=total.sums,

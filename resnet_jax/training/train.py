@@ -1,7 +1,7 @@
 """Training: one run, from its config to its result.
 
 Read top to bottom: ``train_one`` starts or restarts a run in five numbered steps,
-``_Run.to_the_end`` is the training loop, and ``_Run.after_step`` does what is due
+``Run.to_the_end`` is the training loop, and ``Run.after_step`` does what is due
 between steps. The step itself is in step.py, the state it changes in state.py, and what
 is saved in ../checkpoints.py.
 """
@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import time
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -30,7 +31,6 @@ from resnet_jax.evaluation.evaluator import (
     Interrupted,
     evaluation_batch_size,
 )
-from resnet_jax.evaluation.metrics import Sums
 from resnet_jax.evaluation.precise_statistics import (
     check_precise_statistics,
     precise_variables,
@@ -136,7 +136,8 @@ def train_one(
         with Checkpoints(folder.checkpoints, config.checkpoint, True) as checkpoints:
             # 3. Restore the newest whole checkpoint, or make the first state. Only then
             # write config.json: a start that fails can be repeated in other ways.
-            state, start = _first_state(learner, dataset, checkpoints, folder, console)
+            restored = restored_state(learner, dataset, checkpoints, folder, tell)
+            state, start = restored or (_first_state(learner, dataset, tell), Start())
             folder.remove_result()  # of a run that becomes longer
             identity = dataset.identity
             folder.write_config(config, command_line(), learner.derived, identity)
@@ -146,7 +147,7 @@ def train_one(
             trackers = tracking.enter_context(Trackers(tracked, learner, dataset))
             if int(state.step) < learner.derived.steps or start.row_is_due:
                 progress.phase("compiling")
-                run = _Run(
+                run = Run(
                     learner,
                     dataset,
                     checkpoints,
@@ -213,7 +214,7 @@ def steps_per_call(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class _Start:
+class Start:
     """Where a run starts or continues; a checkpoint holds it beside the state.
 
     Attributes:
@@ -229,33 +230,40 @@ class _Start:
     skipped: int = 0
 
 
-def _first_state(
+def restored_state(
     learner: Learner,
-    dataset: Dataset,
+    dataset: Any,
     checkpoints: Checkpoints,
     folder: Workdir,
-    console: rich.console.Console,
-) -> tuple[TrainState, _Start]:
-    """The state to start from. metrics.jsonl then holds exactly its rows.
+    tell: Callable[[str], None],
+) -> tuple[TrainState, Start] | None:
+    """The newest whole checkpoint, if there is one.
 
-    Rows written after the checkpoint belong to steps that will run again.
+    metrics.jsonl then holds exactly its rows: those written after the checkpoint belong
+    to steps that will run again.
     """
     restored = checkpoints.restore_newest(
-        learner.abstract_state(), warn=lambda text: say(console, f"warning: {text}")
+        learner.abstract_state(), warn=lambda text: tell(f"warning: {text}")
     )
-    if restored is not None:
-        state, content = restored
-        if "data" in content:
-            trained_on = Identity.from_json(content["data"])
-            folder.refuse_other_data(dataset.identity, trained_on)
-        names = {field.name for field in dataclasses.fields(_Start)} & content.keys()
-        start = _Start(**{name: content[name] for name in names})
-        folder.write_rows(start.rows)
-        say(console, f"continuing from the checkpoint at step {int(state.step)}")
-        return state, start
-    folder.write_rows([])
-    options, tell = learner.config.model, functools.partial(say, console)
-    variables = None
+    if restored is None:
+        folder.write_rows([])
+        return None
+    state, content = restored
+    if "data" in content:
+        trained_on = Identity.from_json(content["data"])
+        folder.refuse_other_data(dataset.identity, trained_on)
+    names = {field.name for field in dataclasses.fields(Start)} & content.keys()
+    start = Start(**{name: content[name] for name in names})
+    folder.write_rows(start.rows)
+    tell(f"continuing from the checkpoint at step {int(state.step)}")
+    return state, start
+
+
+def _first_state(
+    learner: Learner, dataset: Dataset, tell: Callable[[str], None]
+) -> TrainState:
+    """The state before the first step, with the weights that the config names."""
+    options, variables = learner.config.model, None
     if options.weights is not None:
         variables = load_weights(
             options.weights,
@@ -266,37 +274,35 @@ def _first_state(
             notify=tell,
         )
     statistics = pixel_statistics(learner.config, dataset, tell)
-    return learner.fresh_state(statistics, variables), _Start()
+    return learner.fresh_state(statistics, variables)
 
 
 @dataclasses.dataclass
-class _Run:
-    """The steps of a run, and what is due between them."""
+class Run:
+    """The steps of a run, and what is due between them.
+
+    Training another kind of net overrides ``open``, ``training_batches``,
+    ``next_call``, ``training_metrics``, ``evaluate`` and ``with_final_statistics``.
+    """
 
     learner: Learner
-    dataset: dataclasses.InitVar[Dataset]
+    dataset: dataclasses.InitVar[Any]
     checkpoints: Checkpoints
     folder: Workdir
     progress: Progress
     stop: StopSignal
-    start: _Start
+    start: Start
     trackers: Trackers
 
-    def __post_init__(self, dataset: Dataset) -> None:
+    def __post_init__(self, dataset: Any) -> None:
         config, folder = self.learner.config, self.folder
         self.config, self.derived = config, self.learner.derived
         self.identity = dataset.identity
         self.batch_size = self.derived.global_batch_size
         self.rows = list(self.start.rows)
-        mesh = self.learner.mesh
-        self.eval_feeds = {
-            split.name: make_feed(split, mesh, config.data, config.augmentation)
-            for split in (dataset.train, dataset.holdout, dataset.test)
-            if split is not None
-        }
-        self.train_feed = self.eval_feeds.pop("train")
-        self.evaluator = Evaluator(self.learner.model, mesh)
-        self.steps_per_call = steps_per_call(config, dataset, mesh)
+        self.feeds: dict[str, Any] = {}
+        self.resident: Any = None
+        self.open(dataset)
         self.throughput = Throughput()
         mirror = functools.partial(folder.mirror, folder.profile)
         self.profile = Profile(mirror, config.profile.range)
@@ -305,6 +311,63 @@ class _Run:
         self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
         self.began = time.perf_counter()
 
+    def open(self, dataset: Any) -> None:
+        """Opens the feeds by their split, and makes the step."""
+        config, mesh = self.config, self.learner.mesh
+        self.feeds = {
+            split.name: make_feed(split, mesh, config.data, config.augmentation)
+            for split in (dataset.train, dataset.holdout, dataset.test)
+            if split is not None
+        }
+        self.resident = self.feeds["train"].resident
+        self.evaluator = Evaluator(self.learner.model, mesh)
+        self.steps_per_call = steps_per_call(config, dataset, mesh)
+        self.one_step = make_train_step(self.learner)
+        self.many_steps = make_train_steps(self.learner)
+
+    def training_batches(self) -> Generator[Any]:
+        """The batches from the start of the run on."""
+        start, size, seed = self.start.position, self.batch_size, self.config.seed
+        return self.feeds["train"].training_batches(start, size, seed)
+
+    def next_call(
+        self, step: int, batches: Iterator[Any]
+    ) -> tuple[Callable[..., TrainState], Any, int]:
+        """The program to call next, its batch, and the number of steps it runs."""
+        length = call_length(self.next_due(step) - step, self.steps_per_call)
+        if self.steps_per_call == 1:
+            return self.one_step, next(batches), length
+        feed, first = self.feeds["train"], step * self.batch_size
+        assert isinstance(feed, ResidentFeed)
+        seed = self.config.seed
+        indices = feed.training_indices(first, length, self.batch_size, seed)
+        return self.many_steps, indices, length
+
+    def training_metrics(self, state: TrainState) -> dict[str, Any]:
+        """The metrics of the steps since the last row."""
+        sums = state.sums.summary()
+        return {"train_loss": sums["loss"], "train_error": sums["error"]}
+
+    def evaluate(self, state: TrainState) -> dict[str, Any]:
+        """The metrics of the held-out and the test split.
+
+        Raises:
+          Interrupted: a signal came.
+        """
+        metrics: dict[str, Any] = {}
+        for name, feed in self.feeds.items():
+            if name == "train":
+                continue
+            summary = self.evaluator.evaluate(
+                state.evaluation_variables(),
+                state.statistics,
+                feed,
+                evaluation_batch_size(self.config, self.learner.mesh),
+                interrupted=self.stop.asked,
+            )
+            metrics |= {f"{name}_{key}": value for key, value in summary.items()}
+        return metrics
+
     def to_the_end(self, state: TrainState) -> list[dict[str, Any]]:
         """Runs the steps that are left; returns all rows of metrics.jsonl.
 
@@ -312,35 +375,24 @@ class _Run:
           Preempted: a signal stopped the run, and it has saved.
         """
         step, last, compiled = int(state.step), self.derived.steps, set[int]()
-        batch_size, seed, feed = self.batch_size, self.config.seed, self.train_feed
-        batches = feed.training_batches(self.start.position, batch_size, seed)
-        one_step = make_train_step(self.learner)
-        many_steps = make_train_steps(self.learner)
-        in_flight = parallel.InFlight()
+        batches, in_flight = self.training_batches(), parallel.InFlight()
         self.stop.agree_over(self.learner.mesh)
         with contextlib.closing(batches), contextlib.closing(self.profile):
             if self.start.row_is_due:
                 state = self.after_step(state, step, saved=True)
             while step < last:
                 self.profile.before(step + 1)
-                length = call_length(self.next_due(step) - step, self.steps_per_call)
                 # Feed: the next batch, or the indices of the next batches.
                 with self.throughput.waiting():
-                    batch: Any
-                    if self.steps_per_call == 1:
-                        train, batch = one_step, next(batches)
-                    else:
-                        assert isinstance(feed, ResidentFeed)
-                        train, first = many_steps, step * batch_size
-                        batch = feed.training_indices(first, length, batch_size, seed)
+                    train, batch, length = self.next_call(step, batches)
                 # Step: one call, which the devices run while the host goes on.
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-                    state = train(state, feed.resident, batch)
+                    state = train(state, self.resident, batch)
                     parallel.settled(state)
                     in_flight.add(functools.partial(_copy, state.step))
                 step += length
                 if length in compiled:
-                    self.throughput.count(length * batch_size)
+                    self.throughput.count(length * self.batch_size)
                 else:
                     # A program's first call compiles: no part of the speed.
                     compiled.add(length)
@@ -398,22 +450,20 @@ class _Run:
     def _write_row(self, state: TrainState, step: int, evaluates: bool) -> TrainState:
         """Writes a row of metrics.jsonl; returns the state with its sums at zero."""
         self._refuse_bad_loss(state)
-        sums = state.sums.summary()
-        row = {
+        row: dict[str, Any] = {
             "step": step,
             "epoch": step / self.derived.steps_per_epoch,
             "learning_rate": float(state.learning_rate),
-            "train_loss": sums["loss"],
-            "train_error": sums["error"],
+            **self.training_metrics(state),
             **self.throughput.interval(),
         }
         if self.config.data.on_error == "skip":
             row["train_skipped"] = self._skipped()
         if evaluates:
             if step == self.derived.steps:
-                state = self._with_final_statistics(state)
-            row |= self._evaluate(state)
-        new: dict[str, Any] = {"sums": Sums.zeros()}
+                state = self.with_final_statistics(state)
+            row |= self.evaluate(state)
+        new: dict[str, Any] = {"sums": state.sums.zeros()}
         if "holdout_error" in row:
             new["schedule"] = self.learner.schedule.after_evaluation(
                 state.schedule, row["holdout_error"]
@@ -429,20 +479,7 @@ class _Run:
         self.progress.show(row)
         return state
 
-    def _evaluate(self, state: TrainState) -> dict[str, Any]:
-        metrics: dict[str, Any] = {}
-        for name, feed in self.eval_feeds.items():
-            summary = self.evaluator.evaluate(
-                state.evaluation_variables(),
-                state.statistics,
-                feed,
-                evaluation_batch_size(self.config, self.learner.mesh),
-                interrupted=self.stop.asked,
-            )
-            metrics |= {f"{name}_{key}": value for key, value in summary.items()}
-        return metrics
-
-    def _with_final_statistics(self, state: TrainState) -> TrainState:
+    def with_final_statistics(self, state: TrainState) -> TrainState:
         """Recomputes the batch statistics for the last weights, if the config asks."""
         examples = self.config.evaluation.precise_statistics_examples
         if not examples:
@@ -456,7 +493,7 @@ class _Run:
             state.evaluation_variables(),
             state.statistics,
             state.rng,
-            self.train_feed,
+            self.feeds["train"],
             batches,
         )
         return state.with_evaluation_variables(variables)
@@ -465,7 +502,7 @@ class _Run:
         self, state: TrainState, step: int, *, replace: bool, row_is_due: bool = False
     ) -> None:
         self._refuse_bad_loss(state)
-        start = _Start(
+        start = Start(
             position=step * self.batch_size,
             rows=self.rows,
             row_is_due=row_is_due,
@@ -495,12 +532,12 @@ class _Run:
         """Broken images replaced since the last row, on all hosts."""
         if self.config.data.on_error != "skip":
             return 0
-        total = distributed.sum_over_processes(len(self.train_feed.skipped))
+        total = distributed.sum_over_processes(len(self.feeds["train"].skipped))
         return total - self.skipped_before
 
     def _name_broken_images(self) -> None:
         """Names each skipped image once per run."""
-        for feed in (self.train_feed, *self.eval_feeds.values()):
+        for feed in self.feeds.values():
             for sentence in feed.skipped:
                 if sentence not in self.named_broken:
                     self.named_broken.add(sentence)
