@@ -35,7 +35,7 @@ from resnet_jax.detection.detector import (
 )
 from resnet_jax.detection.pretrained import initial_state
 from resnet_jax.detection.procedures import train_four_steps, train_seeds
-from resnet_jax.detection.report import write_detection_report
+from resnet_jax.detection.report import DETECTIONS, write_detection_report
 from resnet_jax.detection.result import evaluation_result, headline, row_of
 from resnet_jax.detection.sources import DetectionData, open_detection_data
 from resnet_jax.detection.state import DetectionLearner, make_detection_learner
@@ -48,9 +48,6 @@ from resnet_jax.training.stopping import StopSignal
 from resnet_jax.training.tracking import TrackedRun, Trackers, check_installed
 from resnet_jax.training.train import Run, Start, restored_state
 from resnet_jax.workdir import Workdir
-
-DETECTIONS = "detections.npz"
-"""In the workdir: what the run's last evaluation found in the test split."""
 
 
 def train_detector(
@@ -157,9 +154,14 @@ def _train_one(
                     raise
             checkpoints.wait()
         # 5. Report. Every figure follows from the rows in the last checkpoint.
-        result = _make_result(learner, data, folder, rows)
+        result = _facts(learner, data, rows)
+        if config.training.procedure != "rpn":
+            distributed.wait_for_all("detections")
+            *_, detections = load_detections(folder.path / DETECTIONS)
+            result = _evaluated(data, detections, config) | result
         folder.write_result(result)
-        write_detection_report(folder, result, rows, data)
+        if distributed.is_primary():
+            write_detection_report(folder, result, rows, data)
         trackers.add_result(result)
     _print_result(console, result, folder)
     return result
@@ -266,22 +268,13 @@ def _evaluated(
     return result
 
 
-def _make_result(
-    learner: DetectionLearner,
-    data: DetectionData,
-    folder: Workdir,
-    rows: list[dict[str, Any]],
+def _facts(
+    learner: DetectionLearner, data: DetectionData, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The content of result.json, from the rows and the last detections."""
+    """The content of result.json beside the figures."""
     config, last = learner.config, rows[-1]
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
-    figures: dict[str, Any] = {}
-    if config.training.procedure != "rpn":
-        distributed.wait_for_all("detections")
-        *_, detections = load_detections(folder.path / DETECTIONS)
-        figures = _evaluated(data, detections, config)
     return {
-        **figures,
         "procedure": config.training.procedure,
         "checkpoint": "last",
         "train_loss": last["train_loss"],

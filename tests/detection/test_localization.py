@@ -6,12 +6,22 @@ import numpy as np
 import optax
 import pytest
 
+from resnet_jax.data.order import Order
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.detection.anchors import Anchors
 from resnet_jax.detection.localization import (
     evaluate_localizer,
+    localization_error,
+    localize,
     train_localizer,
 )
+from resnet_jax.detection.localization.crops import Crops
+from resnet_jax.detection.localization.net import (
+    LocalizationNet,
+    best_boxes,
+    localization_loss,
+)
+from resnet_jax.errors import UserError
 from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.evaluation.protocols import Center
 from resnet_jax.models import create_model
