@@ -50,6 +50,8 @@ figure img.tiny { image-rendering: pixelated; }
 figcaption { font-size: .85rem; overflow-wrap: anywhere; white-space: pre-line; }
 .pictures { display: grid; gap: .8rem .6rem;
   grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); }
+.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
+.large figure img { max-height: none; }
 .beside { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
 .beside figure { flex: 1 1 10rem; max-width: 14rem; }
 .bars { list-style: none; margin: 0; padding: 0; flex: 1 1 16rem; min-width: 0; }
@@ -62,7 +64,8 @@ figcaption { font-size: .85rem; overflow-wrap: anywhere; white-space: pre-line; 
   .facts, .facts tbody, .facts tr, .facts th, .facts td { display: block; }
   .facts th { padding: .4rem 0 0; } .facts td { padding: 0; }
   .grid td, .grid th { white-space: nowrap; }
-  .pictures { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)); }
+  .pictures:not(.large) {
+    grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)); }
 }
 """
 
@@ -172,10 +175,13 @@ def picture(pixels: np.ndarray, caption: str, side: int = 320) -> str:
     )
 
 
-def pictures(images: Iterable[np.ndarray], captions: Iterable[str]) -> str:
-    """Small pictures in rows; see ``picture``."""
+def pictures(
+    images: Iterable[np.ndarray], captions: Iterable[str], *, large: bool = False
+) -> str:
+    """Small pictures in rows, or large ones with lines and text; see ``picture``."""
     shown = (
-        picture(image, caption, side=160)
+        picture(image, caption, side=720 if large else 160)
         for image, caption in zip(images, captions, strict=True)
     )
-    return "\n".join(['<div class="pictures">', *shown, "</div>"])
+    mark = "pictures large" if large else "pictures"
+    return "\n".join([f'<div class="{mark}">', *shown, "</div>"])

@@ -56,7 +56,7 @@ def evaluation_result(
     classes = {
         found.name: {
             "objects": found.objects,
-            "difficult": found.difficult,
+            "ignored": found.ignored,
             "detections": found.detections,
             "ap_area": found.ap_area,
             "ap_11": found.ap_11,

@@ -17,8 +17,8 @@ class ClassPrecision:
 
     Attributes:
       name: of the class.
-      objects: the number that count, difficult ones not among them.
-      difficult: the number of objects that are ignored: difficult ones and crowds.
+      objects: the number that count.
+      ignored: the number of other objects: difficult ones and crowds.
       detections: the number found, ignored ones among them.
       ap_11: the mean of the precisions at the recalls 0, 0.1, ..., 1, each the largest
         at that recall or a higher one (VOC 2007); None if no object counts.
@@ -31,7 +31,7 @@ class ClassPrecision:
 
     name: str
     objects: int
-    difficult: int
+    ignored: int
     detections: int
     ap_11: float | None
     ap_area: float | None
@@ -192,14 +192,14 @@ def _summary(
     wrong: np.ndarray,
 ) -> ClassPrecision:
     """The precision of a class with ``counts`` of counted and of ignored objects."""
-    objects, difficult = map(int, counts)
+    objects, ignored = map(int, counts)
     hits, faults = np.cumsum(right), np.cumsum(wrong)
     recalls = hits / max(objects, 1)
     precisions = hits / np.maximum(hits + faults, 1)
     return ClassPrecision(
         name=name,
         objects=objects,
-        difficult=difficult,
+        ignored=ignored,
         detections=len(scores),
         ap_11=_ap_11(recalls, precisions) if objects else None,
         ap_area=_ap_area(recalls, precisions) if objects else None,

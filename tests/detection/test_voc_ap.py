@@ -127,7 +127,7 @@ def test_a_class_by_hand():
         [image], [found(boxes, [0.9, 0.8, 0.7, 0.6, 0.5])], ("thing", "none")
     )
     thing, none = result.classes
-    assert (thing.objects, thing.difficult, thing.detections) == (2, 1, 5)
+    assert (thing.objects, thing.ignored, thing.detections) == (2, 1, 5)
     np.testing.assert_allclose(thing.recalls, [0.5, 0.5, 0.5, 0.5, 1])
     np.testing.assert_allclose(thing.precisions, [1, 1, 1 / 2, 1 / 3, 1 / 2])
     assert thing.ap_area == pytest.approx(0.5 * 1 + 0.5 * 0.5)
@@ -188,7 +188,7 @@ def test_voc_2007(digits):
     detections = detected(annotations, 20, 0, digits)
     result = check(annotations, detections, VOC)
     person = result.classes[VOC.index("person")]
-    assert (person.objects, person.difficult) == (4528, 699)
+    assert (person.objects, person.ignored) == (4528, 699)
     assert 0.2 < result.map_11 < 0.95
 
 
