@@ -103,7 +103,7 @@ def open_tfds(name: str, data_dir: str | None) -> Collection:
     Raises:
       UserError: there is no such data set, or it cannot be prepared here.
     """
-    builder = _prepared_builder(name, data_dir)
+    builder = prepared_builder(name, data_dir)
     features = TfdsFeatures(builder)
     described = features.describe(builder)
 
@@ -159,7 +159,12 @@ def find_builder(name: str, data_dir: str | None) -> Any:
         ) from error
 
 
-def _prepared_builder(name: str, data_dir: str | None) -> Any:
+def prepared_builder(name: str, data_dir: str | None) -> Any:
+    """The builder of a data set in ArrayRecord, which is prepared if necessary.
+
+    Raises:
+      UserError: there is no such data set, or it is stored in another way.
+    """
     builder = find_builder(name, data_dir)
     if not builder.is_prepared():
         _prepare(builder, name)
