@@ -201,7 +201,7 @@ PREPARE_TFDS = """
 import io, sys
 import cv2, numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.object_detection import coco, voc
+from tensorflow_datasets.object_detection import voc
 
 class Examples:
     def _split_generators(self, dl_manager):
@@ -235,8 +235,26 @@ kind, data_dir = sys.argv[1:]
 with tfds.core.registered.skip_registration():
     class Voc(Examples, voc.Voc):
         pass
-    class Coco(Examples, coco.Coco):
-        pass
+    class Coco(Examples, tfds.core.GeneratorBasedBuilder):
+        # tfds's own describes itself with TensorFlow.
+        VERSION = tfds.core.Version("1.1.0")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="2017")]
+
+        def _info(self):
+            objects = {
+                "id": np.int64,
+                "area": np.int64,
+                "bbox": tfds.features.BBoxFeature(),
+                "label": tfds.features.ClassLabel(num_classes=80),
+                "is_crowd": np.bool_,
+            }
+            features = tfds.features.FeaturesDict({
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "image/filename": tfds.features.Text(),
+                "image/id": np.int64,
+                "objects": tfds.features.Sequence(objects),
+            })
+            return tfds.core.DatasetInfo(builder=self, features=features)
 builder = {"voc": Voc, "coco": Coco}[kind]
 builder(
     config={"voc": "2007", "coco": "2017"}[kind],

@@ -141,7 +141,7 @@ def find_builder(name: str, data_dir: str | None) -> Any:
     for file in folder.glob("**/*.json"):
         refuse_special(file)
     try:
-        return tfds.builder(name, data_dir=where)
+        return _builder_without_tensorflow(name, where)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
@@ -157,6 +157,20 @@ def find_builder(name: str, data_dir: str | None) -> Any:
             f"tfds data set {name} cannot be opened: {reason[0]}; expected NAME or "
             "NAME:VERSION, prepared below data.data_dir"
         ) from error
+
+
+def _builder_without_tensorflow(name: str, where: str | None) -> Any:
+    """``tfds.builder``, for data whose code needs TensorFlow too, such as coco."""
+    import tensorflow_datasets as tfds
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces the failure
+            return tfds.builder(name, data_dir=where)
+    except ImportError:
+        try:
+            return tfds.core.read_only_builder.builder_from_files(name, data_dir=where)
+        except tfds.core.DatasetNotFoundError:
+            raise _unprepared(name, where or "~/tensorflow_datasets") from None
 
 
 def prepared_builder(name: str, data_dir: str | None) -> Any:
@@ -193,11 +207,7 @@ def _prepare(builder: Any, name: str) -> None:
 
     is_ours = isinstance(builder, digits.Digits)
     if not is_ours and not _has_tensorflow():
-        raise UserError(
-            f"tfds data set {name} is not prepared in {builder.data_dir}: give its "
-            "files with data.path, or install what prepares it here: "
-            f"{how_to_install('tensorflow')}"
-        )
+        raise _unprepared(name, builder.data_dir)
     # For our digits, tfds would announce a download of unknown size.
     silence = contextlib.redirect_stdout(io.StringIO())
     try:
@@ -209,6 +219,13 @@ def _prepare(builder: Any, name: str) -> None:
             f"tfds data set {name} cannot be prepared in {builder.data_dir}: {error}; "
             "set data.data_dir to a folder you can write to"
         ) from error
+
+
+def _unprepared(name: str, where: Any) -> UserError:
+    return UserError(
+        f"tfds data set {name} is not prepared in {where}: give its files with "
+        f"data.path, or install what prepares it here: {how_to_install('tensorflow')}"
+    )
 
 
 def _has_tensorflow() -> bool:
