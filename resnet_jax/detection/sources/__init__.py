@@ -27,12 +27,14 @@ class DetectionData:
       test: images for the reported precision, with the same classes.
       class_names: in the order of the classes.
       identity: what distinguishes the data from others, annotations included.
+      notes: sentences for the start of a run, such as on boxes that were left out.
     """
 
     train: Source
     test: Source
     class_names: tuple[str, ...]
     identity: Identity
+    notes: tuple[str, ...] = ()
 
 
 def open_detection_data(data: DetectionDataConfig) -> DetectionData:
@@ -67,7 +69,19 @@ def open_detection_data(data: DetectionDataConfig) -> DetectionData:
         class_names=train.class_names,
         counts={"train": len(train), "test": len(test)},
     )
-    return DetectionData(train, test, train.class_names, identity)
+    notes = (*train.notes, *test.notes, *_shared(train, test))
+    return DetectionData(train, test, train.class_names, identity, notes)
+
+
+def _shared(train: Source, test: Source) -> tuple[str, ...]:
+    """A note on the images that are in both splits, if any are."""
+    seen = {train.name(index) for index in range(len(train))}
+    count = sum(test.name(index) in seen for index in range(len(test)))
+    if not count:
+        return ()
+    return (
+        f"{count:,} of the {len(test):,} test images have the name of a training image",
+    )
 
 
 def _refuse_missing(source: Source, split: str) -> None:
