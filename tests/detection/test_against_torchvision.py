@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from resnet_jax.detection.boxes import encode, iou
 from resnet_jax.detection.faster_rcnn import (
@@ -81,6 +82,8 @@ def peer():
         elif name.endswith("running_mean"):
             array.normal_(0, 0.1)
         elif name.startswith(("rpn.head", "roi_heads.box_predictor")):
+            # So little that no proposal is thin: of a region less than a cell wide,
+            # the operator in Python reads samples past the map, the compiled one not.
             array.normal_(0, 0.01)
     return model.eval()
 
@@ -274,18 +277,18 @@ def test_losses_and_gradients(peer, ours, tmp_path):
         assert theirs > 1e-3
 
     # Gradients have the names of their parameters, so the same file carries them.
+    # torchvision's frozen normalisations have no parameters.
     tensors = {name: torch.zeros_like(t) for name, t in peer.state_dict().items()}
     tensors |= {name: p.grad for name, p in peer.named_parameters()}
     theirs = through_a_file(tensors, tmp_path).variables["params"]
-    largest = max(float(abs(leaf).max()) for leaf in jax.tree.leaves(theirs))
-    jax.tree.map_with_path(
-        lambda path, ours, theirs: np.testing.assert_allclose(
-            ours,
-            theirs,
-            rtol=1e-3,
-            atol=1e-5 * largest,
-            err_msg=jax.tree_util.keystr(path),
-        ),
-        gradients,
-        theirs,
+    theirs, gradients = (
+        traverse_util.flatten_dict(tree, sep="/") for tree in (theirs, gradients)
     )
+    compared = [name for name in theirs if "norm" not in name]
+    assert len(compared) == 30
+    for name in compared:
+        largest = abs(theirs[name]).max()
+        assert largest > 0
+        np.testing.assert_allclose(
+            gradients[name], theirs[name], atol=1e-4 * largest, err_msg=name
+        )
