@@ -134,9 +134,10 @@ class DetectorConfig:
     )
     roi_pooling: str = option(
         "align",
-        "how a region is cut from the map: align interpolates (He et al. 2017), max "
-        "pools whole cells as in the paper",
-        choices=("align", "max"),
+        "how a region is cut from the map: align interpolates (He et al. 2017), "
+        "align_v1 half a cell off, as torchvision's detectors do, max pools whole "
+        "cells as in the paper",
+        choices=("align", "align_v1", "max"),
     )
     roi_size: int | None = option(
         None,

@@ -119,7 +119,11 @@ class FasterRCNN(nn.Module):
     def _pool(
         self, features: jax.Array, boxes: jax.Array, size: jax.Array
     ) -> jax.Array:
-        pool = roi_align if self.config.roi_pooling == "align" else roi_pool
+        pool: Any = {
+            "align": roi_align,
+            "align_v1": functools.partial(roi_align, aligned=False),
+            "max": roi_pool,
+        }[self.config.roi_pooling]
         out = self.config.roi_size or self.backbone.roi_size
         return pool(features, boxes, size, stride=STRIDE, out=out)
 
