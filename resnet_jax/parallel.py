@@ -80,16 +80,28 @@ def gathered(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-def on_each_device(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def on_each_device(
+    function: Callable[..., Any], mesh: Mesh, shared: int = 0
+) -> Callable[..., Any]:
     """The function, applied by each device to its own part of batches; inside jit.
 
-    Arguments and results are trees of arrays (n, ...), cut over the devices along their
-    first axis. The devices exchange nothing.
+    The devices exchange nothing.
+
+    Args:
+      function: of trees of arrays (n, ...), cut over the devices along their first
+        axis. So is its result.
+      mesh: the devices.
+      shared: how many of the first arguments every device gets whole.
     """
     batch = PartitionSpec("data")
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False
-    )
+
+    def call(*arguments: Any) -> Any:
+        specs = [PartitionSpec()] * shared + [batch] * (len(arguments) - shared)
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=tuple(specs), out_specs=batch, check_vma=False
+        )(*arguments)
+
+    return call
 
 
 def settled(tree: Tree) -> Tree:

@@ -35,9 +35,16 @@ _RESULT_OF_SEEDS = ANY_RESULT | {
     "runs": "an object",
     "failures": "an object",
 }
-ROW = dict.fromkeys(
-    ("step", "epoch", "learning_rate", "train_loss", "train_error", "seconds"), NUMBER
+DETECTION_RESULT = {
+    **dict.fromkeys(("model", "command", "finished"), "a text"),
+    **dict.fromkeys(("step", "epoch", "seconds", "parameters"), NUMBER),
+    **dict.fromkeys(("global_batch_size", "train_loss"), NUMBER),
+    "environment": "an object",
+}
+DETECTION_ROW = dict.fromkeys(
+    ("step", "epoch", "learning_rate", "train_loss", "seconds"), NUMBER
 )
+ROW = DETECTION_ROW | {"train_error": NUMBER}
 
 
 def parse(where: str, text: str, expected: Mapping[str, str]) -> dict[str, Any]:

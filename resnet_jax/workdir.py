@@ -21,12 +21,14 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from resnet_jax import distributed, storage
-from resnet_jax.config import Config, Derived, fields, flatten, resolve
+from resnet_jax.config import Config, Derived, DetectionConfig, fields, flatten, resolve
 from resnet_jax.errors import UserError
 from resnet_jax.identity import Identity
 from resnet_jax.run_files import (
     ANY_RESULT,
     CONFIG,
+    DETECTION_RESULT,
+    DETECTION_ROW,
     IDENTITY,
     NUMBER,
     RESTORE,
@@ -48,6 +50,7 @@ class Workdir:
     def __init__(self, path: str | os.PathLike[str], schema: Any = Config):
         """Names the folder of a run whose config has this schema; touches nothing."""
         self._schema = schema
+        self._detects = schema is DetectionConfig
         self.path: Path = storage.locate(path)
         self._storage = storage.storage_of(self.path)
         self.checkpoints = self.path / "checkpoints"
@@ -266,7 +269,7 @@ class Workdir:
         for number, line in enumerate(text.split("\n")[:-1], 1):
             if line.strip():
                 where = f"{self._metrics}, line {number}"
-                rows.append(parse(where, line, ROW))
+                rows.append(parse(where, line, DETECTION_ROW if self._detects else ROW))
                 check(where, rows[-1], dict.fromkeys(rows[-1], NUMBER))
         if not rows:
             raise UserError(f"{self._metrics} holds no row; {RESTORE}")
@@ -283,9 +286,10 @@ class Workdir:
 
     def read_result(self) -> dict[str, Any] | None:
         """The result of a finished run, or None."""
-        result = self.read_json("result.json", ANY_RESULT)
-        if result is None:
-            return None
+        expected = DETECTION_RESULT if self._detects else ANY_RESULT
+        result = self.read_json("result.json", expected)
+        if result is None or self._detects:
+            return result
         check_result(str(self.path / "result.json"), result)
         return result
 

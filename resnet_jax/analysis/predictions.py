@@ -66,7 +66,7 @@ def predict_files(
     """
     console = console or make_console()
     faults = faults or rich.console.Console(stderr=True)
-    files, broken = _listed(paths)
+    files, broken = image_files(paths)
     alone = len(files) == 1 and not broken
     for sentence in broken:
         say(faults, f"resnet-jax: {sentence}")
@@ -78,7 +78,7 @@ def predict_files(
     show = _table(console, files, classifier.names)
     number = 0
     kept: list[Prediction] = []
-    with _lines(json_path) as write:
+    with json_lines(json_path) as write:
         for found in classifier.stream(files, top, None if alone else on_fault):
             show(found)
             write(json.dumps(dataclasses.asdict(found)))
@@ -95,7 +95,7 @@ def predict_files(
     return number, len(broken)
 
 
-def _listed(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[str]]:
+def image_files(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[str], list[str]]:
     """Image files, those in folders included; sentences on folders without images.
 
     Raises:
@@ -172,7 +172,7 @@ def _writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lines(path: str | os.PathLike[str] | None) -> Iterator[Callable[[str], None]]:
+def json_lines(path: str | os.PathLike[str] | None) -> Iterator[Callable[[str], None]]:
     """A function that writes a line to a file at once; without a path, to none."""
     if path is None:
         yield lambda text: None

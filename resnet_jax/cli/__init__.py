@@ -29,6 +29,7 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
   resnet-jax features --weights resnet50.safetensors /data/mine/train --out mine.npz
   resnet-jax convert resnet50.pth resnet50.safetensors --model resnet50
   resnet-jax export --weights resnet50.safetensors resnet50.jax
+  resnet-jax detect train --config detection/bccd --workdir runs/bccd
   resnet-jax benchmark step --model cifar_resnet20 --batch 128
   resnet-jax doctor
 """
@@ -36,7 +37,7 @@ _DESCRIPTION = """Deep residual learning (He et al. 2015) in JAX.
 _COMMANDS = (
     *("train", "evaluate", "predict", "features", "report", "sweep", "paper"),
     *("show_data", "summary", "plan", "prepare", "convert", "export", "benchmark"),
-    *("configs", "doctor"),
+    *("detect", "configs", "doctor"),
 )
 
 

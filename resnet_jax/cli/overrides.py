@@ -5,7 +5,13 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from resnet_jax.config import describe_range, describe_type, fields
+from resnet_jax.config import (
+    Config,
+    DetectionConfig,
+    describe_range,
+    describe_type,
+    fields,
+)
 from resnet_jax.errors import UserError
 
 PREFIX = "--config."
@@ -55,17 +61,18 @@ def join_overrides(arguments: Sequence[str]) -> list[str]:
 
 def as_flags(sentence: str) -> str:
     """A sentence with its config fields as flags: ``--config.data.path``."""
-    names = sorted(map(re.escape, fields()), key=len, reverse=True)
+    known = {*fields(), *fields(DetectionConfig)}
+    names = sorted(map(re.escape, known), key=len, reverse=True)
     dotted = "|".join(name for name in names if "." in name)
     plain = "|".join(name for name in names if "." not in name)
     pattern = rf"(?<![\w./-])(?:(?:config field )?({dotted})|config field ({plain}))\b"
     return re.sub(pattern, lambda m: f"{PREFIX}{m[1] or m[2]}", sentence)
 
 
-def fields_help() -> str:
+def fields_help(schema: type = Config) -> str:
     """The --help text: every field with its type, default and meaning."""
     lines = ["config fields (--config.FIELD=VALUE):"]
-    for field in fields().values():
+    for field in fields(schema).values():
         kind = describe_type(field.annotation)
         if field.choices:
             kind = " | ".join(field.choices)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from resnet_jax.cli.overrides import PREFIX, join_overrides
-from resnet_jax.config import nearest_field
+from resnet_jax.config import Config, nearest_field
 from resnet_jax.errors import nearest, printable
 
 
@@ -58,7 +58,8 @@ class Parser(argparse.ArgumentParser):
         if flag in known or (takes_overrides and flag.startswith(PREFIX)):
             return
         close = difflib.get_close_matches(flag, known, n=1, cutoff=0.75)
-        field = nearest_field(flag.strip("-").replace("-", "_"))
+        schema = self.get_default("schema") or Config
+        field = nearest_field(flag.strip("-").replace("-", "_"), schema)
         if takes_overrides and field is not None:
             close.append(f"{PREFIX}{field}")
         hint = f"did you mean {close[0]}?" if close else f"see {self.prog} --help"

@@ -121,7 +121,7 @@ def _epoch_batches(order: BucketOrder, epoch: int) -> np.ndarray:
         padded = np.resize(shuffled[places], count * order.batch_size)
         batches.append(padded.reshape(count, order.batch_size))
         last = places[order.batch_size - 1 :: order.batch_size]
-        unfinished = len(shuffled) + bucket
+        unfinished = len(shuffled) + int(bucket)
         filled_at.append(np.append(last, unfinished)[:count])
     return np.concatenate(batches)[np.argsort(np.concatenate(filled_at))]
 

@@ -102,6 +102,14 @@ def headline(result: Mapping[str, Any]) -> str:
     return f"{'; '.join(parts)} ({counts})"
 
 
+def row_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """The main figures of a result for a row of metrics.jsonl; those that exist."""
+    figures = {f"test_{name}": result["voc"][name] for name in ("map_area", "map_11")}
+    for name in FIGURES if "coco" in result else ():
+        figures[f"test_{name.lower()}"] = result["coco"][name]
+    return {name: value for name, value in figures.items() if value is not None}
+
+
 def percent(share: float | None) -> str:
     """A share in percent, or ``none`` where no object counts."""
     return "none" if share is None else f"{100 * share:.2f} %"

@@ -140,7 +140,9 @@ def training_losses(
         losses[2:] = (x.sum() for x in jax.vmap(head_losses)(logits, deltas, regions))
     is_object = (regions.labels >= 0) & (regions.labels < net.num_classes)
     objects = is_object.sum(dtype=jnp.int32)
-    return DetectionSums(*losses, objects, jnp.int32(num_images))
+    rpn, rpn_boxes, head, head_boxes = losses
+    images_ = jnp.int32(num_images)
+    return DetectionSums(rpn, rpn_boxes, head, head_boxes, objects, images_)
 
 
 def _choose(

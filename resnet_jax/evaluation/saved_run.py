@@ -174,7 +174,7 @@ def _restore(
     A running training may replace a checkpoint while it is read; then the newer one is.
     """
     while True:
-        step = _find_step(checkpoints, which, folder)
+        step = find_step(checkpoints, which, folder)
         try:
             saved = checkpoints.shapes(step)
             model, wanted = _abstract_variables(config, saved, mesh)
@@ -189,7 +189,12 @@ def _restore(
                 ) from error
 
 
-def _find_step(checkpoints: Checkpoints, wanted: int | str, folder: Workdir) -> int:
+def find_step(checkpoints: Checkpoints, wanted: int | str, folder: Workdir) -> int:
+    """The step of the checkpoint "last", "best" or at a step.
+
+    Raises:
+      UserError: there is none.
+    """
     steps = checkpoints.steps()
     if not steps:
         raise UserError(f"workdir {folder.path} holds no checkpoint")

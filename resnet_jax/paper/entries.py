@@ -1,7 +1,7 @@
 """The parts of an experiment."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 FigureKind = Literal["train_and_test", "curves", "responses", "gradients", "depth"]
@@ -143,3 +143,20 @@ class Experiment:
         """Its runs, each once, in order."""
         found = {e.run.name: e.run for e in self.entries if e.run is not None}
         return list(found.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells as text.
+
+    Attributes:
+      header: a title for each column.
+      rows: of cells.
+      title: of the table; "" if the experiment's is enough.
+      note: a sentence for the reader.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    note: str = ""

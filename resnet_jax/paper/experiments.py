@@ -8,12 +8,15 @@ import rich.console
 from resnet_jax.console import say
 from resnet_jax.errors import UserError, nearest
 from resnet_jax.paper import imagenet, small_images
-from resnet_jax.paper.entries import Experiment, PaperRun
+from resnet_jax.paper.detection import DETECTION_TABLES, SOURCE, DetectionTable
+from resnet_jax.paper.entries import Experiment, PaperRun, Table
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (*small_images.EXPERIMENTS, *imagenet.EXPERIMENTS)
 }
+
+DETECTION: dict[str, DetectionTable] = {table.name: table for table in DETECTION_TABLES}
 
 ELSEWHERE = {
     "Table 1": "resnet-jax summary resnet18_a resnet34_a resnet50_v1 resnet101_v1 "
@@ -21,7 +24,6 @@ ELSEWHERE = {
     "Figure 2": "ResidualBlock in resnet_jax/models/blocks.py",
     "Figure 3": "resnet-jax summary vgg19 plain34 resnet34_a",
     "Figure 5": "resnet-jax summary resnet34_a resnet50_v1 --blocks",
-    "Tables 7 to 14": "not built (detection and localisation)",
 }
 """The paper's other tables and figures, and where they are."""
 
@@ -30,8 +32,13 @@ def find_experiment(name: str) -> Experiment:
     """The experiment with a name.
 
     Raises:
-      UserError: the name is unknown.
+      UserError: the name is unknown, or of a table of detectors.
     """
+    if name in DETECTION:
+        raise UserError(
+            f"{name} is of detectors, which are no experiment: train one with "
+            "resnet-jax detect train"
+        )
     if name not in EXPERIMENTS:
         raise UserError(f"unknown experiment {name!r}; {nearest(name, EXPERIMENTS)}")
     return EXPERIMENTS[name]
@@ -52,7 +59,7 @@ def choose_runs(experiment: Experiment, only: Sequence[str] = ()) -> list[PaperR
 
 
 def print_experiments(console: rich.console.Console | None = None) -> None:
-    """Prints every experiment with its source and its runs, then ``ELSEWHERE``."""
+    """Prints experiments with their runs, tables of detectors, and ``ELSEWHERE``."""
     console = console or rich.console.Console()
     wrapper = textwrap.TextWrapper(
         width=88,
@@ -70,6 +77,25 @@ def print_experiments(console: rich.console.Console | None = None) -> None:
         say(console, f"{experiment.name}: {experiment.title}")
         say(console, f"    {experiment.source}")
         say(console, wrapper.fill(f"runs: {runs}"))
+    for table in DETECTION.values():
+        say(console, f"{table.name}: {table.title}")
+        say(console, f"    {SOURCE}")
+        say(console, wrapper.fill(f"published, in percent: {table.protocol}"))
+        for line in aligned(table.table):
+            say(console, f"    {line}")
     say(console, "Other tables and figures")
     for name, where in ELSEWHERE.items():
         say(console, f"    {name}: {where}")
+
+
+def aligned(table: Table) -> list[str]:
+    """A table as lines of text, with the first column on the left."""
+    lines = [table.header, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]

@@ -11,29 +11,12 @@ from typing import Any
 
 from resnet_jax.config import Config
 from resnet_jax.console import describe_seconds
-from resnet_jax.paper.entries import Experiment, Published
+from resnet_jax.paper.entries import Experiment, Published, Table
 from resnet_jax.paper.sections import Measured, Section
 from resnet_jax.paper.settings import Setting
 
 VIEWS = {"ten_crop": "10-crop", "multi_scale": "several scales"}
 """Analyses that test a net with several views per image."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Cells as text.
-
-    Attributes:
-      header: a title for each column.
-      rows: of cells.
-      title: of the table; "" if the experiment's is enough.
-      note: a sentence for the reader.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    title: str = ""
-    note: str = ""
 
 
 def tables(

@@ -102,7 +102,10 @@ class Progress:
         """Shows a row of metrics.jsonl."""
         line = self._line(row)
         self._live.update(self._task, completed=row["step"], description=line)
-        if "test_error" in row or not self._console.is_terminal:
+        if (
+            any(name.startswith("test_") for name in row)
+            or not self._console.is_terminal
+        ):
             self.message(line)
 
     def _line(self, row: dict[str, Any]) -> str:
@@ -110,8 +113,9 @@ class Progress:
             f"step {row['step']}/{self._steps}",
             f"epoch {row['epoch']:.2f}",
             f"loss {row['train_loss']:.4f}",
-            f"error {100 * row['train_error']:.2f} %",
         ]
+        if "train_error" in row:
+            parts.append(f"error {100 * row['train_error']:.2f} %")
         if "images_per_second" in row:
             parts.append(f"{row['images_per_second']:,.0f} images/s")
             parts.append(f"waiting {100 * row['input_wait']:.1f} %")
@@ -120,6 +124,8 @@ class Progress:
             for name in ("holdout", "test")
             if f"{name}_error" in row
         ]
+        if "test_map_area" in row:
+            parts.append(f"test mAP {100 * row['test_map_area']:.2f} %")
         began, first = self._began or (0.0, row["step"])
         done, left = row["step"] - first, self._steps - row["step"]
         if done > 0 and left:

@@ -96,7 +96,7 @@ class Outcome:
         return f"test error {100 * error:.2f} %, {describe_seconds(seconds)}"
 
 
-def members_of(config: Config, prefix: str = "") -> dict[str, Config]:
+def members_of(config: Any, prefix: str = "") -> dict[str, Any]:
     """The config of each seed's run, by its folder: ``PREFIXseed-0``, ..."""
     return {
         f"{prefix}seed-{seed}": dataclasses.replace(config, seed=seed, seeds=1)

@@ -17,7 +17,6 @@ import numpy as np
 
 from resnet_jax import distributed, parallel
 from resnet_jax.analysis.batches import first_batch
-from resnet_jax.config import Config
 from resnet_jax.data.dataset import Dataset
 from resnet_jax.environment import how_to_install
 from resnet_jax.errors import Preempted, UserError, printable
@@ -74,7 +73,7 @@ class TrackedRun:
     """
 
     folder: Workdir
-    config: Config
+    config: Any
     rows: Sequence[dict[str, Any]]
     step: int
     tell: Callable[[str], None]
@@ -85,7 +84,7 @@ class TrackedRun:
         return "/".join(self.folder.path.parts[-2:])
 
 
-def check_installed(config: Config) -> None:
+def check_installed(config: Any) -> None:
     """Raises UserError if a tracker's package is missing; touches no device."""
     for name in config.tracking.trackers:
         # A run leaves a folder ``wandb`` behind: such a folder is not the package.
@@ -100,8 +99,8 @@ def check_installed(config: Config) -> None:
 class Trackers:
     """All trackers of a run; a context manager."""
 
-    def __init__(self, run: TrackedRun, learner: Learner, dataset: Dataset):
-        """``learner`` and ``dataset`` make the images and histograms."""
+    def __init__(self, run: TrackedRun, learner: Learner, dataset: Dataset | None):
+        """``learner`` makes histograms, and ``dataset`` images if it is given."""
         self._run, self._learner, self._dataset = run, learner, dataset
         self._trackers: list[Any] = []
         self._opened = contextlib.ExitStack()
@@ -144,13 +143,14 @@ class Trackers:
             return
         params, statistics = jax.device_get((params, statistics))
         found = histograms(params)
+        images = {}
         try:
-            batch = first_batch(self._run.config, self._dataset, statistics, step=step)
+            if self._dataset is not None:
+                config = self._run.config
+                batch = first_batch(config, self._dataset, statistics, step=step)
+                images = {"batch": batch.png()}
         except UserError as error:
             self._run.tell(f"warning: no images for the trackers: {error}")
-            images = {}
-        else:
-            images = {"batch": batch.png()}
         for tracker in self._trackers:
             tracker.add_images(step, images)
             tracker.add_histograms(step, found)

@@ -7,7 +7,7 @@ import pytest
 
 from resnet_jax.detection.coco_figures import FIGURES, coco_figures
 from resnet_jax.detection.detections import Detections
-from resnet_jax.detection.result import evaluation_result, headline
+from resnet_jax.detection.result import evaluation_result, headline, row_of
 from resnet_jax.identity import Identity
 from tests.detection.cases import annotation, detected, made_up
 
@@ -40,6 +40,12 @@ def test_what_the_file_says():
     assert result["voc"]["map_area"] == precision.map_area
     coco = coco_figures(ANNOTATIONS, FOUND, NAMES)
     assert {name: result["coco"][name] for name in FIGURES} == coco.figures
+    row = row_of(result)
+    assert (row["test_map_area"], row["test_map_11"]) == (
+        precision.map_area,
+        precision.map_11,
+    )
+    assert row["test_ap75"] == coco.figures["AP75"]
     first = result["classes"]["a"]
     assert first["ap_area"] == precision.classes[0].ap_area
     assert first["AP"] == coco.by_class["a"]["AP"]
@@ -53,10 +59,12 @@ def test_what_the_file_says():
 def test_without_coco_or_objects():
     result, _ = evaluate()
     assert "coco" not in result
+    assert [*row_of(result)] == ["test_map_area", "test_map_11"]
     assert "AP" not in result["classes"]["a"]
     empty, nothing = annotation((9, 9), [], []), Detections([], [], [])
     result, _ = evaluation_result([empty], ["x"], ("a",), None, [nothing], coco=True)
     assert headline(result).startswith("mAP none by area, none by 11 points")
+    assert row_of(result) == {}
     json.dumps(result, allow_nan=False)
 
 

@@ -1,0 +1,173 @@
+"""``resnet-jax detect``."""
+
+import argparse
+from typing import Any
+
+from resnet_jax.cli.arguments import output_file
+from resnet_jax.cli.overrides import CONFIG, fields_help, parse_overrides
+from resnet_jax.cli.processes import add_process_flags, connected
+from resnet_jax.config.detection import DetectionConfig
+from resnet_jax.errors import UserError
+
+_TRAIN = """Train a detector as a config file says, in a workdir.
+
+  resnet-jax detect train --config detection/bccd --workdir runs/bccd \\
+      --config.data.path=BCCD
+  resnet-jax detect train --config detection/voc07 --workdir runs/voc07 \\
+      --config.data.path=VOCdevkit/VOC2007 \\
+      --config.model.weights=torchvision:resnet101
+
+On an unfinished workdir the same command continues where the run stopped, bit for bit.
+On a finished one it prints the result. Any field can be overridden.
+"""
+
+_EVALUATE = """Test a detector on a whole split, by VOC's and COCO's measures.
+
+  resnet-jax detect evaluate --workdir runs/bccd --html bccd.html
+  resnet-jax detect evaluate --workdir runs/coco --config.evaluation.metric=coco
+  resnet-jax detect evaluate --workdir runs/voc07 --config.data.path=VOC2012 \\
+      --config.data.test_split=val
+
+Precision is the mean over the classes at IoU 0.5, by area and by 11 points. --config
+says where data are now, which split to use, and other sizes or thresholds.
+"""
+
+_PREDICT = """Print what a detector finds in pictures, and draw it.
+
+  resnet-jax detect predict --workdir runs/bccd pictures/ --out found
+  resnet-jax detect predict --workdir runs/bccd cell.jpg --json found.jsonl
+
+Folders are read at any depth. Broken pictures are named on standard error and left out;
+the exit status is then 1.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the subcommand to the parser of ``resnet-jax``."""
+    parser = commands.add_parser(
+        "detect", help="object detection: train, evaluate, predict"
+    )
+    actions = parser.add_subparsers(metavar="ACTION")
+    _add_train(actions)
+    _add_evaluate(actions)
+    _add_predict(actions)
+
+
+def _add_train(actions: Any) -> None:
+    parser = actions.add_parser(
+        "train",
+        help="train a detector from a config file, or continue",
+        description=_TRAIN,
+        epilog=fields_help(DetectionConfig),
+    )
+    add = parser.add_argument
+    add(
+        "--config",
+        metavar="NAME|FILE.py[:ARG]",
+        help=f"{CONFIG}; not needed to continue a workdir",
+    )
+    add("--workdir", required=True, metavar="DIR", help="the run's folder")
+    add_process_flags(parser)
+    parser.set_defaults(run=_train, takes_overrides=True, schema=DetectionConfig)
+
+
+def _add_evaluate(actions: Any) -> None:
+    parser = actions.add_parser(
+        "evaluate", help="test a detector on a split", description=_EVALUATE
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, metavar="DIR", help="of detect train")
+    add("--checkpoint", metavar="STEP", default="last", help="last (default) or a step")
+    add("--json", type=output_file, metavar="FILE", help="write the result here")
+    add("--html", type=output_file, metavar="FILE", help="write a page about it here")
+    add_process_flags(parser)
+    parser.set_defaults(run=_evaluate, takes_overrides=True, schema=DetectionConfig)
+
+
+def _add_predict(actions: Any) -> None:
+    parser = actions.add_parser(
+        "predict", help="find objects in pictures", description=_PREDICT
+    )
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders")
+    add("--workdir", required=True, metavar="DIR", help="of detect train")
+    add(
+        "--score",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="smallest score of what is shown (default: 0.5)",
+    )
+    add("--out", metavar="FOLDER", help="write the pictures with their boxes here")
+    add(
+        "--json",
+        type=output_file,
+        metavar="FILE",
+        help="write one JSON object per picture here: image and detections",
+    )
+    parser.set_defaults(run=_predict)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from resnet_jax.console import loading
+
+    with loading():
+        config = _config(options)  # first: the answer to a mistake should not wait
+        from resnet_jax.detection.train import train_detector
+
+    with connected(options, config.parallel.peer_timeout_seconds):
+        train_detector(config, options.workdir)
+
+
+def _config(options: argparse.Namespace) -> Any:
+    from resnet_jax.config import load_config
+
+    overrides = parse_overrides(options.rest)
+    if options.config is not None:
+        return load_config(options.config, overrides, DetectionConfig)
+    from resnet_jax.workdir import Workdir
+
+    present = Workdir(options.workdir, DetectionConfig).read_config()
+    if present is None or overrides:
+        raise UserError(
+            "give --config NAME or FILE.py; only to continue a run, without overrides, "
+            "it is not needed"
+        )
+    return present
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from resnet_jax.console import loading
+
+    with loading():
+        from resnet_jax.detection.evaluate import evaluate_detector
+
+    checkpoint = options.checkpoint
+    with connected(options):
+        evaluate_detector(
+            options.workdir,
+            checkpoint=int(checkpoint) if checkpoint.isdecimal() else checkpoint,
+            overrides=parse_overrides(options.rest),
+            json_path=options.json,
+            html_path=options.html,
+        )
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from resnet_jax.console import loading
+
+    with loading():
+        from resnet_jax.detection.detector import load_detector
+        from resnet_jax.detection.predict import predict_boxes
+
+    number, broken = predict_boxes(
+        load_detector(options.workdir),
+        options.images,
+        score=options.score,
+        out=options.out,
+        json_path=options.json,
+    )
+    if broken:
+        raise UserError(
+            f"{broken:,} of {number + broken:,} could not be read: see the lines above"
+        )

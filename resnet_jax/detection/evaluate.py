@@ -1,0 +1,134 @@
+"""Tests of detectors: a whole split by VOC's and COCO's measures."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import rich.console
+
+from resnet_jax import distributed
+from resnet_jax.analysis import pages
+from resnet_jax.config import override
+from resnet_jax.console import make_console, say
+from resnet_jax.detection.detector import (
+    Detector,
+    detect_all,
+    detection_program,
+    load_detector,
+    protocol_of,
+)
+from resnet_jax.detection.report import precision_parts
+from resnet_jax.detection.result import (
+    evaluation_result,
+    headline,
+    percent,
+)
+from resnet_jax.detection.sources import open_detection_data
+from resnet_jax.environment import command_line, environment
+from resnet_jax.errors import UserError
+from resnet_jax.evaluation.evaluate import write_result
+from resnet_jax.storage import writing
+
+FREE_FIELDS: tuple[str, ...] = (
+    *("data.", "evaluation.", "detector.test_", "detector.proposal_nms"),
+    *("detector.smallest_proposal", "detector.score_threshold", "detector.nms"),
+    "detector.detections",
+)
+"""The config fields, or beginnings of fields, that a test may change."""
+
+
+def evaluate_detector(
+    detector: Detector | str | os.PathLike[str],
+    *,
+    checkpoint: int | str = "last",
+    overrides: Mapping[str, str] | None = None,
+    json_path: str | os.PathLike[str] | None = None,
+    html_path: str | os.PathLike[str] | None = None,
+    console: rich.console.Console | None = None,
+) -> dict[str, Any]:
+    """Tests a detector on ``data.test_split``; prints the precision of each class.
+
+    Args:
+      detector: a ``Detector``, or the workdir of a run.
+      checkpoint: of the run: "last" or a step.
+      overrides: values as text for config fields of ``FREE_FIELDS``: other data, their
+        sizes, thresholds; evaluation.metric=coco adds COCO's figures.
+      json_path: file for the result.
+      html_path: file for a page with curves and pictures.
+      console: where to print; standard output by default.
+
+    Returns:
+      See ``result.evaluation_result``, with facts of the run.
+
+    Raises:
+      UserError: there is no such run, the data are missing or have other classes, or a
+        field cannot be changed.
+    """
+    console = console or make_console()
+    overrides = dict(overrides or {})
+    for name in overrides:
+        if not name.startswith(FREE_FIELDS):
+            raise UserError(
+                f"{name} cannot be changed for a trained detector; only "
+                f"{', '.join(field.rstrip('.') for field in FREE_FIELDS)} can"
+            )
+    if not isinstance(detector, Detector):
+        detector = load_detector(detector, checkpoint)
+    config = override(detector.config, overrides)
+    data = open_detection_data(config.data)
+    if data.class_names != detector.class_names:
+        raise UserError(
+            f"the detector finds {', '.join(detector.class_names)}, but the data have "
+            f"{', '.join(data.class_names)}; give data of its classes, or set "
+            "data.class_names to their order in its run"
+        )
+    model = detector.model.clone(config=config.detector)
+    skipped: list[str] = []
+    detections = detect_all(
+        detection_program(model, detector.mesh),
+        detector.variables,
+        detector.statistics,
+        data.test,
+        config.data,
+        config.evaluation.batch_size or config.training.global_batch_size,
+        detector.mesh,
+        skipped=skipped,
+    )
+    annotations = [data.test.annotation(index) for index in range(len(data.test))]
+    result, _ = evaluation_result(
+        annotations,
+        [data.test.name(index) for index in range(len(data.test))],
+        data.class_names,
+        data.test.category_ids,
+        detections,
+        coco=config.evaluation.metric == "coco",
+        protocol=protocol_of(config),
+        identity=data.identity,
+    )
+    result |= {
+        "split": config.data.test_split,
+        "skipped": len(skipped),
+        "step": detector.step,
+        "model": config.model.name,
+        "command": command_line(),
+        "environment": environment(),
+    }
+    if not distributed.is_primary():
+        return result
+    for sentence in skipped:
+        say(console, f"warning: left out: {sentence}")
+    for name, found in result["classes"].items():
+        say(console, f"{percent(found['ap_area']):>9}  {name}")
+    say(console, headline(result))
+    if json_path is not None:
+        write_result(json_path, result)
+    if html_path is not None:
+        page = pages.page(
+            f"Faster R-CNN, {result['model']}",
+            pages.paragraph(headline(result), "error"),
+            *precision_parts(result, data.test, detections),
+        )
+        with writing(html_path) as temporary:
+            temporary.write_text(page, "utf-8")
+        say(console, f"page: {html_path}")
+    return result
