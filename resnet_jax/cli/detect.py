@@ -27,9 +27,13 @@ _EVALUATE = """Test a detector on a whole split, by VOC's and COCO's measures.
   resnet-jax detect evaluate --workdir runs/coco --config.evaluation.metric=coco
   resnet-jax detect evaluate --workdir runs/voc07 --config.data.path=VOC2012 \\
       --config.data.test_split=val
+  resnet-jax detect evaluate --workdir runs/a --workdir runs/b \\
+      --config.detector.test_refine=true \\
+      --config.detector.test_scales=200,400,600,800,1000
 
-Precision is the mean over the classes at IoU 0.5, by area and by 11 points. --config
-says where data are now, which split to use, and other sizes or thresholds.
+Several workdirs are an ensemble. Precision is the mean over the classes at IoU 0.5, by
+area and by 11 points. --config says where data are now, which split to use, and other
+sizes or thresholds; detector.test_* are the improvements of the paper's appendix B.
 """
 
 _PREDICT = """Print what a detector finds in pictures, and draw it.
@@ -76,7 +80,7 @@ def _add_evaluate(actions: Any) -> None:
         "evaluate", help="test a detector on a split", description=_EVALUATE
     )
     add = parser.add_argument
-    add("--workdir", required=True, metavar="DIR", help="of detect train")
+    _add_workdirs(parser)
     add("--checkpoint", metavar="STEP", default="last", help="last (default) or a step")
     add("--json", type=output_file, metavar="FILE", help="write the result here")
     add("--html", type=output_file, metavar="FILE", help="write a page about it here")
@@ -90,7 +94,7 @@ def _add_predict(actions: Any) -> None:
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders")
-    add("--workdir", required=True, metavar="DIR", help="of detect train")
+    _add_workdirs(parser)
     add(
         "--score",
         type=float,
@@ -105,7 +109,17 @@ def _add_predict(actions: Any) -> None:
         metavar="FILE",
         help="write one JSON object per picture here: image and detections",
     )
-    parser.set_defaults(run=_predict)
+    parser.set_defaults(run=_predict, takes_overrides=True, schema=DetectionConfig)
+
+
+def _add_workdirs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        action="append",
+        metavar="DIR",
+        help="of detect train; give it several times for an ensemble",
+    )
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -157,12 +171,12 @@ def _predict(options: argparse.Namespace) -> None:
     from resnet_jax.console import loading
 
     with loading():
-        from resnet_jax.detection.detector import load_detector
         from resnet_jax.detection.predict import predict_boxes
 
     number, broken = predict_boxes(
-        load_detector(options.workdir),
+        options.workdir,
         options.images,
+        overrides=parse_overrides(options.rest),
         score=options.score,
         out=options.out,
         json_path=options.json,

@@ -1,5 +1,6 @@
 """The combinations of fields that ``resolve`` refuses."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -366,6 +367,14 @@ def _detector(config: DetectionConfig) -> Iterator[str]:
         yield (
             f"data.shorter_side={data.shorter_side} is above data.longer_side="
             f"{data.longer_side}: lower it"
+        )
+    scales = detector.test_scales
+    rises = all(a < b for a, b in itertools.pairwise(scales))
+    if scales and not (rises and data.shorter_side in scales):
+        yield (
+            f"detector.test_scales={','.join(map(str, scales))} must rise and contain "
+            f"data.shorter_side={data.shorter_side}, at which regions are proposed: "
+            "change them"
         )
 
 

@@ -134,9 +134,10 @@ class DetectorConfig:
     )
     roi_pooling: str = option(
         "align",
-        "how a region is cut from the map: align interpolates (He et al. 2017), max "
-        "pools whole cells as in the paper",
-        choices=("align", "max"),
+        "how a region is cut from the map: align interpolates (He et al. 2017), "
+        "align_v1 half a cell off, as torchvision's detectors do, max pools whole "
+        "cells as in the paper",
+        choices=("align", "align_v1", "max"),
     )
     roi_size: int | None = option(
         None,
@@ -159,6 +160,31 @@ class DetectorConfig:
     )
     detections: int = option(
         100, "most detections an image", at_least=1, at_most=10_000
+    )
+    test_refine: bool = option(
+        False,
+        "box refinement (appendix B): classify the regressed boxes too, and let boxes "
+        "vote on the place of each detection",
+    )
+    test_vote: float = option(
+        0.5,
+        "IoU from which a box of the class votes; 1: none but the detection itself",
+        at_least=0,
+        at_most=1,
+    )
+    test_scales: tuple[int, ...] = option(
+        (),
+        "shorter sides at which regions are classified (appendix B: "
+        "200,400,600,800,1000), data.shorter_side among them; (): that alone",
+        at_least=16,
+        at_most=MOST_PIXELS,
+    )
+    test_region_side: int = option(
+        224,
+        "with scales: a region is classified at the two where it is nearest to a "
+        "square of this side in area, by the larger of their features",
+        at_least=1,
+        at_most=MOST_PIXELS,
     )
 
 

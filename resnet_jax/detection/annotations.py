@@ -1,6 +1,7 @@
 """Annotated images: boxes, their classes, and the sources that hold them."""
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -8,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
+import simplejpeg
+from numpy.typing import ArrayLike
 
 from resnet_jax.config.schema import MAX_IMAGE_PIXELS
 from resnet_jax.data import images
@@ -103,13 +106,13 @@ class AnnotationTable:
     @classmethod
     def build(
         cls,
-        sizes: Sequence[tuple[int, int]],
-        counts: Sequence[int] | np.ndarray,
-        boxes: Sequence[Sequence[float]],
-        classes: Sequence[int],
-        difficult: Sequence[bool] | None = None,
-        crowd: Sequence[bool] | None = None,
-        areas: Sequence[float] | None = None,
+        sizes: ArrayLike,
+        counts: ArrayLike,
+        boxes: ArrayLike,
+        classes: ArrayLike,
+        difficult: ArrayLike | None = None,
+        crowd: ArrayLike | None = None,
+        areas: ArrayLike | None = None,
     ) -> "AnnotationTable":
         """The table of lists over all images (``sizes``, ``counts``) and objects."""
         corners = np.asarray(boxes, np.float32).reshape(-1, 4)
@@ -291,7 +294,12 @@ def decode(
     """
     name = source.name(index)
     pixels = images.decode(Example(source.image(index), 0, name), 3, max_pixels)
-    found, stated = pixels.shape[:2], source.annotation(index).size
+    check_size(name, pixels.shape[:2], source.annotation(index).size)
+    return pixels
+
+
+def check_size(name: str, found: tuple[int, ...], stated: tuple[int, int]) -> None:
+    """Raises UserError if an image has another size than its annotation states."""
     if found != stated:
         why = ""
         if found == stated[::-1]:
@@ -301,15 +309,24 @@ def decode(
             f"{stated[1]} x {stated[0]}{why}: correct the annotation, or save the "
             "image upright (mogrify -auto-orient)"
         )
-    return pixels
+
+
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Height and width of an encoded image, for annotations that do not state them.
+
+    Raises:
+      UserError: it cannot be decoded.
+    """
+    with contextlib.suppress(ValueError):  # no JPEG: decode it
+        return simplejpeg.decode_jpeg_header(data)[:2]
+    height, width = images.decode(Example(data, 0, name), 1).shape[:2]
+    return height, width
 
 
 def size_of_file(file: str) -> tuple[int, int]:
-    """Height and width of an image file, for annotations that do not state them.
+    """The size of an image file.
 
     Raises:
       UserError: it cannot be read or decoded.
     """
-    data = read_bytes(file, 0, -1, f"image {file}")
-    height, width = images.decode(Example(data, 0, file), 1).shape[:2]
-    return height, width
+    return image_size(read_bytes(file, 0, -1, f"image {file}"), file)

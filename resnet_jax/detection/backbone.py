@@ -122,7 +122,7 @@ def _of_vgg(net: VGG, config: BackboneConfig) -> Backbone:
     return Backbone(
         # Its dense layers need a classifier, which loading replaces.
         net=net.clone(num_classes=1),
-        trunk=net,
+        trunk=net.clone(only_stages=True),
         tail=FullyConnected(net.hidden_features, net.dropout_rate, net.dtype),
         roi_size=7,
         # Its four poolings each lose an odd pixel.

@@ -61,6 +61,12 @@ def resized_size(
     return height, width
 
 
+def at_scale(data: DetectionDataConfig, shorter_side: int) -> DetectionDataConfig:
+    """The same images at another scale; the limit of the longer side goes with it."""
+    longer_side = round(data.longer_side * shorter_side / data.shorter_side)
+    return dataclasses.replace(data, shorter_side=shorter_side, longer_side=longer_side)
+
+
 def trained_boxes(
     annotation: Annotation, difficult: str
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,9 @@
 """A trained detector, and what it finds in annotated images and in pictures."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +17,10 @@ from resnet_jax.config.detection import DetectionDataConfig
 from resnet_jax.data.batch import Batch
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.detection.annotations import Source
-from resnet_jax.detection.batches import evaluation_batches
+from resnet_jax.detection.batches import at_scale, evaluation_batches
 from resnet_jax.detection.detections import Detections
-from resnet_jax.detection.faster_rcnn import FasterRCNN, detections_of, prepared
+from resnet_jax.detection.faster_rcnn import FasterRCNN
+from resnet_jax.detection.inference import Scale, detections_of
 from resnet_jax.detection.state import make_detection_learner
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import Interrupted
@@ -109,6 +111,84 @@ def load_detector(
     )
 
 
+FREE_FIELDS: tuple[str, ...] = (
+    *("data.", "evaluation.", "detector.test_", "detector.proposal_nms"),
+    *("detector.smallest_proposal", "detector.score_threshold", "detector.nms"),
+    "detector.detections",
+)
+"""The config fields, or beginnings of fields, that a test may change."""
+
+Given = Detector | str | os.PathLike[str]
+"""A detector, or the workdir of its run."""
+
+
+def open_members(
+    detectors: Given | Sequence[Given],
+    checkpoint: int | str = "last",
+    overrides: Mapping[str, str] | None = None,
+) -> tuple[Detector, ...]:
+    """The detectors of an ensemble, or one alone, as they are tested.
+
+    The first one's config, with the overrides, says how all of them are tested.
+
+    Args:
+      detectors: one, or several of the same classes.
+      checkpoint: of each run: "last" or a step.
+      overrides: values as text for config fields of ``FREE_FIELDS``.
+
+    Raises:
+      UserError: there is no such run, its classes differ, or a field cannot be changed.
+    """
+    for name in overrides or {}:
+        if not name.startswith(FREE_FIELDS):
+            raise UserError(
+                f"{name} cannot be changed for a trained detector; only "
+                f"{', '.join(field.rstrip('.') for field in FREE_FIELDS)} can"
+            )
+    several = isinstance(detectors, Sequence) and not isinstance(detectors, str)
+    given: Any = detectors if several else [detectors]
+    loaded = [
+        each if isinstance(each, Detector) else load_detector(each, checkpoint)
+        for each in given
+    ]
+    if not loaded:
+        raise UserError("give at least one detector")
+    config = override(loaded[0].config, overrides or {})
+    members = []
+    for number, each in enumerate(loaded, start=1):
+        if each.class_names != loaded[0].class_names:
+            raise UserError(
+                f"detector {number} finds {', '.join(each.class_names)}, but the first "
+                f"finds {', '.join(loaded[0].class_names)}: an ensemble needs the same "
+                "classes in the same order"
+            )
+        free = {
+            field.name: getattr(config.detector, field.name)
+            for field in dataclasses.fields(config.detector)
+            if f"detector.{field.name}".startswith(FREE_FIELDS)
+        }
+        own = dataclasses.replace(each.config.detector, **free)
+        tested = dataclasses.replace(config, model=each.config.model, detector=own)
+        model = each.model.clone(config=own)
+        members.append(dataclasses.replace(each, config=tested, model=model))
+    return tuple(members)
+
+
+def finder(members: Sequence[Detector]) -> Callable[..., list[Detections]]:
+    """``detect_all`` of ``open_members``; give it ``source`` and ``batch_size``."""
+    first = members[0]
+    models = [each.model for each in members]
+    return functools.partial(
+        detect_all,
+        detection_program(models, first.mesh, first.config.data),
+        [each.variables for each in members],
+        [each.statistics for each in members],
+        data=first.config.data,
+        mesh=first.mesh,
+        scales=first.config.detector.test_scales,
+    )
+
+
 def protocol_of(config: DetectionConfig) -> dict[str, Any]:
     """How a detector is tested, for result files."""
     detector, data = config.detector, config.data
@@ -120,20 +200,33 @@ def protocol_of(config: DetectionConfig) -> dict[str, Any]:
         "score_threshold": detector.score_threshold,
         "nms": detector.nms,
         "detections": detector.detections,
+        "refine": detector.test_refine,
+        "vote": detector.test_vote if detector.test_refine else None,
+        "scales": detector.test_scales or None,
+        "region_side": detector.test_region_side if detector.test_scales else None,
     }
 
 
-Program = Callable[[Any, PixelStatistics, jax.Array, jax.Array], Any]
+Program = Callable[[Sequence[Any], Sequence[PixelStatistics], Sequence[Scale]], Any]
 
 
-def detection_program(model: FasterRCNN, mesh: Mesh) -> Program:
-    """A jitted function of (variables, statistics, images, sizes) to ``Detected``.
+def detection_program(
+    models: Sequence[FasterRCNN], mesh: Mesh, data: DetectionDataConfig
+) -> Program:
+    """A jitted ``detections_of``: variables, statistics and scales to ``Detected``.
 
     Each device looks at its own images; the detections are on all of them.
-    """
 
-    def run(variables: Any, statistics: Any, images: Any, sizes: Any) -> Any:
-        return detections_of(model, variables, prepared(images, statistics), sizes)
+    Args:
+      models: one, or those of an ensemble.
+      mesh: of the devices.
+      data: how images are prepared.
+    """
+    scales = models[0].config.test_scales
+    base = scales.index(data.shorter_side) if scales else 0
+
+    def run(variables: Any, statistics: Any, scales: Any) -> Any:
+        return detections_of(models, variables, statistics, scales, base)
 
     return jax.jit(
         parallel.on_each_device(run, mesh, shared=2),
@@ -143,13 +236,14 @@ def detection_program(model: FasterRCNN, mesh: Mesh) -> Program:
 
 def detect_all(
     program: Program,
-    variables: Any,
-    statistics: PixelStatistics,
+    variables: Sequence[Any],
+    statistics: Sequence[PixelStatistics],
     source: Source,
     data: DetectionDataConfig,
     batch_size: int,
     mesh: Mesh,
     *,
+    scales: Sequence[int] = (),
     skipped: list[str] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Detections]:
@@ -157,8 +251,20 @@ def detect_all(
 
     A broken image that ``data.on_error=skip`` leaves out has none.
 
+    Args:
+      program: of ``detection_program``.
+      variables: of each of its models.
+      statistics: of the pixels that each expects.
+      source: of the images.
+      data: how they are prepared and read.
+      batch_size: of the global batch, rounded up to divide over the devices.
+      mesh: of the devices.
+      scales: ``test_scales`` of the first model.
+      skipped: gets a sentence for each broken image that was left out.
+      interrupted: called after each batch.
+
     Raises:
-      Interrupted: ``interrupted`` returned True; it is called after each batch.
+      Interrupted: ``interrupted`` returned True.
       UserError: an image is broken and ``data.on_error`` is "stop".
     """
     found: dict[int, Detections] = {}
@@ -173,11 +279,22 @@ def detect_all(
             if index[row] >= 0:
                 found[int(index[row])] = detections
 
-    for batch in evaluation_batches(
-        source, data, batch_size, mesh=mesh, skipped=skipped
-    ):
-        detected = program(variables, statistics, batch["images"], batch["sizes"])
-        waiting.append((batch, parallel.settled(detected)))
+    sides = scales or (data.shorter_side,)
+    base = sides.index(data.shorter_side)
+    streams = [
+        evaluation_batches(
+            source,
+            at_scale(data, side),
+            batch_size,
+            mesh=mesh,
+            skipped=skipped if index == base else None,
+        )
+        for index, side in enumerate(sides)
+    ]
+    for batches in zip(*streams, strict=True):
+        pixels = tuple((batch["images"], batch["sizes"]) for batch in batches)
+        detected = program(variables, statistics, pixels)
+        waiting.append((batches[base], parallel.settled(detected)))
         if len(waiting) > 1:
             collect(*waiting.pop(0))
         if interrupted():

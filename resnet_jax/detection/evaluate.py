@@ -1,20 +1,18 @@
 """Tests of detectors: a whole split by VOC's and COCO's measures."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.console
 
 from resnet_jax import distributed
 from resnet_jax.analysis import pages
-from resnet_jax.config import override
 from resnet_jax.console import make_console, say
 from resnet_jax.detection.detector import (
-    Detector,
-    detect_all,
-    detection_program,
-    load_detector,
+    Given,
+    finder,
+    open_members,
     protocol_of,
 )
 from resnet_jax.detection.report import precision_parts
@@ -29,16 +27,9 @@ from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluate import write_result
 from resnet_jax.storage import writing
 
-FREE_FIELDS: tuple[str, ...] = (
-    *("data.", "evaluation.", "detector.test_", "detector.proposal_nms"),
-    *("detector.smallest_proposal", "detector.score_threshold", "detector.nms"),
-    "detector.detections",
-)
-"""The config fields, or beginnings of fields, that a test may change."""
-
 
 def evaluate_detector(
-    detector: Detector | str | os.PathLike[str],
+    detector: Given | Sequence[Given],
     *,
     checkpoint: int | str = "last",
     overrides: Mapping[str, str] | None = None,
@@ -49,10 +40,12 @@ def evaluate_detector(
     """Tests a detector on ``data.test_split``; prints the precision of each class.
 
     Args:
-      detector: a ``Detector``, or the workdir of a run.
-      checkpoint: of the run: "last" or a step.
+      detector: a ``Detector``, or the workdir of a run; or several, an ensemble, whose
+        first one says how all of them are tested.
+      checkpoint: of each run: "last" or a step.
       overrides: values as text for config fields of ``FREE_FIELDS``: other data, their
         sizes, thresholds; evaluation.metric=coco adds COCO's figures.
+        detector.test_refine, detector.test_scales: the improvements of appendix B.
       json_path: file for the result.
       html_path: file for a page with curves and pictures.
       console: where to print; standard output by default.
@@ -65,33 +58,19 @@ def evaluate_detector(
         field cannot be changed.
     """
     console = console or make_console()
-    overrides = dict(overrides or {})
-    for name in overrides:
-        if not name.startswith(FREE_FIELDS):
-            raise UserError(
-                f"{name} cannot be changed for a trained detector; only "
-                f"{', '.join(field.rstrip('.') for field in FREE_FIELDS)} can"
-            )
-    if not isinstance(detector, Detector):
-        detector = load_detector(detector, checkpoint)
-    config = override(detector.config, overrides)
+    members = open_members(detector, checkpoint, overrides)
+    config, class_names = members[0].config, members[0].class_names
     data = open_detection_data(config.data)
-    if data.class_names != detector.class_names:
+    if data.class_names != class_names:
         raise UserError(
-            f"the detector finds {', '.join(detector.class_names)}, but the data have "
+            f"the detector finds {', '.join(class_names)}, but the data have "
             f"{', '.join(data.class_names)}; give data of its classes, or set "
             "data.class_names to their order in its run"
         )
-    model = detector.model.clone(config=config.detector)
     skipped: list[str] = []
-    detections = detect_all(
-        detection_program(model, detector.mesh),
-        detector.variables,
-        detector.statistics,
-        data.test,
-        config.data,
-        config.evaluation.batch_size or config.training.global_batch_size,
-        detector.mesh,
+    detections = finder(members)(
+        source=data.test,
+        batch_size=config.evaluation.batch_size or config.training.global_batch_size,
         skipped=skipped,
     )
     annotations = [data.test.annotation(index) for index in range(len(data.test))]
@@ -108,8 +87,8 @@ def evaluate_detector(
     result |= {
         "split": config.data.test_split,
         "skipped": len(skipped),
-        "step": detector.step,
-        "model": config.model.name,
+        "step": members[0].step,
+        "model": " + ".join(member.config.model.name for member in members),
         "command": command_line(),
         "environment": environment(),
     }

@@ -19,7 +19,7 @@ from resnet_jax.config.detection import DetectorConfig
 from resnet_jax.data.transforms import PixelStatistics, normalize, to_unit
 from resnet_jax.detection.anchors import Anchors
 from resnet_jax.detection.backbone import STRIDE, Backbone, make_backbone
-from resnet_jax.detection.head import Detected, Head, decode_regions, detect
+from resnet_jax.detection.head import Head
 from resnet_jax.detection.roi import roi_align, roi_pool
 from resnet_jax.detection.rpn import RPN, Proposals, propose
 from resnet_jax.models.features import checked_images
@@ -104,24 +104,42 @@ class FasterRCNN(nn.Module):
 
         With ``context``, those of the whole image follow each region's: (B, R, 2 d).
         """
-        boxes = lax.stop_gradient(boxes)
+        boxes = self.all_regions(lax.stop_gradient(boxes), sizes)
+        regions = self.pool(maps, boxes, sizes)
+        return self.joined(self.tail_features(regions, train))
+
+    def all_regions(self, boxes: jax.Array, sizes: jax.Array) -> jax.Array:
+        """The boxes to pool: (B, R, 4), and the whole image last with ``context``."""
         if self.config.context:
             boxes = jnp.concatenate([boxes, whole_images(sizes)], axis=1)
-        regions = jax.vmap(self._pool)(maps, boxes, self.map_sizes(sizes))
+        return boxes
+
+    def pool(self, maps: jax.Array, boxes: jax.Array, sizes: jax.Array) -> jax.Array:
+        """Pooled regions (B, R, out, out, c) of boxes (B, R, 4)."""
+        function: Any = {
+            "align": roi_align,
+            "align_v1": functools.partial(roi_align, aligned=False),
+            "max": roi_pool,
+        }[self.config.roi_pooling]
+        out = self.config.roi_size or self.backbone.roi_size
+        pool = functools.partial(function, stride=STRIDE, out=out)
+        return jax.vmap(pool)(maps, boxes, self.map_sizes(sizes))
+
+    def tail_features(self, regions: jax.Array, train: bool = False) -> jax.Array:
+        """The tail's features (B, R, d) of pooled regions."""
         features = self.tail(regions.reshape(-1, *regions.shape[2:]), train)
-        features = features.reshape(*regions.shape[:2], -1)
+        return features.reshape(*regions.shape[:2], -1)
+
+    def joined(self, features: jax.Array) -> jax.Array:
+        """Features for the head: with ``context``, the last region's beside the others.
+
+        Without, they stay as they are.
+        """
         if self.config.context:
             features, context = features[:, :-1], features[:, -1:]
             context = jnp.broadcast_to(context, features.shape)
             features = jnp.concatenate([features, context], axis=-1)
         return features
-
-    def _pool(
-        self, features: jax.Array, boxes: jax.Array, size: jax.Array
-    ) -> jax.Array:
-        pool = roi_align if self.config.roi_pooling == "align" else roi_pool
-        out = self.config.roi_size or self.backbone.roi_size
-        return pool(features, boxes, size, stride=STRIDE, out=out)
 
     def __call__(
         self, images: jax.Array, sizes: jax.Array, train: bool = False
@@ -196,32 +214,6 @@ def propose_from(
 def prepared(images: jax.Array, statistics: PixelStatistics) -> jax.Array:
     """Uint8 images (B, H, W, 3) as the net takes them."""
     return normalize(to_unit(images), statistics)
-
-
-def detections_of(
-    model: FasterRCNN,
-    variables: Any,
-    images: jax.Array,
-    sizes: jax.Array,
-) -> Detected:
-    """The detections of each image, (B, D, ...), in pixels of the padded images.
-
-    Args:
-      model: the net.
-      variables: its params and batch_stats.
-      images: (B, H, W, 3), normalised and padded.
-      sizes: int (B, 2), height and width of each image.
-    """
-    net = model.bind(variables)
-    maps = net.features(images, sizes)
-    proposals = proposals_of(net, maps, sizes)
-    logits, deltas = net.classify(maps, proposals.boxes, sizes)
-    boxes = jax.vmap(functools.partial(decode_regions, num_classes=model.num_classes))(
-        deltas, proposals.boxes, sizes
-    )
-    return jax.vmap(functools.partial(detect, config=model.config))(
-        nn.softmax(logits), boxes, proposals.valid
-    )
 
 
 def proposals_of(net: FasterRCNN, maps: jax.Array, sizes: jax.Array) -> Proposals:

@@ -1,9 +1,10 @@
-"""The paper's improvements at test time (appendix B): pure functions on one image.
+"""The paper's improvements at test time (appendix B), as pure functions.
 
-All of them act on a *classifier of regions*: a function from boxes (R, 4) to class
-probabilities (R, K + 1), background last, and to regressed boxes (R, K, 4). So they
-combine: a refined ensemble is ``refine(average([first, second]), union(...), ...)``.
-Global context, the remaining improvement, is trained, and a field of the net.
+``refine`` and ``average`` act on a *classifier of regions*: a function from boxes
+(..., R, 4) to class probabilities (..., R, K + 1), background last, and to regressed
+boxes (..., R, K, 4). So they combine: ``refine(average([first, second]), ...)`` refines
+an ensemble. The other functions take one image. Global context, the remaining
+improvement, is trained, and a field of the net.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,21 +28,21 @@ def refine(
 
     Args:
       classify: a classifier of regions.
-      proposals: float32 (R, 4).
-      valid: bool (R,).
+      proposals: float32 (..., R, 4).
+      valid: bool (..., R).
 
     Returns:
-      Probabilities (2R, K + 1), boxes (2R, K, 4) and valid (2R,): the first pass, then
-      the second.
+      Probabilities (..., 2R, K + 1), boxes (..., 2R, K, 4) and valid (..., 2R): the
+      first pass, then the second.
     """
     probabilities, boxes = classify(proposals)
-    best = probabilities[:, :-1].argmax(axis=1)
-    regressed = jnp.take_along_axis(boxes, best[:, None, None], axis=1)[:, 0]
+    best = probabilities[..., :-1].argmax(axis=-1)[..., None, None]
+    regressed = jnp.take_along_axis(boxes, best, axis=-2)[..., 0, :]
     again = classify(regressed)
     return (
-        jnp.concatenate([probabilities, again[0]]),
-        jnp.concatenate([boxes, again[1]]),
-        jnp.concatenate([valid, valid]),
+        jnp.concatenate([probabilities, again[0]], axis=-2),
+        jnp.concatenate([boxes, again[1]], axis=-3),
+        jnp.concatenate([valid, valid], axis=-1),
     )
 
 
@@ -119,21 +120,21 @@ def take_scales(
     """What two scales have of each region; the net merges its features by maximum.
 
     Args:
-      regions: S arrays (R, ...), one for each scale.
-      chosen: int32 (R, 2), from ``choose_scales``.
+      regions: S arrays (..., R, h, w, c) of pooled regions, one for each scale.
+      chosen: int32 (..., R, 2), from ``choose_scales``.
 
     Returns:
-      Two arrays (R, ...).
+      Two arrays (..., R, h, w, c).
     """
 
     def take(index: jax.Array) -> jax.Array:
-        index = index.reshape(-1, *[1] * (regions[0].ndim - 1))
+        index = index[..., None, None, None]
         result = regions[0]
         for scale, values in enumerate(regions[1:], start=1):
             result = jnp.where(index == scale, values, result)
         return result
 
-    return take(chosen[:, 0]), take(chosen[:, 1])
+    return take(chosen[..., 0]), take(chosen[..., 1])
 
 
 def rescale(boxes: jax.Array, size: jax.Array, new_size: jax.Array) -> jax.Array:

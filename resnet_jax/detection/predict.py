@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from resnet_jax.data.images import to_pillow
 from resnet_jax.data.pictures import Picture, name_of, read_picture
 from resnet_jax.detection.annotations import Annotation
 from resnet_jax.detection.detections import Detections
-from resnet_jax.detection.detector import Detector, detect_all, detection_program
+from resnet_jax.detection.detector import Detector, Given, finder, open_members
 from resnet_jax.detection.drawing import draw_boxes
 from resnet_jax.errors import UserError
 
@@ -55,7 +55,7 @@ class PictureSource:
 
 
 def detect_pictures(
-    detector: Detector,
+    detectors: Sequence[Detector],
     pictures: Iterable[Picture],
     on_fault: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, np.ndarray, Detections]]:
@@ -64,14 +64,14 @@ def detect_pictures(
     Pictures are turned upright as their EXIF says.
 
     Args:
-      detector: see ``load_detector``.
+      detectors: from ``open_members``.
       pictures: paths, Pillow images or arrays.
       on_fault: gets a sentence for each broken picture, which is then left out.
 
     Raises:
       UserError: a picture is broken, and there is no ``on_fault``.
     """
-    program = detection_program(detector.model, detector.mesh)
+    find, class_names = finder(detectors), detectors[0].class_names
     numbered = enumerate(pictures)
     while part := list(itertools.islice(numbered, _AT_ONCE)):
         decoded = []
@@ -86,22 +86,16 @@ def detect_pictures(
         if not decoded:
             continue
         numbers, pixels = zip(*decoded, strict=True)
-        found = detect_all(
-            program,
-            detector.variables,
-            detector.statistics,
-            PictureSource(pixels, detector.class_names),
-            detector.config.data,
-            1,
-            detector.mesh,
-        )
+        found = find(source=PictureSource(pixels, class_names), batch_size=1)
         yield from zip(numbers, pixels, found, strict=True)
 
 
 def predict_boxes(
-    detector: Detector,
+    detector: Given | Sequence[Given],
     paths: Sequence[str | os.PathLike[str]],
     *,
+    checkpoint: int | str = "last",
+    overrides: Mapping[str, str] | None = None,
     score: float = 0.5,
     out: str | os.PathLike[str] | None = None,
     json_path: str | os.PathLike[str] | None = None,
@@ -111,8 +105,11 @@ def predict_boxes(
     """Prints what a detector finds in image files, and draws it.
 
     Args:
-      detector: see ``load_detector``.
+      detector: a ``Detector``, or the workdir of a run; or several, an ensemble, whose
+        first one says how all of them are tested.
       paths: image files, and folders, whose images at any depth are taken.
+      checkpoint: of each run: "last" or a step.
+      overrides: values as text for config fields, as for ``evaluate_detector``.
       score: smallest score that counts.
       out: folder for the pictures with their boxes, as PNG files.
       json_path: file for one JSON object per line: image, and its detections.
@@ -135,11 +132,12 @@ def predict_boxes(
         broken.append(sentence)
         say(faults, f"resnet-jax: {sentence}")
 
-    names, count = detector.class_names, 0
+    detectors = open_members(detector, checkpoint, overrides)
+    names, count = detectors[0].class_names, 0
     if out is not None:
         os.makedirs(out, exist_ok=True)
     with json_lines(json_path) as write:
-        for number, pixels, found in detect_pictures(detector, files, on_fault):
+        for number, pixels, found in detect_pictures(detectors, files, on_fault):
             count += 1
             found = found.above(score)
             say(console, f"{files[number]}: {_counts(found, names)}")

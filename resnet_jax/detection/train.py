@@ -177,7 +177,9 @@ class _DetectionRun(Run):
         self.data = dataset
         self.feeds = {"train": _Skipped(), "test": _Skipped()}
         self.step = make_detection_step(self.learner)
-        self.program = detection_program(self.learner.model, self.learner.mesh)
+        self.program = detection_program(
+            (self.learner.model,), self.learner.mesh, self.config.data
+        )
 
     def training_batches(self) -> Generator[Any]:
         """See ``Run``."""
@@ -214,12 +216,13 @@ class _DetectionRun(Run):
         config, source = self.config, self.data.test
         detections = detect_all(
             self.program,
-            state.evaluation_variables(),
-            state.statistics,
+            (state.evaluation_variables(),),
+            (state.statistics,),
             source,
             config.data,
             config.evaluation.batch_size or self.batch_size,
             self.learner.mesh,
+            scales=config.detector.test_scales,
             skipped=self.feeds["test"].skipped,
             interrupted=self.stop.asked,
         )

@@ -66,6 +66,8 @@ class VGG(FeatureNet):
       widths: channels of each stage.
       num_classes: classes of the classifier; None leaves out all dense layers and
         averages the last map after its pooling.
+      only_stages: end with the last stage's map, for nets that go on in another way,
+        such as detectors.
       hidden_features: features of ``fc1`` and ``fc2``.
       dropout_rate: rate after ``fc1`` and ``fc2``.
       batch_norm: whether a batch normalisation follows each convolution.
@@ -77,6 +79,7 @@ class VGG(FeatureNet):
     stage_convs: Sequence[int] = (2, 2, 3, 3, 3)
     widths: Sequence[int] = (64, 128, 256, 512, 512)
     num_classes: int | None = 1000
+    only_stages: bool = False
     hidden_features: int = 4096
     dropout_rate: float = 0.5
     batch_norm: bool = False
@@ -105,6 +108,8 @@ class VGG(FeatureNet):
                 )
             x = VGGStage(size, width, norm, self.dtype, name=name)(x)
             maps.append(FeatureMap(x, f"C{index + 1}", 2**index))
+            if self.only_stages and index + 1 == poolings:
+                return tuple(maps), x
             x = Pool(functools.partial(max_pool, size=2), rounds_down=True)(x)
         if self.num_classes is None:
             return tuple(maps), Pool(global_average)(x)

@@ -10,6 +10,7 @@ were made; they keep their order.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -17,7 +18,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,23 +97,91 @@ def prepare_dataset(
       UserError: the source or an image is broken, the folder holds something else, or
         the disk is full.
     """
-    if on_error not in ("stop", "skip"):
-        raise UserError(f"on_error is stop or skip, not {on_error!r}")
     if quality is not None and not 1 <= quality <= 100:
         raise UserError(f"quality is a number from 1 to 100, not {quality}")
-    numbers = (shorter_side, num_shards, shard_mib, threads, max_image_pixels)
-    names = ("shorter-side", "shards", "shard-mib", "threads", "max-image-pixels")
-    for name, value in zip(names, numbers, strict=True):
+    for name, value in {
+        "shorter-side": shorter_side,
+        "shards": num_shards,
+        "shard-mib": shard_mib,
+        "threads": threads,
+        "max-image-pixels": max_image_pixels,
+    }.items():
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
-    console = console or rich.console.Console()
-    folder = _output_folder(source, output)
-    collection = open_source(source, data_dir)
-    encoding = Encoding(shorter_side, quality, max_image_pixels)
+    folder = output_folder(source, output)
+    return prepare_collection(
+        open_source(source, data_dir),
+        os.fspath(source),
+        folder,
+        splits=splits,
+        encoding=Encoding(shorter_side, quality, max_image_pixels),
+        num_shards=num_shards,
+        shard_mib=shard_mib,
+        threads=threads,
+        on_error=on_error,
+        console=console or rich.console.Console(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Annex:
+    """What a prepared data set stores beside its shards, such as boxes.
+
+    Attributes:
+      settings: what determines it.
+      write: writes its files into the folder, given the manifest's splits, and returns
+        further fields of the manifest.
+    """
+
+    settings: Mapping[str, Any]
+    write: Callable[[Path, Mapping[str, Any]], dict[str, Any]]
+
+
+_NO_ANNEX = Annex({}, lambda folder, splits: {})
+
+
+def prepare_collection(
+    collection: Collection,
+    given: str,
+    folder: Path,
+    *,
+    splits: Sequence[str] | None,
+    encoding: Encoding,
+    num_shards: int | None,
+    shard_mib: int,
+    threads: int | None,
+    on_error: str,
+    console: rich.console.Console,
+    annex: Annex = _NO_ANNEX,
+) -> dict[str, Any]:
+    """``prepare_dataset`` for a collection, and for what is to be stored beside it.
+
+    Args:
+      collection: the data set.
+      given: where it is from, for the manifest.
+      folder: from ``output_folder``.
+      splits: see ``prepare_dataset``, and so for the other arguments.
+      encoding: of the images.
+      num_shards: of each split.
+      shard_mib: approximate size of a shard.
+      threads: shards to write at once.
+      on_error: at a broken image.
+      console: where to show progress.
+      annex: what is stored beside the shards.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      UserError: as in ``prepare_dataset``.
+    """
+    if on_error not in ("stop", "skip"):
+        raise UserError(f"on_error is stop or skip, not {on_error!r}")
     sources = _open_splits(collection, splits)
     for note in (note for source in sources.values() for note in notes(source)):
         say(console, note)
     settings = _settings(collection, sources, encoding, num_shards, shard_mib)
+    settings |= annex.settings
     run = functools.partial(in_threads, threads=threads, console=console)
     busy = f"output {folder} is being prepared by another process; wait for it"
     with locked(folder, busy):
@@ -122,13 +191,13 @@ def prepare_dataset(
             (folder / PROGRESS).unlink(missing_ok=True)
             say(console, f"{folder} is already prepared; --verify checks it")
             return manifest
-        progress = _begin(folder, str(source), settings, sources, encoding)
+        progress = _begin(folder, given, settings, sources, encoding)
         _refuse_small_disk(folder, progress)
         if done := len(progress["done"]):
             total = sum(progress["num_shards"].values())
             say(console, f"{done} of {total} shards are already written")
         _write_missing(folder, progress, sources, encoding, on_error, run)
-        manifest = _finish(folder, progress, collection, run)
+        manifest = _finish(folder, progress, collection, annex, run)
     for name, split in manifest["splits"].items():
         say(console, _summary(name, split))
     say(console, f"prepared and checked; train on it with data.path={folder}")
@@ -168,12 +237,14 @@ def verify(
             f"{folder} holds no {records.MANIFEST}; give a folder that resnet-jax "
             "prepare has finished"
         )
-    entries = [e for split in manifest["splits"].values() for e in split["shards"]]
+    splits = manifest["splits"].values()
+    found = [entry for split in splits for entry in split["shards"]]
+    beside = list(manifest.get("annotations", {}).get("files", {}).values())
     console = console or rich.console.Console()
     run = functools.partial(in_threads, threads=threads, console=console)
-    _verify(folder, entries, run)
-    examples = sum(entry["examples"] for entry in entries)
-    say(console, f"{folder}: all {len(entries)} shards are whole, {examples} examples")
+    _verify(folder, found + beside, run)
+    examples = sum(split["examples"] for split in splits)
+    say(console, f"{folder}: all {len(found)} shards are whole, {examples} examples")
 
 
 def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collection:
@@ -204,9 +275,14 @@ def open_source(source: str | os.PathLike[str], data_dir: str | None) -> Collect
     return open_path(path)
 
 
-def _output_folder(
+def output_folder(
     source: str | os.PathLike[str], output: str | os.PathLike[str]
 ) -> Path:
+    """The folder to prepare into, which can be written to.
+
+    Raises:
+      UserError: it cannot be, or it is inside the source.
+    """
     if "://" in os.fspath(output):
         raise UserError(
             f"output {output} is not a folder of this machine; prepare into a folder "
@@ -439,9 +515,10 @@ def _finish(
     folder: Path,
     progress: dict[str, Any],
     collection: Collection,
+    annex: Annex,
     run: Callable[..., None],
 ) -> dict[str, Any]:
-    """Checks all shards and writes the manifest."""
+    """Checks all shards, and writes the annex and the manifest."""
     described, settings = collection.description, progress["settings"]
     splits = {}
     for split, count in progress["num_shards"].items():
@@ -472,6 +549,7 @@ def _finish(
         "settings": settings,
         "splits": splits,
         "class_names": list(described.class_names),
+        **annex.write(folder, splits),
     }
     _write_json(folder / records.MANIFEST, manifest)
     (folder / PROGRESS).unlink()

@@ -306,7 +306,7 @@ def _variables(
         )
     loaded: dict[str, Any] = {
         name: stored.from_file(
-            _checked(source, stored.key, kept[stored.key], expected[name].dtype)
+            checked_array(source, stored.key, kept[stored.key], expected[name].dtype)
         )
         for name, stored in table.items()
     }
@@ -473,7 +473,7 @@ def _prefix_advice(
     return f"{seen}: save the arrays of one net alone, without the prefix"
 
 
-def _checked(
+def checked_array(
     source: str, key: str, array: np.ndarray, dtype: np.dtype[Any]
 ) -> np.ndarray:
     """A file's array in the model's dtype; every number is finite."""

@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 
 import numpy as np
@@ -123,6 +124,9 @@ def test_either_layout_is_opened_and_identified(root):
     assert opened.class_names == opened.test.class_names == ("cat", "dog")
     assert opened.test.annotation(0).classes.tolist() == [1]
     assert opened.identity.counts == {"train": 1, "test": 1}
+    assert opened.notes == ()
+    same = open_detection_data(dataclasses.replace(data, test_split="trainval"))
+    assert same.notes == ("1 of the 1 test images have the name of a training image",)
     assert opened.identity.difference(open_detection_data(data).identity) is None
     named = DetectionDataConfig(path=str(root), class_names=("dog", "cat"))
     other = open_detection_data(named)

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from resnet_jax.detection.sources.coco import open_coco
+from resnet_jax.detection.sources.coco import has_coco, open_coco
 from resnet_jax.errors import UserError
 from tests.detection.layouts import (
     coco_content,
@@ -100,6 +100,16 @@ def test_images_are_found_in_other_folders(root, under):
     assert source.image(0).startswith(b"\x89PNG")
     (root / under / "one.png").unlink()
     assert open_coco(root, "train").missing == ["one.png"]
+
+
+def test_annotations_beside_their_images_are_read(root):
+    (root / "annotations" / "instances_train.json").rename(
+        root / "train" / "_annotations.coco.json"
+    )
+    assert has_coco(root)
+    source = open_coco(root, "train")
+    assert len(source) == 3
+    assert source.missing == []
 
 
 def edited(path, value):

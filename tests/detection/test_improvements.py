@@ -122,11 +122,11 @@ def test_the_scales_are_adjacent_and_nearest_in_area(sides, pixels):
 
 
 def test_regions_come_from_their_scales_and_boxes_follow_the_image():
-    regions = [np.full((3, 2, 2), 10 * scale) for scale in range(4)]
+    regions = [np.full((3, 2, 2, 1), 10 * scale) for scale in range(4)]
     chosen = np.array([[0, 1], [2, 3], [1, 2]])
     low, high = improvements.take_scales(regions, chosen)
-    assert np.array(low)[:, 0, 0].tolist() == [0, 20, 10]
-    assert np.array(high)[:, 1, 1].tolist() == [10, 30, 20]
+    assert np.array(low)[:, 0, 0, 0].tolist() == [0, 20, 10]
+    assert np.array(high)[:, 1, 1, 0].tolist() == [10, 30, 20]
     box = improvements.rescale(
         np.array([2, 3, 4, 5], np.float32), np.array([10, 20]), np.array([30, 20])
     )

@@ -9,6 +9,7 @@ import pytest
 from resnet_jax.data.order import Order
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.detection.anchors import Anchors
+from resnet_jax.detection.annotations import decode
 from resnet_jax.detection.localization import (
     evaluate_localizer,
     localization_error,
@@ -21,10 +22,12 @@ from resnet_jax.detection.localization.net import (
     best_boxes,
     localization_loss,
 )
+from resnet_jax.detection.sources.voc import open_voc
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.nets import TrainedNet
 from resnet_jax.evaluation.protocols import Center
 from resnet_jax.models import create_model
+from tests.detection.layouts import needs_real_data, real
 
 ANCHORS = Anchors(sizes=(8, 16), ratios=(0.5, 1, 2), stride=4)
 
@@ -231,8 +234,8 @@ def decoded(delta, anchor):
 
 def test_the_best_box_is_that_of_the_highest_score(random_outputs):
     net, variables, images, scores, deltas = random_outputs
-    sizes = np.array([[32, 32], [32, 20], [16, 32], [24, 24]])
-    classes = np.array([[0, 1], [2, 0], [1, 1], [2, 1]])
+    sizes = np.array([[32, 32], [32, 20], [16, 32], [24, 24]], np.int32)
+    classes = np.array([[0, 1], [2, 0], [1, 1], [2, 1]], np.int32)
     boxes, logits = best_boxes(net, ANCHORS, variables, images, sizes, classes)
     for index, (height, width) in enumerate(sizes):
         alone = images[[index], :height, :width]
@@ -316,3 +319,48 @@ def test_what_cannot_be_localized_is_refused(learned):
         localize(learned, IMAGES, CLASSES[:, None], shorter_sides=(32,))
     with pytest.raises(UserError, match=r"classes must be \(4, k\), not \(4,\)"):
         localize(learned, IMAGES, CLASSES, **WHOLE)
+
+
+def blood_cells(source, photos):
+    """Each photograph twice: where are the white cells, and where the red ones?"""
+    images, boxes, classes = [], [], []
+    for index in photos:
+        found = source.annotation(index)
+        for label, name in enumerate(("WBC", "RBC")):
+            chosen = found.classes == source.class_names.index(name)
+            if chosen.any():
+                images.append(decode(source, index))
+                boxes.append(found.boxes[chosen])
+                classes.append(label)
+    return images, boxes, np.array(classes)
+
+
+@pytest.mark.slow
+@needs_real_data
+def test_cells_on_photographs_are_found():
+    """Twelve photographs of blood teach a small net where cells are in new ones."""
+    source = open_voc(real("BCCD"), "trainval")
+    localizer = train_localizer(
+        NET,
+        *blood_cells(source, range(12)),
+        2,
+        steps=200,
+        learning_rate=optax.cosine_decay_schedule(0.02, 200),
+        batch_size=16,
+        size=64,
+        shorter_sides=(64, 72),
+        anchors=Anchors(sizes=(14, 28), stride=4),
+    )
+    images, boxes, classes = blood_cells(source, range(60, 100))
+    asked = classes[:, None]
+    found, _ = localize(localizer, images, asked, shorter_sides=(64, 72), crop=None)
+    result = localization_error(found, asked, boxes, classes)
+    white = localization_error(
+        found[classes == 0],
+        asked[classes == 0],
+        [each for each, kind in zip(boxes, classes, strict=True) if kind == 0],
+        classes[classes == 0],
+    )
+    assert result["images"] == len(classes) > 70
+    assert result["localization_error"] <= 0.5
+    assert white["localization_error"] <= 0.3

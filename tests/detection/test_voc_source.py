@@ -145,9 +145,13 @@ def test_a_damaged_annotation_is_named(root, text, reason):
     [
         ("", "names no image"),
         ("one\ntwo\none\n", "names the image 'one' twice; remove one"),
-        ("one\nthree\nfour", r"names 'three', but there is no .*three\.xml \(2 of 3"),
+        (
+            "one\nthree\nfour",
+            r"names 'three', but .*Annotations has no file of.* \(2 of 3",
+        ),
         (b"\xff\xfe", "is not a text in UTF-8"),
-        ("../Annotations/one", "but there is no"),
+        ("../Annotations/one", "has no file of that name"),
+        ("9" * 5000, "names '" + "9" * 50 + "', but"),
     ],
 )
 def test_a_wrong_list_is_named(root, text, reason):
@@ -162,6 +166,21 @@ def test_without_objects_the_classes_must_be_given(tmp_path):
     with pytest.raises(UserError, match=r"give data\.class_names"):
         open_voc(tmp_path, "train")
     assert len(open_voc(tmp_path, "train", ("a",))) == 1
+
+
+def test_annotations_beside_their_images_are_read(root):
+    (root / "valid").mkdir()
+    for name in ("one", "two"):
+        for folder, ending in (("Annotations", "xml"), ("JPEGImages", "png")):
+            file = f"{name}.{ending}"
+            (root / folder / file).rename(root / "valid" / file)
+    source = open_voc(root, "valid")
+    assert [source.name(i) for i in range(len(source))] == ["one", "two"]
+    assert source.annotation(1).difficult.tolist() == [True]
+    assert source.image(0) == (root / "valid" / "one.png").read_bytes()
+    assert source.missing == []
+    with pytest.raises(UserError, match=r"no .*valod\.txt: did you mean valid"):
+        open_voc(root, "valod")
 
 
 @needs_real_data

@@ -118,6 +118,25 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
     files: set[str] = set()
     for name, split in splits.items():
         _check_split(split, f"split {name}", files)
+    if "annotations" in manifest:
+        _check_annotations(field(manifest, "annotations", dict, "it"), splits, files)
+
+
+def _check_annotations(
+    annotations: Mapping[str, Any], splits: Mapping[str, Any], files: set[str]
+) -> None:
+    """Checks the part of a data set for detection."""
+    numbers = annotations.get("category_ids")
+    whole = isinstance(numbers, list) and all(type(n) is int for n in numbers)
+    check(numbers is None or whole, f"category_ids is {numbers!r:.50}")
+    entries = field(annotations, "files", dict, "annotations")
+    check(entries.keys() == splits.keys(), "annotations has other splits")
+    for name, entry in entries.items():
+        check_shard(entry, f"annotations of split {name}")
+        check(entry["file"] not in files, f"it names {entry['file']} twice")
+        files.add(entry["file"])
+        same = entry["examples"] == splits[name]["examples"]
+        check(same, f"annotations of split {name} have another number of examples")
 
 
 def _check_split(split: Any, where: str, files: set[str]) -> None:

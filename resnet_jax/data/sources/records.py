@@ -93,12 +93,13 @@ class RecordsSource:
         counts: Sequence[int],
         class_names: Sequence[str],
         channels: int,
+        labelled: bool = True,
     ):
-        """``files[i]`` holds ``counts[i]`` records."""
+        """``files[i]`` holds ``counts[i]`` records, perhaps without a class's label."""
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         self.class_names, self.channels = class_names, channels
-        self._files = list(files)
+        self._files, self._labelled = list(files), labelled
         self._ends = list(itertools.accumulate(counts))
         self._records = ArrayRecordDataSource(
             [_Shard(*each) for each in zip(files, counts, counts, strict=True)]
@@ -110,7 +111,8 @@ class RecordsSource:
     def __getitem__(self, index: int) -> Example:
         try:
             example = unpack(self._records[index])
-            check_label(example.label, len(self.class_names), example.name)
+            if self._labelled:
+                check_label(example.label, len(self.class_names), example.name)
             return example
         except (UserError, ValueError, RuntimeError, OSError, IndexError) as error:
             if not 0 <= index < len(self):
@@ -132,12 +134,26 @@ def _checksum(splits: Mapping[str, Any]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def open_records(folder: epath.Path, manifest: Mapping[str, Any]) -> Collection:
+def open_records(
+    folder: epath.Path, manifest: Mapping[str, Any], labelled: bool = True
+) -> Collection:
     """A prepared data set, in a folder or below a gs:// URL; opens no shard.
 
+    Args:
+      folder: of the shards.
+      manifest: of the folder.
+      labelled: whether to expect a label for each image; a data set for detection has
+        boxes instead.
+
     Raises:
-      UserError: on opening a split, a shard is a device or a pipe.
+      UserError: the data set is of the other kind; or, on opening a split, a shard is a
+        device or a pipe.
     """
+    if labelled and "annotations" in manifest:
+        raise UserError(
+            f"{folder} was prepared for detection: its images have boxes, not labels; "
+            "give data with a class for each image"
+        )
     splits, shape = manifest["splits"], manifest.get("image_shape")
     described = Description(
         name=str(folder),
@@ -160,6 +176,7 @@ def open_records(folder: epath.Path, manifest: Mapping[str, Any]) -> Collection:
             [shard["examples"] for shard in shards],
             described.class_names,
             described.channels,
+            labelled,
         )
 
     return Collection(described, open_split)

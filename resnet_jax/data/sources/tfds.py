@@ -103,7 +103,7 @@ def open_tfds(name: str, data_dir: str | None) -> Collection:
     Raises:
       UserError: there is no such data set, or it cannot be prepared here.
     """
-    builder = _prepared_builder(name, data_dir)
+    builder = prepared_builder(name, data_dir)
     features = TfdsFeatures(builder)
     described = features.describe(builder)
 
@@ -141,7 +141,7 @@ def find_builder(name: str, data_dir: str | None) -> Any:
     for file in folder.glob("**/*.json"):
         refuse_special(file)
     try:
-        return tfds.builder(name, data_dir=where)
+        return _builder_without_tensorflow(name, where)
     except tfds.core.DatasetNotFoundError:
         known = tfds.list_builders(with_community_datasets=False)
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
@@ -159,7 +159,26 @@ def find_builder(name: str, data_dir: str | None) -> Any:
         ) from error
 
 
-def _prepared_builder(name: str, data_dir: str | None) -> Any:
+def _builder_without_tensorflow(name: str, where: str | None) -> Any:
+    """``tfds.builder``, for data whose code needs TensorFlow too, such as coco."""
+    import tensorflow_datasets as tfds
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces the failure
+            return tfds.builder(name, data_dir=where)
+    except ImportError:
+        try:
+            return tfds.core.read_only_builder.builder_from_files(name, data_dir=where)
+        except tfds.core.DatasetNotFoundError:
+            raise _unprepared(name, where or "~/tensorflow_datasets") from None
+
+
+def prepared_builder(name: str, data_dir: str | None) -> Any:
+    """The builder of a data set in ArrayRecord, which is prepared if necessary.
+
+    Raises:
+      UserError: there is no such data set, or it is stored in another way.
+    """
     builder = find_builder(name, data_dir)
     if not builder.is_prepared():
         _prepare(builder, name)
@@ -188,11 +207,7 @@ def _prepare(builder: Any, name: str) -> None:
 
     is_ours = isinstance(builder, digits.Digits)
     if not is_ours and not _has_tensorflow():
-        raise UserError(
-            f"tfds data set {name} is not prepared in {builder.data_dir}: give its "
-            "files with data.path, or install what prepares it here: "
-            f"{how_to_install('tensorflow')}"
-        )
+        raise _unprepared(name, builder.data_dir)
     # For our digits, tfds would announce a download of unknown size.
     silence = contextlib.redirect_stdout(io.StringIO())
     try:
@@ -204,6 +219,13 @@ def _prepare(builder: Any, name: str) -> None:
             f"tfds data set {name} cannot be prepared in {builder.data_dir}: {error}; "
             "set data.data_dir to a folder you can write to"
         ) from error
+
+
+def _unprepared(name: str, where: Any) -> UserError:
+    return UserError(
+        f"tfds data set {name} is not prepared in {where}: give its files with "
+        f"data.path, or install what prepares it here: {how_to_install('tensorflow')}"
+    )
 
 
 def _has_tensorflow() -> bool:

@@ -3,6 +3,11 @@
     ROOT/annotations/instances_SPLIT.json
     ROOT/SPLIT/FILE_NAME               or ROOT/images/SPLIT, or ROOT/images
 
+or all in one folder, as some tools export them:
+
+    ROOT/SPLIT/_annotations.coco.json
+    ROOT/SPLIT/FILE_NAME
+
 A box is x, y, width, height in continuous pixel coordinates. The ids of categories have
 gaps; the classes here are 0 to K - 1 in increasing id.
 """
@@ -28,6 +33,7 @@ from resnet_jax.detection.annotations import (
 from resnet_jax.errors import UserError, nearest
 
 _PREFIX = "instances_"
+_BESIDE = "_annotations.coco.json"
 _MOST_PIXELS = 2**24  # the whole numbers of float32
 
 
@@ -57,7 +63,9 @@ def open_coco(root: Path, split: str, class_names: Sequence[str] = ()) -> Source
 
 def has_coco(root: Path) -> bool:
     """Whether a folder looks like COCO's layout."""
-    return any((root / "annotations").glob(f"{_PREFIX}*.json"))
+    return any(root.glob(f"annotations/{_PREFIX}*.json")) or any(
+        root.glob(f"*/{_BESIDE}")
+    )
 
 
 class _FaultError(ValueError):
@@ -65,15 +73,16 @@ class _FaultError(ValueError):
 
 
 def _read_part(root: Path, split: str, class_names: tuple[str, ...]) -> FileSource:
-    file = root / "annotations" / f"{_PREFIX}{split}.json"
-    known = [
-        each.stem.removeprefix(_PREFIX) for each in file.parent.glob(f"{_PREFIX}*.json")
-    ]
-    if split not in known:
-        hint = nearest(split, sorted(known)) if known else "expected COCO's layout"
-        raise UserError(f"there is no {file}: {hint}")
-    candidates = (root / split, root / "images" / split, root / "images")
-    folder = next((each for each in candidates if each.is_dir()), candidates[0])
+    file, folder = root / split / _BESIDE, root / split
+    if not file.exists():
+        file = root / "annotations" / f"{_PREFIX}{split}.json"
+        stems = [each.stem for each in file.parent.glob(f"{_PREFIX}*.json")]
+        known = sorted(stem.removeprefix(_PREFIX) for stem in stems)
+        if split not in known:
+            hint = nearest(split, known) if known else "expected COCO's layout"
+            raise UserError(f"there is no {file}: {hint}")
+        candidates = (root / split, root / "images" / split, root / "images")
+        folder = next((each for each in candidates if each.is_dir()), folder)
     try:
         return _source(_load(file), folder, class_names)
     except _FaultError as error:
@@ -88,6 +97,8 @@ def _load(file: Path) -> dict[str, Any]:
         content = json.loads(data, object_hook=_without_outlines)
     except (ValueError, RecursionError) as error:
         raise _FaultError(f"its JSON is damaged ({error})") from error
+    except MemoryError as error:
+        raise _FaultError("it is larger than the memory") from error
     if not isinstance(content, dict):
         raise _FaultError(f"it holds {_kind(content)}, not an object")
     return content
@@ -157,8 +168,8 @@ def _ordered(
         differing = sorted(set(class_names) ^ set(own)) or sorted(class_names)
         raise _FaultError(
             f"its {len(own)} categories are not the {len(class_names)} classes of the "
-            f"training split or data.class_names: {differing[0]!r} is in one of them "
-            "alone"
+            f"training split or data.class_names: {differing[0][:50]!r} is in one of "
+            "them alone"
         )
     return class_names
 

@@ -4,6 +4,11 @@
     ROOT/JPEGImages/NAME.jpg           or another kind of image
     ROOT/ImageSets/Main/SPLIT.txt      a NAME per line
 
+or both files of each image in one folder, as some tools export them:
+
+    ROOT/SPLIT/NAME.xml
+    ROOT/SPLIT/NAME.jpg
+
 The coordinates in the files count pixels from 1 and include the last one. They become
 continuous here, and only here: xmin - 1, ymin - 1, xmax, ymax.
 """
@@ -64,9 +69,8 @@ def open_voc(
 
 def has_voc(root: Path) -> bool:
     """Whether a folder looks like VOC's layout, or holds folders that do."""
-    return any(
-        (folder / "Annotations").is_dir() for folder in (root, *root.glob("VOC*"))
-    )
+    layouts = ("Annotations/*.xml", "*/Annotations/*.xml", "*/*.xml")
+    return any(next(root.glob(layout), None) for layout in layouts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ class _Image:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The images of one list."""
+    """The images of one list, and the folder of their annotations."""
 
     folder: Path
     images: Sequence[_Image]
@@ -100,8 +104,8 @@ class _Part:
             for each in image.objects:
                 if each.name not in class_of:
                     raise UserError(
-                        f"{_file(self.folder, image.name)} has an object of class "
-                        f"{each.name!r}, which is not among the classes of {label} "
+                        f"{self.folder / image.name}.xml has an object of class "
+                        f"{each.name[:50]!r}, which is not among those of {label} "
                         f"({some_of(class_names, 20)}); correct it, or list the class "
                         "in data.class_names"
                     )
@@ -124,23 +128,33 @@ def _read_part(root: Path, part: str) -> _Part:
     folder = root
     if year:
         folder = root / f"VOC{year}" if (root / f"VOC{year}").is_dir() else root / year
+    beside = folder / name
+    if name and next(beside.glob("*.xml"), None):
+        names = sorted(file.stem for file in beside.glob("*.xml"))
+        return _read_all(names, annotations=beside, images=beside)
     list_ = folder / "ImageSets" / "Main" / f"{name}.txt"
     known = {file.stem for file in list_.parent.glob("*.txt")}
     if name not in known:
+        known |= {file.parent.name for file in folder.glob("*/*.xml")} - {"Annotations"}
         raise UserError(f"there is no {list_}{_splits_hint(root, folder, name, known)}")
-    names = _names(list_)
-    annotated = {file.name for file in (folder / "Annotations").glob("*.xml")}
-    files = _image_files(folder / "JPEGImages")
+    names, annotations = _names(list_), folder / "Annotations"
+    annotated = {file.name for file in annotations.glob("*.xml")}
     missing = [each for each in names if f"{each}.xml" not in annotated]
     if missing:
         raise UserError(
-            f"{list_} names {missing[0]!r}, but there is no "
-            f"{_file(folder, missing[0])} ({len(missing):,} of {len(names):,} are "
-            "missing): add the annotation or correct the list"
+            f"{list_} names {missing[0][:50]!r}, but {annotations} has no file of that "
+            f"name with .xml ({len(missing):,} of {len(names):,} are missing): add the "
+            "annotation or correct the list"
         )
-    paths = [files.get(each, "") for each in names]
-    images = [_read(folder, *each) for each in zip(names, paths, strict=True)]
-    return _Part(folder, images, paths)
+    return _read_all(names, annotations, images=folder / "JPEGImages")
+
+
+def _read_all(names: Sequence[str], annotations: Path, images: Path) -> _Part:
+    """Reads the annotations of images."""
+    files = _image_files(images)
+    paths = [files.get(name, "") for name in names]
+    pairs = zip(names, paths, strict=True)
+    return _Part(annotations, [_read(annotations, *pair) for pair in pairs], paths)
 
 
 def _splits_hint(root: Path, folder: Path, name: str, known: set[str]) -> str:
@@ -155,10 +169,6 @@ def _splits_hint(root: Path, folder: Path, name: str, known: set[str]) -> str:
     )
 
 
-def _file(folder: Path, name: str) -> Path:
-    return folder / "Annotations" / f"{name}.xml"
-
-
 def _names(file: Path) -> list[str]:
     """The names in a list, each once."""
     names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
@@ -167,7 +177,7 @@ def _names(file: Path) -> list[str]:
     seen = set()
     for name in names:
         if name in seen:
-            raise UserError(f"{file} names the image {name!r} twice; remove one")
+            raise UserError(f"{file} names the image {name[:50]!r} twice; remove one")
         seen.add(name)
     return names
 
@@ -196,7 +206,7 @@ class _Tree(ET.TreeBuilder):
 
 
 def _read(folder: Path, name: str, image: str) -> _Image:
-    file = _file(folder, name)
+    file = folder / f"{name}.xml"
     data = read_bytes(str(file), 0, _MOST_BYTES + 1, str(file))
     try:
         root = _parse(data)
@@ -211,8 +221,7 @@ def _read(folder: Path, name: str, image: str) -> _Image:
     if size is None:
         if not image:
             raise UserError(
-                f"{file} states no size, and its image in {folder / 'JPEGImages'} is "
-                "missing; add one of them"
+                f"{file} states no size, and its image is missing; add one of them"
             )
         size = size_of_file(image)
     return _Image(name, size, objects)
