@@ -6,6 +6,7 @@ to the sizes of buckets, and nothing of an image depends on its padding.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp

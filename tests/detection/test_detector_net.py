@@ -122,7 +122,7 @@ def test_bfloat16_moves_boxes_by_less_than_half_a_pixel(net):
 
 
 def test_the_variables_are_those_of_the_classifier(net):
-    model, variables = net
+    _, variables = net
     classifier = create_model("resnet10t", num_classes=None).clone(width=16)
     images = jnp.zeros((1, 64, 64, 3))
     shapes = jax.eval_shape(classifier.init, jax.random.key(0), images)
