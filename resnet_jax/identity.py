@@ -11,7 +11,8 @@ class Identity:
 
     Attributes:
       kind: of storage, such as "tfds" or "class folders".
-      version: of a tfds data set, or a checksum of a prepared one's shards.
+      version: of a tfds data set, or a checksum: of a prepared one's shards, or of
+        the annotations for detection.
       class_names: in the order of the labels.
       counts: examples by the run's split: train, test and perhaps holdout.
     """

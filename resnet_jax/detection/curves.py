@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from resnet_jax.analysis.plots import literal
 from resnet_jax.detection.voc_ap import ClassPrecision, VocPrecision
@@ -42,7 +43,7 @@ def detector_curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figur
     """
     tested = [row for row in rows if not row.keys().isdisjoint(_PRECISIONS)]
     count = 2 if len(tested) > 1 else 1
-    figure = Figure((5 * count, 3.8), layout="constrained")
+    figure = Figure((5 * count, 4), layout="constrained")
     if title:
         figure.suptitle(literal(title))
     for axes, lines, name, unit in zip(
@@ -62,7 +63,9 @@ def detector_curves(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figur
         axes.set_xlabel("step")
         axes.set_ylabel(name)
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
+        axes.legend(frameon=False, fontsize=8, **above)
         _plain(axes)
     return figure
 

@@ -93,7 +93,8 @@ def precision_parts(
     annotations = [source.annotation(index) for index in range(len(source))]
     precision = voc_average_precision(annotations, detections, source.class_names)
     about = {name: f"{result[name]:,}" for name in _COUNTS}
-    about |= {f"protocol: {name}": v for name, v in result["protocol"].items()}
+    for name, value in result["protocol"].items():
+        about[f"protocol: {name.replace('_', ' ')}"] = value
     parts = [pages.facts(about)]
     if "coco" in result:
         rows = [

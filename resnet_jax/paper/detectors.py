@@ -105,7 +105,9 @@ def summary(tested: Sequence[Tested], title: str = "Measured here") -> Table:
                 *(run.spread(*place) for place in columns.values()),
                 str(len(run.results)),
                 f"{len(first['classes'])} classes, {first['images']:,} images",
-                ", ".join(f"{name} {value}" for name, value in protocol),
+                ", ".join(
+                    f"{name.replace('_', ' ')} {value}" for name, value in protocol
+                ),
             ]
         )
     header = ["run", *columns, "n", "tested on", "protocol"]

@@ -166,7 +166,7 @@ def _detectors(tested: Sequence[Tested], wanted: Sequence[str]) -> list[_Part]:
                 title="Detectors on other data",
                 about="Not published in the paper.",
                 protocol=NOTE,
-                tables=[summary(others)],
+                tables=[dataclasses.replace(summary(others), note="")],
             )
         )
     return parts

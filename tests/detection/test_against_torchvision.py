@@ -16,12 +16,12 @@ from flax import traverse_util
 
 from resnet_jax.detection.boxes import encode, iou
 from resnet_jax.detection.faster_rcnn import (
-    detections_of,
     make_detector,
     prepared,
     proposals_of,
 )
 from resnet_jax.detection.head import DELTA_WEIGHTS
+from resnet_jax.detection.inference import detections_of
 from resnet_jax.detection.losses import (
     AnchorSample,
     RegionSample,
@@ -32,6 +32,7 @@ from resnet_jax.detection.matching import match
 from resnet_jax.detection.rpn import ANCHOR_WEIGHTS
 from resnet_jax.detection.weights import read_detector
 from resnet_jax.weights.files import write_safetensors
+from tests.detection.tiny import SAME
 from tests.torch_peers import import_peer, torch
 
 NUM_CLASSES = 3
@@ -155,7 +156,7 @@ def test_proposals_and_detections(peer, ours):
     def run(variables):
         net = model.bind(variables)
         our_maps = net.features(images, sizes)
-        found = detections_of(model, variables, images, sizes)
+        found = detections_of([model], [variables], [SAME], [(images, sizes)])
         return our_maps, proposals_of(net, our_maps, sizes), found
 
     our_maps, our_proposals, found = run(read.variables)

@@ -3,6 +3,7 @@ import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from resnet_jax.config.detection import DetectionDataConfig
 from resnet_jax.data.sources.folders import Names
@@ -15,7 +16,7 @@ from resnet_jax.detection.annotations import (
 from resnet_jax.detection.sources import open_detection_data
 from resnet_jax.detection.sources.voc import open_voc
 from resnet_jax.errors import UserError
-from tests.detection.layouts import write_coco, write_voc
+from tests.detection.layouts import picture, write_coco, write_voc
 
 SIZES = [(20, 30), (40, 10), (5, 5)]
 
@@ -102,6 +103,22 @@ def test_an_image_of_another_size_than_its_annotation_is_refused(tmp_path):
     file.write_bytes(b"")
     with pytest.raises(UserError, match="image a cannot be decoded"):
         decode(source, 0)
+
+
+def test_the_rotation_in_exif_is_not_applied(tmp_path):
+    images = {"flat": (8, 6, []), "upright": (6, 8, [])}
+    root = write_voc(tmp_path, "train", images)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a viewer turns it by 90 degrees
+    for name in images:
+        (root / "JPEGImages" / f"{name}.png").unlink()
+        picture(8, 6, []).save(root / "JPEGImages" / f"{name}.jpg", exif=exif)
+    source = open_voc(root, "train", ("cat",))
+    assert decode(source, 0).shape == (6, 8, 3)
+    with pytest.raises(
+        UserError, match=r"image upright is 8 x 6, but.* 6 x 8, perhaps"
+    ):
+        decode(source, 1)
 
 
 IMAGES = {"a.png": (8, 6, [("cat", (1, 1, 3, 3)), ("dog", (0, 0, 8, 6))])}

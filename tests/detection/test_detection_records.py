@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -313,6 +314,21 @@ def test_tfds_is_read_as_the_files_were(tfds_source, tmp_path):
         open_source(given, "val", data_dir=data_dir)
     with pytest.raises(UserError, match=r"has the classes .*; data\.class_names"):
         open_source(given, "train", class_names=["cat"], data_dir=data_dir)
+
+
+@pytest.mark.parametrize("tfds_source", ["coco"], indirect=True)
+def test_damaged_tfds_data_are_named(tfds_source):
+    name, data_dir = tfds_source
+    folder = next(Path(data_dir).glob("coco/2017/*"))
+    (shard,) = folder.glob("*-train.array_record*")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(
+        UserError, match=r"record coco/2017.*train\[\d\] of tfds is miss"
+    ):
+        open_source(f"tfds:{name}", "train", data_dir=data_dir)
+    (folder / "features.json").write_text("{")
+    with pytest.raises(UserError, match="tfds data set coco/2017 cannot be opened"):
+        open_source(f"tfds:{name}", "train", data_dir=data_dir)
 
 
 def test_tfds_data_without_boxes_are_refused(tfds_dir):

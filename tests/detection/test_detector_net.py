@@ -11,13 +11,13 @@ from resnet_jax import create_model
 from resnet_jax.config import DetectionConfig, resolve
 from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.detection.faster_rcnn import (
-    detections_of,
     make_detector,
     prepared,
     proposals_of,
 )
+from resnet_jax.detection.inference import detections_of
 from resnet_jax.errors import UserError
-from tests.detection.tiny import batch_of_four, tiny_config
+from tests.detection.tiny import SAME, batch_of_four, tiny_config
 
 HALF = PixelStatistics(np.full((1, 1, 3), 0.5), np.full((1, 1, 3), 0.25))
 
@@ -48,9 +48,11 @@ def net():
     return model, random_variables(model)
 
 
-@functools.lru_cache
-def program(model, train=False):
-    return jax.jit(functools.partial(detections_of, model))
+def program(model):
+    def run(variables, images, sizes):
+        return detections_of([model], [variables], [SAME], [(images, sizes)])
+
+    return jax.jit(run)
 
 
 def padded(image, height, width, fill):

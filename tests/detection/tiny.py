@@ -3,9 +3,12 @@
 import numpy as np
 
 from resnet_jax.config import DetectionConfig, default_config, resolve
+from resnet_jax.data.transforms import PixelStatistics
 from tests.detection.layouts import write_voc
 
 SIZE = (64, 96)
+SAME = PixelStatistics(np.zeros((1, 1, 3)), np.full((1, 1, 3), 1 / 255))
+"""With these, images are normalised already."""
 OBJECTS = {
     "wide": [(4, 8, 44, 28), (50, 40, 90, 60), (30, 6, 70, 24), (10, 36, 52, 58)],
     "tall": [(60, 4, 80, 44), (10, 20, 30, 60), (6, 20, 24, 60), (70, 10, 90, 50)],

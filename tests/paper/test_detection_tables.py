@@ -141,7 +141,7 @@ def test_measured_numbers_have_tables_of_their_own(tested):
         f"{mean:.2f} \u00b1 {deviation:.2f}",
         "2",
         "20 classes, 4,952 images",
-        "shorter_side 600",
+        "shorter side 600",
     ]
     assert len(cells(text, "resnet-coco")) == len(measured) + 3
     assert cells(text, "cells")[3:5] == ["1", "2 classes, 20 images"]

@@ -150,8 +150,10 @@ def find_builder(name: str, data_dir: str | None) -> Any:
             f"there is no tfds data set {name}{hint}: for your own images set "
             "data.path to a folder that holds train/CLASS/IMAGE"
         ) from None
-    except (AssertionError, ValueError, RuntimeError) as error:
-        # A missing version, an unreachable gs:// URL, and more.
+    except UserError:
+        raise
+    except Exception as error:
+        # A missing version, an unreachable gs:// URL, damaged metadata, and more.
         reason = str(error).strip().splitlines() or ["unknown"]
         raise UserError(
             f"tfds data set {name} cannot be opened: {reason[0]}; expected NAME or "

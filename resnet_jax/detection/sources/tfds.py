@@ -24,11 +24,37 @@ _DECIMALS = 3
 """Of a pixel: float32 has kept them of a relative coordinate, and files give two."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Records:
+    """The records of a split, by index.
+
+    Attributes:
+      stored: reads and parses them.
+      name: of the split.
+    """
+
+    stored: Sequence[Mapping[str, Any]]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        try:
+            return self.stored[index]
+        except Exception as error:  # of array_record and tfds, of many kinds
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"record {self.name}[{index}] of tfds is missing or damaged: {reason}; "
+                "prepare the data set again"
+            ) from error
+
+
 @dataclasses.dataclass(eq=False)
 class TfdsSource:
     """A split of a tfds data set; see ``Source``."""
 
-    records: Sequence[Mapping[str, Any]]
+    records: "_Records"
     image_key: str
     names: Names
     table: AnnotationTable
@@ -114,37 +140,18 @@ def open_tfds_detection(
             f"{some_of(features.class_names, 20)}; data.class_names must be the same "
             "in another order"
         )
-    try:
-        for file in builder.info.splits[split].filepaths:
-            refuse_special(file)
-        records = builder.as_data_source(split=split, decoders=features.decoders)
-    except (KeyError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"tfds data set {name} has no split {split!r}; its splits are "
-            f"{', '.join(builder.info.splits)}"
-        ) from error
-    where = f"{builder.info.full_name}/{split}"
+    records = _open_records(builder, name, split, features)
     # Pixels that VOC's files count from 1 were divided as they are.
     shift = 1.0 if builder.name == "voc" else 0.0
-    class_of = np.array([class_names.index(each) for each in features.class_names])
 
     def read(index: int) -> _Record:
-        return _read(records[index], features, f"{where}[{index}]", shift)
+        return _read(records[index], features, f"{records.name}[{index}]", shift)
 
     with ThreadPoolExecutor(usable_cores()) as pool:
         found = list(pool.map(read, range(len(records))))
-    labels = np.concatenate([np.zeros(0, np.int32), *(each.labels for each in found)])
-    table = AnnotationTable.build(
-        [each.size for each in found],
-        [len(each.boxes) for each in found],
-        np.concatenate([np.zeros((0, 4)), *(each.boxes for each in found)]),
-        class_of[labels],
-        np.concatenate([each.difficult for each in found]),
-        np.concatenate([each.crowd for each in found]),
-        np.concatenate([each.areas for each in found]),
-    )
+    class_of = np.array([class_names.index(each) for each in features.class_names])
     names = Names(each.name for each in found)
-    table, notes = table.checked(names.__getitem__)
+    table, notes = _table(found, class_of).checked(names.__getitem__)
     ids = [each.image_id for each in found if each.image_id is not None]
     return TfdsSource(
         records,
@@ -155,6 +162,19 @@ def open_tfds_detection(
         np.array(ids, np.int64) if len(ids) == len(found) else None,
         notes,
     )
+
+
+def _open_records(builder: Any, name: str, split: str, features: _Features) -> _Records:
+    try:
+        for file in builder.info.splits[split].filepaths:
+            refuse_special(file)
+        stored = builder.as_data_source(split=split, decoders=features.decoders)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"tfds data set {name} has no split {split!r}; its splits are "
+            f"{', '.join(builder.info.splits)}"
+        ) from error
+    return _Records(stored, f"{builder.info.full_name}/{split}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +189,19 @@ class _Record:
     areas: np.ndarray
 
 
+def _table(found: Sequence[_Record], class_of: np.ndarray) -> AnnotationTable:
+    """The annotations of all records; ``class_of`` maps tfds's labels."""
+    return AnnotationTable.build(
+        [each.size for each in found],
+        [len(each.boxes) for each in found],
+        np.concatenate([each.boxes for each in found]),
+        class_of[np.concatenate([each.labels for each in found])],
+        np.concatenate([each.difficult for each in found]),
+        np.concatenate([each.crowd for each in found]),
+        np.concatenate([each.areas for each in found]),
+    )
+
+
 def _read(
     record: Mapping[str, Any], features: _Features, name: str, shift: float
 ) -> _Record:
@@ -180,8 +213,12 @@ def _read(
     scaled = relative[:, [1, 0, 3, 2]] * (width, height, width, height)
     boxes = np.round(scaled, _DECIMALS) - (shift, shift, 0, 0)
     labels = np.asarray(objects[features.label], np.int64)
-    if not np.isfinite(boxes).all() or (labels < 0).any():
-        raise UserError(f"tfds record {name} has a box or a class that is no number")
+    known = (labels >= 0) & (labels < len(features.class_names))
+    if not np.isfinite(boxes).all() or not known.all():
+        raise UserError(
+            f"record {name} of tfds has an object without a box or a class; prepare "
+            "the data set again"
+        )
     nowhere = np.zeros(len(boxes), bool)
     file = record.get("image/filename", name.encode())
     number = record.get("image/id")
