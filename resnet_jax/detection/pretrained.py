@@ -12,6 +12,7 @@ from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.detection.backbone import Backbone
 from resnet_jax.detection.detector import load_detector
 from resnet_jax.detection.state import DetectionLearner
+from resnet_jax.detection.weights import holds_detector, read_detector
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.nets import expected_pixels, is_workdir, load_net
 from resnet_jax.run_files import CONFIG
@@ -61,6 +62,9 @@ def _loaded(
 ) -> tuple[PixelStatistics, dict[str, Any]]:
     """The pixel statistics and variables of a config's weights."""
     assert config.weights is not None
+    if not is_workdir(config.weights) and holds_detector(config.weights):
+        found = read_detector(config.weights)
+        return found.statistics, found.variables
     if not is_workdir(config.weights):
         net: Any = backbone.net
         variables = load_weights(config.weights, net, new_head=net.num_classes == 1)
