@@ -140,9 +140,10 @@ def test_frozen_parts_and_statistics_stay_bit_for_bit(folder, tmp_path):
         "stage1",
     }
 
+    other = tiny_config(folder, **{"model.weights": weights, "model.width": 8})
+    other = learner_of(other)
     with pytest.raises(UserError, match="does not match the ResNet"):
-        other = tiny_config(folder, **{"model.weights": weights, "model.width": 8})
-        initial_state(learner_of(other), print)
+        initial_state(other, print)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,9 @@ def test_a_stopped_run_ends_bit_for_bit_the_same(undisturbed, tmp_path, monkeypa
 
 def test_other_data_and_other_fields_are_refused(undisturbed, tmp_path):
     config, workdir, _ = undisturbed
-    with pytest.raises(UserError, match="holds a run with detector.nms=0.3, not 0.5"):
+    with pytest.raises(
+        UserError, match=r"holds a run with detector\.nms=0\.3, not 0\.5"
+    ):
         train_detector(
             tiny_config(config.data.path, **{"training.steps": 5, "detector.nms": 0.5}),
             workdir,
