@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from resnet_jax.cli.arguments import output_file
+from resnet_jax.cli.arguments import MOST_COUNT, output_file, whole
 from resnet_jax.cli.overrides import CONFIG, fields_help, parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
 from resnet_jax.config.detection import DetectionConfig
@@ -46,15 +46,26 @@ the exit status is then 1.
 """
 
 
+_PREPARE = """Write annotated images as shards, which open and read fast.
+
+  resnet-jax detect prepare coco prepared --splits train2017,val2017
+  resnet-jax detect prepare tfds:voc/2007 prepared --splits trainval,test
+
+Train on them with --config.data.path=prepared. An interrupted run continues.
+resnet-jax prepare --verify prepared compares them with their checksums.
+"""
+
+
 def add_parser(commands: Any) -> None:
     """Adds the subcommand to the parser of ``resnet-jax``."""
     parser = commands.add_parser(
-        "detect", help="object detection: train, evaluate, predict"
+        "detect", help="object detection: train, evaluate, predict, prepare"
     )
     actions = parser.add_subparsers(metavar="ACTION")
     _add_train(actions)
     _add_evaluate(actions)
     _add_predict(actions)
+    _add_prepare(actions)
 
 
 def _add_train(actions: Any) -> None:
@@ -117,9 +128,35 @@ def _add_workdirs(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         action="append",
-        metavar="DIR",
-        help="of detect train; give it several times for an ensemble",
+        metavar="DIR|FILE",
+        help="of detect train, or a detector's weights of torchvision (without a "
+        "feature pyramid) or Detectron2 (C4); given several times, an ensemble",
     )
+
+
+def _add_prepare(actions: Any) -> None:
+    parser = actions.add_parser(
+        "prepare", help="write annotated images as shards", description=_PREPARE
+    )
+    add = parser.add_argument
+    add("source", help="a folder in VOC or COCO layout, or tfds:NAME[:VERSION]")
+    add("output", help="a new folder, or one of an interrupted run")
+    add(
+        "--splits",
+        default="trainval,test",
+        metavar="NAME,NAME",
+        help="the first one defines the classes (default: trainval,test)",
+    )
+    add("--format", choices=("voc", "coco"), help="default: by what the folder holds")
+    add("--data-dir", metavar="DIR", help="where tfds data sets are prepared")
+    add("--shards", type=whole(1, MOST_COUNT), metavar="N", help="of each split")
+    add(
+        "--on-error",
+        default="stop",
+        choices=("stop", "skip"),
+        help="at a broken image, stop, or leave it out and list it (default: stop)",
+    )
+    parser.set_defaults(run=_prepare)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -185,3 +222,20 @@ def _predict(options: argparse.Namespace) -> None:
         raise UserError(
             f"{broken:,} of {number + broken:,} could not be read: see the lines above"
         )
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from resnet_jax.console import loading
+
+    with loading():
+        from resnet_jax.detection.prepare import prepare_detection
+
+    prepare_detection(
+        options.source,
+        options.output,
+        splits=[name.strip() for name in options.splits.split(",")],
+        format=options.format,
+        data_dir=options.data_dir,
+        num_shards=options.shards,
+        on_error=options.on_error,
+    )

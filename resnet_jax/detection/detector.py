@@ -19,11 +19,13 @@ from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.detection.annotations import Source
 from resnet_jax.detection.batches import at_scale, evaluation_batches
 from resnet_jax.detection.detections import Detections
-from resnet_jax.detection.faster_rcnn import FasterRCNN
+from resnet_jax.detection.faster_rcnn import FasterRCNN, make_detector
 from resnet_jax.detection.inference import Scale, detections_of
 from resnet_jax.detection.state import make_detection_learner
+from resnet_jax.detection.weights import read_detector
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluator import Interrupted
+from resnet_jax.evaluation.nets import is_workdir
 from resnet_jax.evaluation.saved_run import find_step
 from resnet_jax.identity import Identity
 from resnet_jax.workdir import Workdir
@@ -59,10 +61,11 @@ def load_detector(
     checkpoint: int | str = "last",
     overrides: dict[str, str] | None = None,
 ) -> Detector:
-    """Loads the detector of a run. The data need not be there.
+    """Loads the detector of a run, or of a file. The data need not be there.
 
     Args:
-      workdir: of ``train_detector``.
+      workdir: of ``train_detector``; or a file that ``weights.read_detector`` reads,
+        which names no classes.
       checkpoint: "last" or a step.
       overrides: values as text for fields of the config's data, detector and evaluation
         sections that do not change the net.
@@ -70,6 +73,16 @@ def load_detector(
     Raises:
       UserError: there is no such run or checkpoint, or it is damaged.
     """
+    if not is_workdir(workdir):
+        found = read_detector(workdir)
+        return Detector(
+            config=found.config,
+            model=make_detector(found.config, found.num_classes),
+            variables=found.variables,
+            statistics=found.statistics,
+            class_names=tuple(map(str, range(found.num_classes))),
+            mesh=parallel.data_mesh(),
+        )
     folder = Workdir(workdir, DetectionConfig)
     config = folder.read_config()
     if config is None:

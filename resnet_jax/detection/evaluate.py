@@ -61,6 +61,8 @@ def evaluate_detector(
     members = open_members(detector, checkpoint, overrides)
     config, class_names = members[0].config, members[0].class_names
     data = open_detection_data(config.data)
+    if members[0].trained_on is None:  # a file, which knows only their number
+        class_names = data.class_names[: len(class_names)]
     if data.class_names != class_names:
         raise UserError(
             f"the detector finds {', '.join(class_names)}, but the data have "

@@ -219,9 +219,7 @@ def prepared(images: jax.Array, statistics: PixelStatistics) -> jax.Array:
 def proposals_of(net: FasterRCNN, maps: jax.Array, sizes: jax.Array) -> Proposals:
     """The proposals (B, P, ...) of a bound net in testing."""
     objectness, deltas = net.rpn_of(maps, sizes)
-    anchors = net.anchors.grid(*maps.shape[1:3])
-    # One image after another, because suppression takes much memory.
-    return lax.map(
-        lambda image: propose_from(net.config, anchors, *image, train=False),
-        (objectness, deltas, net.present(maps, sizes), sizes),
+    choose = functools.partial(
+        propose_from, net.config, net.anchors.grid(*maps.shape[1:3]), train=False
     )
+    return jax.vmap(choose)(objectness, deltas, net.present(maps, sizes), sizes)

@@ -69,8 +69,7 @@ def _union(
     if len(proposals) == 1:
         return boxes[0], valid[0]
     union = functools.partial(improvements.union, threshold=config.proposal_nms)
-    # One image after another, because suppression takes much memory.
-    return jax.lax.map(lambda image: union(*image), (boxes, valid))
+    return jax.vmap(union)(boxes, valid)
 
 
 def _classifier(

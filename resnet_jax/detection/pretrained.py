@@ -1,5 +1,6 @@
 """What a detector starts from: weights of a classifier, or of another detector."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from resnet_jax.data.transforms import PixelStatistics
 from resnet_jax.detection.backbone import Backbone
 from resnet_jax.detection.detector import load_detector
 from resnet_jax.detection.state import DetectionLearner
+from resnet_jax.detection.weights import holds_detector, read_detector
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.nets import expected_pixels, is_workdir, load_net
 from resnet_jax.run_files import CONFIG
@@ -61,10 +63,15 @@ def _loaded(
 ) -> tuple[PixelStatistics, dict[str, Any]]:
     """The pixel statistics and variables of a config's weights."""
     assert config.weights is not None
+    if not is_workdir(config.weights) and holds_detector(config.weights):
+        found = read_detector(config.weights)
+        return found.statistics, found.variables
     if not is_workdir(config.weights):
         net: Any = backbone.net
         variables = load_weights(config.weights, net, new_head=net.num_classes == 1)
-        pixels = expected_pixels(config.weights, config.name)
+        pixels = None
+        with contextlib.suppress(UserError):  # a net that is not in the catalog
+            pixels = expected_pixels(config.weights, config.name)
         return pixels or _imagenet(), variables
     if is_detector(config.weights):
         detector = load_detector(config.weights)

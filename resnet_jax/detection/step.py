@@ -159,8 +159,13 @@ def _choose(
 ) -> tuple[AnchorSample, RegionSample]:
     """The anchors and regions to learn from, for each image of a batch."""
 
-    def of_image(image: Any) -> tuple[AnchorSample, RegionSample]:
-        key, objectness, deltas, present, target = image
+    def of_image(
+        key: jax.Array,
+        objectness: jax.Array,
+        deltas: jax.Array,
+        present: jax.Array,
+        target: dict[str, jax.Array],
+    ) -> tuple[AnchorSample, RegionSample]:
         size, boxes, classes = (target[n] for n in ("sizes", "boxes", "classes"))
         of_anchors, of_regions = jax.random.split(key)
         proposals = propose_from(
@@ -174,8 +179,7 @@ def _choose(
             sample_regions(of_regions, proposals, boxes, classes, config, num_classes),
         )
 
-    # One image after another, because suppression takes much memory.
-    return lax.map(of_image, (keys, objectness, deltas, present, targets))
+    return jax.vmap(of_image)(keys, objectness, deltas, present, targets)
 
 
 def _scores(

@@ -317,7 +317,7 @@ def _print_start(
         "config": "\n".join(changed) + f"\nall fields: {folder.path / 'config.json'}",
     }
     print_facts(console, facts)
-    notes = [*derived.notes(), *data.train.notes, *data.test.notes]
+    notes = [*derived.notes(), *data.notes]
     for note in dict.fromkeys(notes):
         say(console, note)
 

@@ -119,6 +119,12 @@ class ReadDetector(NamedTuple):
     statistics: PixelStatistics
 
 
+def holds_detector(path_or_name: str | os.PathLike[str]) -> bool:
+    """Whether a file's arrays are those of a detector, not of a classifier alone."""
+    arrays, _ = read_arrays(locate(os.fspath(path_or_name)))
+    return any("rpn" in name for name in arrays)
+
+
 def read_detector(path_or_name: str | os.PathLike[str]) -> ReadDetector:
     """Reads a Faster R-CNN on one map, of torchvision or Detectron2.
 
