@@ -48,7 +48,7 @@ def detector(seed=0, num_classes=K, **fields):
     """A small net with random weights and statistics, its variables, and a config."""
     config = dataclasses.replace(DETECTOR, **fields)
     whole = DetectionConfig(
-        model=BackboneConfig(name="resnet18", width=4), detector=config
+        model=BackboneConfig(name="resnet10t", width=4), detector=config
     )
     model = make_detector(whole, num_classes)
     images = jnp.zeros((1, 64, 96, 3))
@@ -293,7 +293,7 @@ def opened(root, seeds, **overrides):
         config = tiny_config(root, **overrides)
         config = dataclasses.replace(
             config,
-            model=dataclasses.replace(config.model, name="resnet18", width=4),
+            model=dataclasses.replace(config.model, name="resnet10t", width=4),
             detector=dataclasses.replace(DETECTOR, context=seed == 1),
         )
         _, variables = detector(seed, num_classes=2, context=seed == 1)
@@ -365,12 +365,12 @@ def test_files_go_through_all_improvements(tmp_path):
 def test_an_evaluation_says_how_it_tested(tmp_path, console):
     detectors = opened(write_images(tmp_path), seeds=(0, 1))
     result = evaluate_detector(detectors, overrides=IMPROVED, console=console)
-    assert result["model"] == "resnet18 + resnet18"
+    assert result["model"] == "resnet10t + resnet10t"
     protocol = result["protocol"]
     assert protocol["refine"] is True
     assert (protocol["vote"], protocol["scales"]) == (0.5, (48, 64))
     plain = evaluate_detector(detectors[0], console=console)
-    assert plain["model"] == "resnet18"
+    assert plain["model"] == "resnet10t"
     assert plain["protocol"]["scales"] is plain["protocol"]["vote"] is None
     assert plain["detections"] != result["detections"]
 
