@@ -7,17 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from resnet_jax import parallel
 from resnet_jax.config import DetectionConfig
 from resnet_jax.config.detection import (
     BackboneConfig,
     DetectorConfig,
 )
 from resnet_jax.data.transforms import PixelStatistics
+from resnet_jax.detection.annotations import decode
+from resnet_jax.detection.detector import Detector, finder, open_members
+from resnet_jax.detection.evaluate import evaluate_detector
 from resnet_jax.detection.faster_rcnn import make_detector, prepared, proposals_of
 from resnet_jax.detection.head import decode_regions, detect
 from resnet_jax.detection.inference import detections_of
+from resnet_jax.detection.sources.voc import open_voc
+from resnet_jax.detection.train import train_detector
+from resnet_jax.errors import UserError
+from tests.detection.layouts import write_voc
 from tests.detection.test_improvements import overlap, scales_loop, vote_loop
+from tests.detection.tiny import tiny_config, write_four_images
 
 DETECTOR = DetectorConfig(
     anchor_sizes=(24.0, 48.0),
@@ -34,13 +44,13 @@ STATISTICS = PixelStatistics(*np.full((2, 1, 1, 3), 0.5, np.float32))
 K = 3
 
 
-def detector(seed=0, **fields):
+def detector(seed=0, num_classes=K, **fields):
     """A small net with random weights and statistics, its variables, and a config."""
     config = dataclasses.replace(DETECTOR, **fields)
     whole = DetectionConfig(
-        model=BackboneConfig(name="resnet18", width=4), detector=config
+        model=BackboneConfig(name="resnet10t", width=4), detector=config
     )
-    model = make_detector(whole, K)
+    model = make_detector(whole, num_classes)
     images = jnp.zeros((1, 64, 96, 3))
     variables = jax.jit(model.init)(jax.random.key(seed), images, SIZES[:1])
     params = variables["params"]
@@ -274,3 +284,137 @@ def test_an_ensemble_shares_proposals_and_takes_the_mean():
         expected = detected(probabilities, boxes, valid, first[0].config)
         ours = jax.tree.map(lambda x, image=image: x[image : image + 1], found)
         assert_same(ours, expected)
+
+
+def opened(root, seeds, **overrides):
+    """Detectors of a data set's folder, with random weights."""
+    members = []
+    for seed in seeds:
+        config = tiny_config(root, **overrides)
+        config = dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, name="resnet10t", width=4),
+            detector=dataclasses.replace(DETECTOR, context=seed == 1),
+        )
+        _, variables = detector(seed, num_classes=2, context=seed == 1)
+        members.append(
+            Detector(
+                config=config,
+                model=make_detector(config, 2),
+                variables=variables,
+                statistics=STATISTICS,
+                class_names=("tall", "wide"),
+                mesh=parallel.data_mesh(),
+            )
+        )
+    return members
+
+
+def write_images(root):
+    """A landscape and a portrait with two rectangles each."""
+    images = {
+        f"image{number}": (
+            *size,
+            [("wide", (4, 8, 44, 28)), ("tall", (20, 10, 35, 40))],
+        )
+        for number, size in enumerate([(90, 60), (48, 90)])
+    }
+    for split in ("train", "test"):
+        write_voc(root, split, images)
+    return root
+
+
+IMPROVED = {
+    "detector.test_refine": "true",
+    "detector.test_scales": "48,64",
+    "detector.test_region_side": "30",
+}
+
+
+def test_files_go_through_all_improvements(tmp_path):
+    """The scales of each image meet, and boxes come back to its own pixels."""
+    detectors = opened(write_images(tmp_path), seeds=(0, 1))
+    members = open_members(detectors, overrides=IMPROVED)
+    source = open_voc(tmp_path, "test")
+    found = finder(members)(source=source, batch_size=2)
+    limits = {48: 72, 64: 96}
+    assert len(found) == len(source) == 2
+    for index, ours in enumerate(found):
+        pixels = decode(source, index)
+        original = np.array(pixels.shape[:2])
+        scales = []
+        for side, longest in limits.items():
+            factor = min(side / original.min(), longest / original.max())
+            size = np.round(original * factor).astype(np.int32)
+            image = Image.fromarray(pixels).resize(
+                size[::-1], Image.Resampling.BILINEAR
+            )
+            padded = np.zeros((1, *-(-size // 16) * 16, 3), np.uint8)
+            padded[0, : size[0], : size[1]] = image
+            scales.append((padded, size[None]))
+        models = [(member.model, member.variables) for member in members]
+        expected = jax.tree.map(lambda x: np.array(x[0]), run(models, scales, base=1))
+        there = expected.valid
+        assert 0 < there.sum() == len(ours)
+        np.testing.assert_array_equal(ours.classes, expected.classes[there])
+        np.testing.assert_allclose(ours.scores, expected.scores[there], rtol=1e-3)
+        scale = np.tile((scales[1][1][0] / original)[::-1], 2)
+        np.testing.assert_allclose(ours.boxes * scale, expected.boxes[there], atol=0.1)
+
+
+def test_an_evaluation_says_how_it_tested(tmp_path, console):
+    detectors = opened(write_images(tmp_path), seeds=(0, 1))
+    result = evaluate_detector(detectors, overrides=IMPROVED, console=console)
+    assert result["model"] == "resnet10t + resnet10t"
+    protocol = result["protocol"]
+    assert protocol["refine"] is True
+    assert (protocol["vote"], protocol["scales"]) == (0.5, (48, 64))
+    plain = evaluate_detector(detectors[0], console=console)
+    assert plain["model"] == "resnet10t"
+    assert plain["protocol"]["scales"] is plain["protocol"]["vote"] is None
+    assert plain["detections"] != result["detections"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"detector.roi_size": "7"}, "detector.roi_size cannot be changed for a"),
+        ({"detector.test_scales": "48,80"}, "48,80 must rise and contain data.sh"),
+        ({"detector.test_scales": "80,64"}, "80,64 must rise and contain data.sh"),
+        ({"detector.test_vote": "2"}, "detector.test_vote"),
+    ],
+)
+def test_what_cannot_be_tested_is_refused(tmp_path, overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        open_members(opened(tmp_path, seeds=(0,)), overrides=overrides)
+
+
+def test_an_ensemble_has_the_same_classes(tmp_path):
+    first, second = opened(tmp_path, seeds=(0, 1))
+    other = dataclasses.replace(second, class_names=("wide", "tall"))
+    with pytest.raises(UserError, match="detector 2 finds wide, tall, but the first"):
+        open_members([first, other])
+    with pytest.raises(UserError, match="give at least one detector"):
+        open_members([])
+
+
+@pytest.mark.slow
+def test_improvements_keep_what_a_trained_detector_finds(tmp_path, console):
+    root = write_four_images(tmp_path / "data")
+    workdirs = []
+    for seed in (0, 1):
+        config = tiny_config(
+            root,
+            **{
+                "seed": seed,
+                "training.steps": 250,
+                "training.global_batch_size": 8,
+                "checkpoint.every_steps": 250,
+                "data.shorter_side": 64,
+            },
+        )
+        workdirs.append(tmp_path / f"run{seed}")
+        train_detector(config, workdirs[-1], console)
+    for overrides in ({}, IMPROVED):
+        result = evaluate_detector(workdirs, overrides=overrides, console=console)
+        assert result["voc"]["map_area"] > 0.99
