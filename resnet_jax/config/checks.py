@@ -340,7 +340,8 @@ def _detection_weights(config: DetectionConfig) -> Iterator[str]:
             f"model.frozen={','.join(model.frozen)} would freeze random weights: set "
             "model.weights too, or leave model.frozen at None"
         )
-    if config.training.procedure == "fast_rcnn" and not model.weights:
+    proposer = config.training.proposals or model.weights
+    if config.training.procedure == "fast_rcnn" and proposer is None:
         yield (
             "training.procedure=fast_rcnn trains on the proposals of a finished run: "
             "set training.proposals or model.weights to its workdir"

@@ -1,5 +1,6 @@
 """What a detector starts from: weights of a classifier, or of another detector."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -68,7 +69,9 @@ def _loaded(
     if not is_workdir(config.weights):
         net: Any = backbone.net
         variables = load_weights(config.weights, net, new_head=net.num_classes == 1)
-        pixels = expected_pixels(config.weights, config.name)
+        pixels = None
+        with contextlib.suppress(UserError):  # a net that is not in the catalog
+            pixels = expected_pixels(config.weights, config.name)
         return pixels or _imagenet(), variables
     if is_detector(config.weights):
         detector = load_detector(config.weights)

@@ -53,7 +53,7 @@ def tiny_config(root, **overrides):
         "detector.roi_samples": 16,
         "detector.roi_size": 7,
         "detector.roi_low": 0.0,
-        "training.global_batch_size": 4,
+        "training.global_batch_size": 8,
         "training.steps": 4,
         "optimizer.learning_rate": 0.02,
         "optimizer.weight_decay": 1e-4,

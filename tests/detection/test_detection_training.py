@@ -1,0 +1,275 @@
+"""Training: what is learned, on any number of devices, with stops in between."""
+
+import functools
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from resnet_jax import create_model, parallel, save_weights
+from resnet_jax.checkpoints import Checkpoints
+from resnet_jax.detection.detector import detection_program, load_detector
+from resnet_jax.detection.evaluate import evaluate_detector
+from resnet_jax.detection.losses import DetectionSums
+from resnet_jax.detection.pretrained import initial_state
+from resnet_jax.detection.state import make_detection_learner
+from resnet_jax.detection.step import make_detection_step, training_losses
+from resnet_jax.detection.train import train_detector
+from resnet_jax.errors import Preempted, UserError
+from resnet_jax.training.train import Run
+from tests.conftest import make_console
+from tests.detection.tiny import batch_of_four, tiny_config, write_four_images
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_four_images(tmp_path_factory.mktemp("data"))
+
+
+def learner_of(config, devices=1):
+    mesh = parallel.data_mesh(devices)
+    return make_detection_learner(config, mesh, steps_per_epoch=1, num_classes=2)
+
+
+def placed(batch, learner):
+    return parallel.place(batch, parallel.batch_sharding(learner.mesh))
+
+
+def fresh(learner):
+    return learner.fresh_state(*initial_state(learner, print))
+
+
+def final_state(config, workdir):
+    learner = learner_of(config, 8)
+    with Checkpoints(workdir / "checkpoints", config.checkpoint) as checkpoints:
+        return checkpoints.restore(checkpoints.steps()[-1], learner.abstract_state())
+
+
+def test_four_images_are_learned_by_heart(folder):
+    """AP 1 at IoU 0.5: the whole of training and testing, in small."""
+    config = tiny_config(folder)
+    learner = learner_of(config)
+    state, step = fresh(learner), make_detection_step(learner)
+    batch = placed(batch_of_four(), learner)
+    for _ in range(130):
+        state = step(state, None, batch)
+    program = detection_program([learner.model], learner.mesh, config.data)
+    found = program(
+        [state.evaluation_variables()],
+        [state.statistics],
+        [(batch["images"], batch["sizes"])],
+    )
+    for index in range(4):
+        sure = np.asarray(found.scores[index]) > 0.5
+        boxes, classes = found.boxes[index][sure], found.classes[index][sure]
+        order = np.argsort(-classes)
+        np.testing.assert_array_equal(classes[order], [1, 0])
+        wanted = np.asarray(batch["boxes"])[index]
+        assert np.abs(boxes[order] - wanted).max() < 5
+    sums = state.sums.summary()
+    assert sums["train_objects"] > 2
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_samples_and_losses_do_not_depend_on_the_devices(folder, devices):
+    config = tiny_config(folder)
+    batch = jax.tree.map(lambda x: np.concatenate([x, x]), batch_of_four())
+
+    @functools.lru_cache
+    def losses_on(devices):
+        learner = learner_of(config, devices)
+        state = fresh(learner)
+        keys = jax.random.split(jax.random.key(3), 8)
+
+        @jax.jit
+        def run(params, batch, keys):
+            return learner.model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                batch["images"] / 255.0 - 0.5,
+                {name: batch[name] for name in ("sizes", "boxes", "classes")},
+                keys,
+                each_device=functools.partial(
+                    parallel.on_each_device, mesh=learner.mesh
+                ),
+                method=training_losses,
+                mutable=["batch_stats"],
+            )[0]
+
+        return jax.device_get(run(state.params, placed(batch, learner), keys))
+
+    one, several = losses_on(1), losses_on(devices)
+    assert one.objects == several.objects > 8
+    for name in ("rpn_loss", "rpn_box_loss", "class_loss", "box_loss"):
+        np.testing.assert_allclose(
+            getattr(several, name), getattr(one, name), rtol=1e-4
+        )
+
+
+def test_frozen_parts_and_statistics_stay_bit_for_bit(folder, tmp_path):
+    """With the weights of a classifier; what it lacks starts at random."""
+    net = create_model("resnet10t", num_classes=5).clone(width=16)
+    key, example = jax.random.key(7), np.zeros((1, 64, 64, 3), np.float32)
+    variables = jax.jit(net.init)(key, example)
+    save_weights(tmp_path / "net.safetensors", variables, net)
+    weights = str(tmp_path / "net.safetensors")
+    config = tiny_config(folder, **{"model.weights": weights})
+    learner, said = learner_of(config), []
+    state = learner.fresh_state(*initial_state(learner, said.append))
+    assert said == [f"random: head, rpn; the other parts are from {weights}"]
+    before = jax.device_get((state.params, state.batch_stats))
+    np.testing.assert_array_equal(
+        before[0]["stage2"]["block1"]["conv1"]["kernel"],
+        variables["params"]["stage2"]["block1"]["conv1"]["kernel"],
+    )
+    step, batch = make_detection_step(learner), placed(batch_of_four(), learner)
+    for _ in range(2):
+        state = step(state, None, batch)
+    after = jax.device_get((state.params, state.batch_stats))
+    jax.tree.map(np.testing.assert_array_equal, before[1], after[1])
+    moved = {
+        part: any(
+            not np.array_equal(old, new)
+            for old, new in zip(*map(jax.tree.leaves, (before[0][part], tree)))
+        )
+        for part, tree in after[0].items()
+    }
+    assert {part for part, has_moved in moved.items() if not has_moved} == {
+        "stem",
+        "stage1",
+    }
+
+    with pytest.raises(UserError, match="does not match the ResNet"):
+        other = tiny_config(folder, **{"model.weights": weights, "model.width": 8})
+        initial_state(learner_of(other), print)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    config = tiny_config(folder, **{"training.steps": 5})
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    return config, workdir, train_detector(config, workdir, make_console())
+
+
+def test_a_run_leaves_its_files(undisturbed):
+    config, workdir, result = undisturbed
+    names = {path.name for path in workdir.iterdir()}
+    wanted = {"config.json", "metrics.jsonl", "result.json", "report.html"}
+    assert wanted | {"detections.npz", "checkpoints"} <= names
+    saved = json.loads((workdir / "result.json").read_text())
+    assert saved == json.loads(json.dumps(result))
+    assert saved["images"] == 4
+    assert saved["objects"] == 8
+    assert 0 <= saved["voc"]["map_area"] <= 1
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[-1]["test_map_11"] == saved["voc"]["map_11"]
+    parts = ("rpn_loss", "rpn_box_loss", "class_loss", "box_loss")
+    total = sum(rows[-1][f"train_{name}"] for name in parts)
+    np.testing.assert_allclose(rows[-1]["train_loss"], total, rtol=1e-6)
+    # A second call only prints.
+    assert train_detector(config, workdir, make_console()) == saved
+
+
+def test_a_stopped_run_ends_bit_for_bit_the_same(undisturbed, tmp_path, monkeypatch):
+    config, workdir, result = undisturbed
+    stopped = tmp_path / "stopped"
+    after_step = Run.after_step
+
+    def stop_after_three(self, state, step, saved=False):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return after_step(self, state, step, saved)
+
+    monkeypatch.setattr(Run, "after_step", stop_after_three)
+    with pytest.raises(Preempted):
+        train_detector(config, stopped, make_console())
+    monkeypatch.undo()
+    again = train_detector(config, stopped, make_console())
+    assert again["voc"] == result["voc"]
+    (one, _), (two, _) = (final_state(config, run) for run in (workdir, stopped))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(jax.device_get((s.params, s.batch_stats, s.opt_state)) for s in (one, two)),
+    )
+
+
+def test_other_data_and_other_fields_are_refused(undisturbed, tmp_path):
+    config, workdir, _ = undisturbed
+    with pytest.raises(UserError, match="holds a run with detector.nms=0.3, not 0.5"):
+        train_detector(
+            tiny_config(config.data.path, **{"training.steps": 5, "detector.nms": 0.5}),
+            workdir,
+            make_console(),
+        )
+    other = write_four_images(tmp_path)
+    xml = other / "Annotations" / "image0.xml"
+    xml.write_text(xml.read_text().replace("wide", "long"))
+    longer = tiny_config(other, **{"training.steps": 6})
+    with pytest.raises(
+        UserError, match="other data: there are 3 classes, not 2: 'long'"
+    ):
+        train_detector(longer, workdir, make_console())
+    assert (workdir / "result.json").exists()
+
+
+def test_the_run_is_tested_again(undisturbed, tmp_path):
+    _, workdir, result = undisturbed
+    console = make_console()
+    page = tmp_path / "page.html"
+    again = evaluate_detector(workdir, html_path=page, console=console)
+    assert again["voc"] == result["voc"]
+    assert again["classes"] == result["classes"]
+    assert page.stat().st_size > 10_000
+    assert "mAP" in console.file.getvalue()
+    detector = load_detector(workdir)
+    assert detector.class_names == ("tall", "wide")
+    with pytest.raises(UserError, match="cannot be changed for a trained detector"):
+        evaluate_detector(workdir, overrides={"model.width": "8"}, console=console)
+
+
+def test_seeds_are_runs_of_their_own(folder, tmp_path):
+    config = tiny_config(folder, **{"training.steps": 1, "seeds": 2, "seed": 3})
+    result = train_detector(config, tmp_path / "runs", make_console())
+    assert set(result["runs"]) == {"seed-3", "seed-4"}
+    aps = [run["voc"]["map_area"] for run in result["runs"].values()]
+    np.testing.assert_allclose(result["voc"]["map_area"], np.mean(aps))
+    deviation = np.std(aps, ddof=1)
+    np.testing.assert_allclose(result["voc"]["map_area_deviation"], deviation)
+
+
+def test_the_four_steps_share_what_they_should(folder, tmp_path):
+    changes = {"training.steps": 2, "training.procedure": "four_steps"}
+    config = tiny_config(folder, **changes)
+    result = train_detector(config, tmp_path / "runs", make_console())
+    assert "voc" in result
+    names = ("rpn", "fast_rcnn", "shared_rpn", "shared_fast_rcnn")
+    rpn, fast, shared_rpn, shared = (
+        jax.device_get(load_detector(tmp_path / "runs" / name).variables["params"])
+        for name in names
+    )
+
+    def same(one, two, part):
+        pairs = zip(jax.tree.leaves(one[part]), jax.tree.leaves(two[part]))
+        return all(np.array_equal(a, b) for a, b in pairs)
+
+    trunk = ("stem", "stage1", "stage2", "stage3")
+    # Steps 3 and 4 keep the trunk of step 2, which is not that of step 1.
+    assert all(same(fast, shared_rpn, part) for part in trunk)
+    assert all(same(fast, shared, part) for part in trunk)
+    assert not same(rpn, fast, "stage3")
+    assert not same(fast, shared_rpn, "rpn")
+    assert same(fast, shared_rpn, "stage4")
+    assert same(shared_rpn, shared, "rpn")
+    assert not same(shared_rpn, shared, "stage4")
+    # A second call finds all of it done.
+    again = train_detector(config, tmp_path / "runs", make_console())
+    assert again["voc"] == result["voc"]
+
+
+def test_sums_are_means_over_images():
+    sums = DetectionSums(*(np.float32(x) for x in (8, 4, 2, 1)), 12, 4)
+    summary = (sums + DetectionSums.zeros()).summary()
+    assert summary["train_loss"] == pytest.approx(15 / 4)
+    assert summary["train_objects"] == 3
