@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from resnet_jax.cli.arguments import MOST_COUNT, output_file, whole
+from resnet_jax.cli.arguments import MOST_COUNT, output_file, positive, whole
 from resnet_jax.cli.overrides import CONFIG, fields_help, parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
 from resnet_jax.config.detection import DetectionConfig
@@ -108,7 +108,7 @@ def _add_predict(actions: Any) -> None:
     _add_workdirs(parser, action="append")
     add(
         "--score",
-        type=float,
+        type=positive(1),
         default=0.5,
         metavar="X",
         help="smallest score of what is shown (default: 0.5)",
