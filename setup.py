@@ -9,10 +9,12 @@ setup(
     packages=[
         *find_packages(include=["resnet_jax", "resnet_jax.*"]),
         "resnet_jax.configs",
+        "resnet_jax.configs.detection",
         "resnet_jax.configs.recipes",
     ],
     package_dir={
         "resnet_jax.configs": "configs",
+        "resnet_jax.configs.detection": "configs/detection",
         "resnet_jax.configs.recipes": "configs/recipes",
     },
 )

@@ -16,6 +16,8 @@ from typing import Any
 import resnet_jax
 from resnet_jax.cli import command_parser
 from resnet_jax.config import (
+    Config,
+    DetectionConfig,
     Field,
     describe_range,
     describe_type,
@@ -59,9 +61,24 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def config_fields() -> str:
     """Every field of a run, by section."""
+    return _tables(_sections(Config))
+
+
+def detection_fields() -> str:
+    """The fields of a detector's run, without the sections that every run has."""
+    shared = _sections(Config)
+    own = _sections(DetectionConfig)
+    return _tables({name: own[name] for name in own if own[name] != shared.get(name)})
+
+
+def _sections(schema: type) -> dict[str, list[Field]]:
     sections: dict[str, list[Field]] = {}
-    for field in fields().values():
+    for field in fields(schema).values():
         sections.setdefault(field.name.rpartition(".")[0] or "run", []).append(field)
+    return sections
+
+
+def _tables(sections: dict[str, list[Field]]) -> str:
     parts = []
     for section, members in sections.items():
         rows = [
@@ -203,6 +220,18 @@ MODULES = {
         "resnet_jax.data.sources",
         "resnet_jax.workdir",
     ),
+    "python_detection": (
+        "resnet_jax.detection",
+        "resnet_jax.detection.localization",
+        "resnet_jax.detection.boxes",
+        "resnet_jax.detection.anchors",
+        "resnet_jax.detection.nms",
+        "resnet_jax.detection.roi",
+        "resnet_jax.detection.matching",
+        "resnet_jax.detection.sampling",
+        "resnet_jax.detection.voc_ap",
+        "resnet_jax.detection.coco_figures",
+    ),
 }
 """The modules of each page of the Python reference."""
 
@@ -242,6 +271,7 @@ def _public(module: str) -> list[Any]:
 
 GENERATED: dict[str, Callable[[], str]] = {
     "fields": config_fields,
+    "detection_fields": detection_fields,
     "commands": commands,
     "configs": config_files,
     "nets": nets,

@@ -49,7 +49,8 @@ def test_the_command_line_is_parsed_without_jax():
         ("jax", "jaxlib", "flax", *HEAVY),
         "import contextlib, io\n"
         "from resnet_jax.cli import main\n"
-        "for line in ('--help', '--version', 'train --help', 'trian', 'plan --conf'):\n"
+        "for line in ('--help', '--version', 'train --help', 'trian', 'plan --conf',\n"
+        "             'detect train --help', 'detect predict --scor 1'):\n"
         "    with contextlib.redirect_stderr(io.StringIO()), "
         "contextlib.redirect_stdout(io.StringIO()):\n"
         "        try:\n            main(line.split())\n"

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from resnet_jax.cli.arguments import MOST_COUNT, output_file, whole
+from resnet_jax.cli.arguments import MOST_COUNT, output_file, positive, whole
 from resnet_jax.cli.overrides import CONFIG, fields_help, parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
 from resnet_jax.config.detection import DetectionConfig
@@ -27,7 +27,7 @@ _EVALUATE = """Test a detector on a whole split, by VOC's and COCO's measures.
   resnet-jax detect evaluate --workdir runs/coco --config.evaluation.metric=coco
   resnet-jax detect evaluate --workdir runs/voc07 --config.data.path=VOC2012 \\
       --config.data.test_split=val
-  resnet-jax detect evaluate --workdir runs/a --workdir runs/b \\
+  resnet-jax detect evaluate --workdir runs/a runs/b \\
       --config.detector.test_refine=true \\
       --config.detector.test_scales=200,400,600,800,1000
 
@@ -91,7 +91,7 @@ def _add_evaluate(actions: Any) -> None:
         "evaluate", help="test a detector on a split", description=_EVALUATE
     )
     add = parser.add_argument
-    _add_workdirs(parser)
+    _add_workdirs(parser, nargs="+", action="extend")
     add("--checkpoint", metavar="STEP", default="last", help="last (default) or a step")
     add("--json", type=output_file, metavar="FILE", help="write the result here")
     add("--html", type=output_file, metavar="FILE", help="write a page about it here")
@@ -105,10 +105,10 @@ def _add_predict(actions: Any) -> None:
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders")
-    _add_workdirs(parser)
+    _add_workdirs(parser, action="append")
     add(
         "--score",
-        type=float,
+        type=positive(1),
         default=0.5,
         metavar="X",
         help="smallest score of what is shown (default: 0.5)",
@@ -123,14 +123,15 @@ def _add_predict(actions: Any) -> None:
     parser.set_defaults(run=_predict, takes_overrides=True, schema=DetectionConfig)
 
 
-def _add_workdirs(parser: argparse.ArgumentParser) -> None:
+def _add_workdirs(parser: argparse.ArgumentParser, **several: Any) -> None:
     parser.add_argument(
         "--workdir",
         required=True,
-        action="append",
         metavar="DIR|FILE",
         help="of detect train, or a detector's weights of torchvision (without a "
-        "feature pyramid) or Detectron2 (C4); given several times, an ensemble",
+        "feature pyramid) or Detectron2 (C4); several, or the flag several times, are "
+        "an ensemble",
+        **several,
     )
 
 

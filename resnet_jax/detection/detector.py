@@ -28,6 +28,8 @@ from resnet_jax.evaluation.evaluator import Interrupted
 from resnet_jax.evaluation.nets import is_workdir
 from resnet_jax.evaluation.saved_run import find_step
 from resnet_jax.identity import Identity
+from resnet_jax.storage import expand
+from resnet_jax.weights.hub import HUB_PREFIX, TORCHVISION_PREFIX
 from resnet_jax.workdir import Workdir
 
 
@@ -74,6 +76,12 @@ def load_detector(
       UserError: there is no such run or checkpoint, or it is damaged.
     """
     if not is_workdir(workdir):
+        is_name = os.fspath(workdir).startswith((HUB_PREFIX, TORCHVISION_PREFIX))
+        if not is_name and not expand(workdir).exists():
+            raise UserError(
+                f"{workdir} does not exist: give the workdir of resnet-jax detect "
+                "train, or a file with a detector's weights"
+            )
         found = read_detector(workdir)
         return Detector(
             config=found.config,
@@ -130,6 +138,7 @@ FREE_FIELDS: tuple[str, ...] = (
     "detector.detections",
 )
 """The config fields, or beginnings of fields, that a test may change."""
+_FREE = [f"{name}*" if name[-1] in "._" else name for name in FREE_FIELDS]
 
 Given = Detector | str | os.PathLike[str]
 """A detector, or the workdir of its run."""
@@ -156,7 +165,7 @@ def open_members(
         if not name.startswith(FREE_FIELDS):
             raise UserError(
                 f"{name} cannot be changed for a trained detector; only "
-                f"{', '.join(field.rstrip('.') for field in FREE_FIELDS)} can"
+                f"{', '.join(_FREE)} can"
             )
     several = isinstance(detectors, Sequence) and not isinstance(detectors, str)
     given: Any = detectors if several else [detectors]

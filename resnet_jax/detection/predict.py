@@ -16,7 +16,7 @@ from resnet_jax.data.images import to_pillow
 from resnet_jax.data.pictures import Picture, name_of, read_picture
 from resnet_jax.detection.annotations import Annotation
 from resnet_jax.detection.detections import Detections
-from resnet_jax.detection.detector import Detector, Given, finder, open_members
+from resnet_jax.detection.detector import Given, finder, open_members
 from resnet_jax.detection.drawing import draw_boxes
 from resnet_jax.errors import UserError
 
@@ -55,23 +55,25 @@ class PictureSource:
 
 
 def detect_pictures(
-    detectors: Sequence[Detector],
+    detector: Given | Sequence[Given],
     pictures: Iterable[Picture],
     on_fault: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, np.ndarray, Detections]]:
     """Yields the number, pixels and detections of each picture as they are found.
 
-    Pictures are turned upright as their EXIF says.
+    Pictures are turned upright as their EXIF says. Each call compiles, so give it all
+    pictures at once; they may be an iterator.
 
     Args:
-      detectors: from ``open_members``.
-      pictures: paths, Pillow images or arrays.
+      detector: a ``Detector``, or the workdir of a run; or several, an ensemble.
+      pictures: paths, Pillow images, or uint8 arrays (h, w) or (h, w, c).
       on_fault: gets a sentence for each broken picture, which is then left out.
 
     Raises:
       UserError: a picture is broken, and there is no ``on_fault``.
     """
-    find, class_names = finder(detectors), detectors[0].class_names
+    members = open_members(detector)
+    find, class_names = finder(members), members[0].class_names
     numbered = enumerate(pictures)
     while part := list(itertools.islice(numbered, _AT_ONCE)):
         decoded = []

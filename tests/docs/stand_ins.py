@@ -13,6 +13,7 @@ import numpy as np
 import resnet_jax
 from resnet_jax.config import load_config
 from resnet_jax.weights import hub
+from tests.detection.layouts import write_voc
 
 CLASSES = ("n01440764", "n01443537", "n01484850")
 RUNS = {
@@ -36,6 +37,7 @@ def make_stand_ins(folder, small):
                 place.mkdir(parents=True)
                 for index in range(4):
                     write_image(place / f"{index}.png", images)
+    write_boxes(folder / "data" / "boxes")
     (folder / "pictures").mkdir()
     for name in ("cat.jpg", "dog.png", "pictures/1.jpg", "pictures/2.png"):
         write_image(folder / name, images)
@@ -55,6 +57,14 @@ def make_stand_ins(folder, small):
             )
             temporary.rename(folder / file)
     return folder
+
+
+def write_boxes(root):
+    """Rectangles in VOC's layout, with the lists trainval and test."""
+    objects = [("wide", (4, 8, 44, 28)), ("tall", (60, 4, 80, 44))]
+    for split in ("trainval", "test"):
+        images = {f"{split}{index}": (96, 64, objects) for index in range(4)}
+        write_voc(root, split, images)
 
 
 def write_image(path, random, height=40, width=36):

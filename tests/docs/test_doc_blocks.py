@@ -18,7 +18,7 @@ import pytest
 
 from resnet_jax.cli import command_parser, main
 from resnet_jax.cli.overrides import parse_overrides
-from resnet_jax.config import load_config, parse
+from resnet_jax.config import Config, load_config, parse
 from resnet_jax.paper.experiments import choose_runs, find_experiment
 from tests.conftest import REPOSITORY
 from tests.docs.pages import PAGES, blocks, commands, name_of
@@ -65,10 +65,26 @@ SMALL = {
         "training.epochs": "2",
         "training.global_batch_size": "8",
     },
+    "detection/folder_voc": {
+        "model.name": "resnet18",
+        "data.shorter_side": "64",
+        "data.longer_side": "96",
+        "detector.anchor_sizes": "24,40",
+        "detector.rpn_features": "16",
+        "detector.train_candidates": "60",
+        "detector.train_proposals": "20",
+        "detector.test_candidates": "40",
+        "detector.test_proposals": "10",
+        "detector.roi_samples": "8",
+        "detector.roi_size": "4",
+        "training.epochs": "2",
+    },
 }
 """Fields that a real run of a config changes."""
 
 PARSED = {
+    r"detect train --config detection/(voc07|coco)": "minutes to compile",
+    r"detect \S+ .*runs/boxes": "docs/detection.md runs the same commands",
     r"train --config (imagenet|recipes/)": "ImageNet recipes take minutes to compile",
     r"--compile tpu": "needs libtpu",
     r"paper (run|report)": "hours; tests/paper runs them small",
@@ -77,7 +93,14 @@ PARSED = {
 }
 """Commands that are parsed, their configs resolved, but not run; and why."""
 
-SLOW = {"analysis.md", "evaluation.md", "from_pytorch.md", "models.md", "train.md"}
+SLOW = {
+    "analysis.md",
+    "detection.md",
+    "evaluation.md",
+    "from_pytorch.md",
+    "models.md",
+    "train.md",
+}
 """Pages that only the slow tests run; ``test_blocks_are_valid`` has all."""
 
 OPTIONAL = {"import torch": "torch", "torch.onnx": "onnxscript"}
@@ -182,10 +205,11 @@ def check_resnet_jax(arguments):
     options, rest = PARSER.parse_known_args(arguments)
     overrides = parse_overrides(rest)
     assert not overrides or options.takes_overrides
+    schema = getattr(options, "schema", Config)
     for name, text in overrides.items():
-        parse(name, text)
+        parse(name, text, schema)
     if getattr(options, "config", None):
-        load_config(options.config, overrides)
+        load_config(options.config, overrides, schema)
     for grid in getattr(options, "grid", None) or ():
         name, _, values = grid.partition("=")
         for value in values.split(","):

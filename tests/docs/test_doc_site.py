@@ -9,8 +9,9 @@ import sys
 import pytest
 
 import resnet_jax
+from resnet_jax import detection
 from resnet_jax.cli import command_parser
-from resnet_jax.config import fields, list_configs
+from resnet_jax.config import DetectionConfig, fields, list_configs
 from resnet_jax.models.catalog import CATALOG
 from tests.conftest import REPOSITORY
 from tests.docs.pages import DOCS
@@ -29,6 +30,10 @@ def test_references_are_complete(hooks):
     for field in fields().values():
         assert f"| `{field.name}` | `{field.default}` |" in made["fields"]
         assert field.meaning.replace("|", "\\|") in made["fields"]
+    for name, field in fields(DetectionConfig).items():
+        row = f"| `{name}` | `{field.default}` |"
+        assert row in made["detection_fields"] or field == fields()[name], name
+    assert "`optimizer.kind`" not in made["detection_fields"]
     for name, entry in CATALOG.items():
         assert f"| `{name}` | " in made["nets"]
         assert f" {entry.parameters:,} |" in made["nets"]
@@ -40,10 +45,12 @@ def test_references_are_complete(hooks):
         assert first_line in made["configs"]
     for flag in re.findall(r"--[a-z][a-z-]+", command_parser().format_help()):
         assert flag in ("--version", "--help", *made["commands"].split())
-    for command in ("train", "paper run", "benchmark step"):
+    for command in ("train", "paper run", "benchmark step", "detect train"):
         assert f"## {command}\n" in made["commands"]
     for name in resnet_jax.__all__:
         assert f".{name}\n" in made["python"]
+    for name in (*detection.__all__, "nms", "roi_align", "train_localizer"):
+        assert f".{name}\n" in made["python_detection"]
     assert "| `optimizer.kind` |  |  |  | lamb | lamb | lamb |  |" in made["recipes"]
 
 

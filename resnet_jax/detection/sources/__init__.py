@@ -134,10 +134,16 @@ def open_source(
 def source_kind(given: str, kind: str | None) -> str:
     """How data are stored: "voc", "coco", "prepared" or "tfds"; ``kind`` if not None.
 
+    A folder of shards is "prepared", whatever the layout before.
+
     Raises:
       UserError: the folder holds none of them, or more than one.
     """
     if given.startswith("tfds:"):
+        if kind not in (None, "tfds"):
+            raise UserError(
+                f"data.format={kind} needs files: set data.path to a folder"
+            )
         return "tfds"
     if kind == "tfds":
         raise UserError("data.format=tfds needs data.name, and no data.path")
@@ -149,10 +155,10 @@ def source_kind(given: str, kind: str | None) -> str:
                 "(Annotations, ImageSets, JPEGImages) or COCO layout "
                 "(annotations/instances_SPLIT.json), or a prepared one"
             )
-        if kind is not None:
-            return kind
         if (root / MANIFEST).exists():
             return "prepared"
+        if kind is not None:
+            return kind
         if is_remote(given):
             raise UserError(
                 f"data.path {root} has no {MANIFEST}; copy other data to a disk"
