@@ -59,59 +59,57 @@ class Detector:
 
 
 def load_detector(
-    workdir: str | os.PathLike[str],
-    checkpoint: int | str = "last",
-    overrides: dict[str, str] | None = None,
+    source: str | os.PathLike[str], checkpoint: int | str = "last"
 ) -> Detector:
     """Loads the detector of a run, or of a file. The data need not be there.
 
     Args:
-      workdir: of ``train_detector``; or a file that ``weights.read_detector`` reads,
-        which names no classes.
-      checkpoint: "last" or a step.
-      overrides: values as text for fields of the config's data, detector and evaluation
-        sections that do not change the net.
+      source: the workdir of ``train_detector``; or a file that
+        ``weights.read_detector`` reads, which names no classes.
+      checkpoint: of the run: "last" or a step.
 
     Raises:
-      UserError: there is no such run or checkpoint, or it is damaged.
+      UserError: there is no such run, checkpoint or file, or it is damaged.
     """
-    if not is_workdir(workdir):
-        is_name = os.fspath(workdir).startswith((HUB_PREFIX, TORCHVISION_PREFIX))
-        if not is_name and not expand(workdir).exists():
-            raise UserError(
-                f"{workdir} does not exist: give the workdir of resnet-jax detect "
-                "train, or a file with a detector's weights"
-            )
-        found = read_detector(workdir)
-        return Detector(
-            config=found.config,
-            model=make_detector(found.config, found.num_classes),
-            variables=found.variables,
-            statistics=found.statistics,
-            class_names=tuple(map(str, range(found.num_classes))),
-            mesh=parallel.data_mesh(),
+    return _of_run(source, checkpoint) if is_workdir(source) else _of_file(source)
+
+
+def _of_file(source: str | os.PathLike[str]) -> Detector:
+    is_name = os.fspath(source).startswith((HUB_PREFIX, TORCHVISION_PREFIX))
+    if not is_name and not expand(source).exists():
+        raise UserError(
+            f"{source} does not exist: give the workdir of resnet-jax detect train, or "
+            "a file with a detector's weights"
         )
+    found = read_detector(source)
+    return Detector(
+        config=found.config,
+        model=make_detector(found.config, found.num_classes),
+        variables=found.variables,
+        statistics=found.statistics,
+        class_names=tuple(map(str, range(found.num_classes))),
+        mesh=parallel.data_mesh(),
+    )
+
+
+def _of_run(workdir: str | os.PathLike[str], checkpoint: int | str) -> Detector:
     folder = Workdir(workdir, DetectionConfig)
-    config = folder.read_config()
+    config, trained_on = folder.read_config(), folder.read_data()
     if config is None:
         raise UserError(
             f"workdir {folder.path} holds no run (no config.json); train one with "
             "resnet-jax detect train"
         )
-    held = folder.read_data()
-    if config.seeds > 1 or held is None or not folder.checkpoints.is_dir():
+    if trained_on is None or not folder.checkpoints.is_dir():
         inside = sorted(path.parent.name for path in folder.path.glob("*/config.json"))
         hint = f"; it has the runs {', '.join(inside)}" if inside else ""
         raise UserError(f"workdir {folder.path} holds no checkpoint{hint}")
-    config = override(config, overrides or {})
     mesh = parallel.data_mesh()
     learner = make_detection_learner(
-        config, mesh, steps_per_epoch=1, num_classes=len(held.class_names)
+        config, mesh, steps_per_epoch=1, num_classes=len(trained_on.class_names)
     )
-    abstract = learner.abstract_state()
-    averaged = config.optimizer.ema_decay is not None
-    names = ("ema",) if averaged else ("params", "batch_stats")
-    same = parallel.replicated(mesh)
+    abstract, same = learner.abstract_state(), parallel.replicated(mesh)
+    names = ("ema",) if abstract.ema is not None else ("params", "batch_stats")
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=same),
         {name: getattr(abstract, name) for name in (*names, "statistics")},
@@ -119,16 +117,15 @@ def load_detector(
     with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
         step = find_step(checkpoints, checkpoint, folder)
         state, _ = checkpoints.restore(step, wanted)
-    variables = state["ema"] if averaged else {name: state[name] for name in names}
     return Detector(
         config=config,
         model=learner.model,
-        variables=variables,
+        variables=state.get("ema") or {name: state[name] for name in names},
         statistics=state["statistics"],
-        class_names=held.class_names,
+        class_names=trained_on.class_names,
         mesh=mesh,
         step=step,
-        trained_on=held,
+        trained_on=trained_on,
     )
 
 
