@@ -18,6 +18,7 @@ TINY = {
     "04_your_images": {"STEPS": 10, "BASE_PER_CLASS": 10, "EPOCHS": 2},
     "05_blocks_in_your_project": {"STEPS": 5, "LAYERS": 3, "SEGMENTER_STEPS": 5},
     "06_scaling": {"STEPS": 2, "NET": "cifar_resnet8", "COUNTS": (1, 2)},
+    "07_detection": {"STEPS": 15},
 }
 """Values of the constants that begin a line, such as ``STEPS = 200``."""
 

@@ -1,16 +1,17 @@
 """What a detector found in an image, and the files that hold it."""
 
 import dataclasses
+import io
 import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from resnet_jax.errors import UserError
-from resnet_jax.storage import open_regular, writing
+from resnet_jax.storage import is_remote, locate, open_regular, reached, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ def save_detections(
     ``scores`` and ``classes`` of all images one after another.
 
     Args:
-      path: of the file.
+      path: of the file; or a URL.
       names: of the images.
       class_names: by class.
       detections: of each image.
@@ -105,14 +106,20 @@ def save_detections(
         field: np.concatenate([none, *(getattr(found, field) for found in detections)])
         for field, none in fields.items()
     }
-    with writing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file,
-            names=np.array(list(names), str),
-            class_names=np.array(list(class_names), str),
-            counts=np.array([len(found) for found in detections], np.int64),
-            **arrays,
-        )
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        names=np.array(list(names), str),
+        class_names=np.array(list(class_names), str),
+        counts=np.array([len(found) for found in detections], np.int64),
+        **arrays,
+    )
+    if is_remote(path):
+        with reached(locate(path)):
+            locate(path).write_bytes(content.getvalue())
+        return
+    with writing(path) as temporary:
+        temporary.write_bytes(content.getvalue())
 
 
 def load_detections(
@@ -124,7 +131,7 @@ def load_detections(
       UserError: the file is missing, or not one of ``save_detections``.
     """
     try:
-        with open_regular(path) as file, np.load(file, allow_pickle=False) as content:
+        with _opened(path) as file, np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in content.files}
         ends = np.cumsum(arrays["counts"])[:-1]
         boxes, scores, classes = (
@@ -139,3 +146,10 @@ def load_detections(
             f"{Path(path)} is no file of detections, or damaged; write it again with "
             "resnet-jax detect evaluate"
         ) from error
+
+
+def _opened(path: str | os.PathLike[str]) -> BinaryIO:
+    if is_remote(path):
+        with reached(locate(path)):
+            return io.BytesIO(locate(path).read_bytes())
+    return open_regular(path)

@@ -8,7 +8,9 @@ import rich.console
 
 from resnet_jax import distributed
 from resnet_jax.analysis import pages
+from resnet_jax.config import DetectionConfig
 from resnet_jax.console import make_console, say
+from resnet_jax.detection.detections import Detections
 from resnet_jax.detection.detector import (
     Given,
     finder,
@@ -21,7 +23,7 @@ from resnet_jax.detection.result import (
     headline,
     percent,
 )
-from resnet_jax.detection.sources import open_detection_data
+from resnet_jax.detection.sources import DetectionData, open_detection_data
 from resnet_jax.environment import command_line, environment
 from resnet_jax.errors import UserError
 from resnet_jax.evaluation.evaluate import write_result
@@ -75,17 +77,7 @@ def evaluate_detector(
         batch_size=config.evaluation.batch_size or config.training.global_batch_size,
         skipped=skipped,
     )
-    annotations = [data.test.annotation(index) for index in range(len(data.test))]
-    result, _ = evaluation_result(
-        annotations,
-        [data.test.name(index) for index in range(len(data.test))],
-        data.class_names,
-        data.test.category_ids,
-        detections,
-        coco=config.evaluation.metric == "coco",
-        protocol=protocol_of(config),
-        identity=data.identity,
-    )
+    result = figures_of(data, detections, config)
     result |= {
         "split": config.data.test_split,
         "skipped": len(skipped),
@@ -116,4 +108,23 @@ def evaluate_detector(
         with writing(html_path) as temporary:
             temporary.write_text(page, "utf-8")
         say(console, f"page: {html_path}")
+    return result
+
+
+def figures_of(
+    data: DetectionData, detections: Sequence[Detections], config: DetectionConfig
+) -> dict[str, Any]:
+    """The figures of the detections in each image of ``data.test``."""
+    test = data.test
+    images = range(len(test))
+    result, _ = evaluation_result(
+        [test.annotation(index) for index in images],
+        [test.name(index) for index in images],
+        data.class_names,
+        test.category_ids,
+        detections,
+        coco=config.evaluation.metric == "coco",
+        protocol=protocol_of(config),
+        identity=data.identity,
+    )
     return result

@@ -40,22 +40,40 @@ def initial_state(
     variables = jax.device_get({"batch_stats": {}} | init)
     new = []
     for part, fresh in variables["params"].items():
-        if part not in loaded["params"] or _shapes(loaded["params"][part]) != _shapes(
-            fresh
-        ):
-            if part not in ("rpn", "head"):
-                raise UserError(
-                    f"model.weights={config.weights} does not fit: its {part} differs "
-                    f"from that of {config.name} with these options"
-                )
+        if _shapes(loaded["params"].get(part)) == _shapes(fresh):
+            for kind in ("params", "batch_stats"):
+                if part in variables[kind]:
+                    variables[kind][part] = loaded[kind][part]
+        elif part in ("rpn", "head"):
             new.append(part)
-            continue
-        for kind in ("params", "batch_stats"):
-            if part in variables[kind]:
-                variables[kind][part] = loaded[kind][part]
+        else:
+            raise UserError(
+                f"model.weights={config.weights} does not fit: its {part} differs from "
+                f"that of {config.name} with these options"
+            )
     if new:
         tell(f"random: {', '.join(new)}; the other parts are from {config.weights}")
     return statistics, variables
+
+
+def proposer_of(learner: DetectionLearner) -> Any:
+    """The variables of the net that proposes; None if the trained one does.
+
+    Raises:
+      UserError: ``training.proposals`` is no run of the same net.
+    """
+    workdir = learner.config.training.proposals
+    if workdir is None:
+        return None
+    variables = load_detector(workdir).variables
+    own = learner.abstract_state()
+    wanted = {"params": own.params, "batch_stats": own.batch_stats}
+    if _shapes(variables) != _shapes(wanted):
+        raise UserError(
+            f"training.proposals={workdir} is the run of another net; give one with "
+            "the same model and detector fields"
+        )
+    return variables
 
 
 def _loaded(

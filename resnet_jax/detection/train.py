@@ -23,20 +23,18 @@ from resnet_jax.config.schema import changed_fields
 from resnet_jax.console import describe_seconds, make_console, print_facts, say
 from resnet_jax.detection.batches import steps_per_epoch, training_batches
 from resnet_jax.detection.detections import (
-    Detections,
     load_detections,
     save_detections,
 )
 from resnet_jax.detection.detector import (
     detect_all,
     detection_program,
-    load_detector,
-    protocol_of,
 )
-from resnet_jax.detection.pretrained import initial_state
+from resnet_jax.detection.evaluate import figures_of
+from resnet_jax.detection.pretrained import initial_state, proposer_of
 from resnet_jax.detection.procedures import train_four_steps, train_seeds
 from resnet_jax.detection.report import DETECTIONS, write_detection_report
-from resnet_jax.detection.result import evaluation_result, headline, row_of
+from resnet_jax.detection.result import headline, row_of
 from resnet_jax.detection.sources import DetectionData, open_detection_data
 from resnet_jax.detection.state import DetectionLearner, make_detection_learner
 from resnet_jax.detection.step import make_detection_step
@@ -116,9 +114,7 @@ def _train_one(
             folder.refuse_other_data(data.identity, folder.read_data())
         progress.phase("init")
         learner = _learner_for(config, data)
-        proposer = None
-        if config.training.proposals is not None:
-            proposer = load_detector(config.training.proposals).variables
+        proposer = proposer_of(learner)
         folder.check_shared()
         _print_start(console, learner, data, folder)
         with Checkpoints(folder.checkpoints, config.checkpoint, True) as checkpoints:
@@ -158,7 +154,7 @@ def _train_one(
         if config.training.procedure != "rpn":
             distributed.wait_for_all("detections")
             *_, detections = load_detections(folder.path / DETECTIONS)
-            result = _evaluated(data, detections, config) | result
+            result = figures_of(data, detections, config) | result
         folder.write_result(result)
         if distributed.is_primary():
             write_detection_report(folder, result, rows, data)
@@ -230,7 +226,7 @@ class _DetectionRun(Run):
             names = [source.name(index) for index in range(len(source))]
             file = self.folder.path / DETECTIONS
             save_detections(file, names, self.data.class_names, detections)
-        return row_of(_evaluated(self.data, detections, config))
+        return row_of(figures_of(self.data, detections, config))
 
 
 class _Skipped:
@@ -250,25 +246,6 @@ def _learner_for(config: DetectionConfig, data: DetectionData) -> DetectionLearn
         steps_per_epoch=steps_per_epoch(data.train, config.data, batch),
         num_classes=len(data.class_names),
     )
-
-
-def _evaluated(
-    data: DetectionData, detections: list[Detections], config: DetectionConfig
-) -> dict[str, Any]:
-    """The figures of a run on its test split."""
-    test = data.test
-    images = range(len(test))
-    result, _ = evaluation_result(
-        [test.annotation(index) for index in images],
-        [test.name(index) for index in images],
-        data.class_names,
-        test.category_ids,
-        detections,
-        coco=config.evaluation.metric == "coco",
-        protocol=protocol_of(config),
-        identity=data.identity,
-    )
-    return result
 
 
 def _facts(

@@ -6,6 +6,7 @@ from resnet_jax import detection
 from resnet_jax.config import DetectionConfig, resolve
 from resnet_jax.config.detection import DetectionTrainingConfig
 from resnet_jax.errors import UserError
+from tests.conftest import REPOSITORY
 from tests.test_imports import HEAVY, run_without
 
 
@@ -36,3 +37,12 @@ def test_configs_have_the_schema_of_detectors():
     assert resolve(changed, DetectionConfig) == DetectionConfig(training=training)
     with pytest.raises(UserError, match="the config of a classifier"):
         detection.load_config("digits")
+
+
+def test_every_folder_of_configs_is_in_the_wheel():
+    setup = (REPOSITORY / "setup.py").read_text()
+    for file in (REPOSITORY / "configs").rglob("*.py"):
+        folder = file.parent.relative_to(REPOSITORY).as_posix()
+        package = f"resnet_jax.{folder.replace('/', '.')}"
+        assert f'"{package}": "{folder}"' in setup
+        assert setup.count(f'"{package}"') == 2
