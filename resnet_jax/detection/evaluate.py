@@ -82,6 +82,10 @@ def evaluate_detector(
         "split": config.data.test_split,
         "skipped": len(skipped),
         "step": members[0].step,
+        "members": [
+            {"model": member.config.model.name, "step": member.step}
+            for member in members
+        ],
         "model": " + ".join(member.config.model.name for member in members),
         "command": command_line(),
         "environment": environment(),

@@ -365,6 +365,7 @@ def test_an_evaluation_says_how_it_tested(tmp_path, console):
     refined = {"detector.test_refine": "true"}
     result = evaluate_detector(detectors, overrides=refined, console=console)
     assert result["model"] == "resnet10t + resnet10t"
+    assert result["members"] == [{"model": "resnet10t", "step": 0}] * 2
     protocol = result["protocol"]
     assert (protocol["refine"], protocol["vote"]) == (True, 0.5)
     assert protocol["scales"] is protocol["region_side"] is None
