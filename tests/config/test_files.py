@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from resnet_jax.config import derive, flatten, load_config
+from resnet_jax.config import Config, DetectionConfig, derive, flatten, load_config
 from resnet_jax.errors import UserError
 from tests.conftest import REPOSITORY
 
@@ -12,7 +12,8 @@ CONFIGS = REPOSITORY / "configs"
 
 
 def config_of(spec):
-    return load_config(f"{CONFIGS}/{spec}")
+    schema = DetectionConfig if spec.startswith("detection/") else Config
+    return load_config(f"{CONFIGS}/{spec}", schema=schema)
 
 
 PAPER_SGD = {
@@ -86,7 +87,40 @@ def config_files():
 def test_every_file_resolves_and_says_its_command(file):
     config_of(file)
     documentation = ast.get_docstring(ast.parse((CONFIGS / file).read_text()))
-    assert f"resnet-jax train --config {file.removesuffix('.py')}" in documentation
+    command = "detect train" if file.startswith("detection/") else "train"
+    assert f"resnet-jax {command} --config {file.removesuffix('.py')}" in documentation
+
+
+def test_voc07_is_appendix_a():
+    values = flatten(config_of("detection/voc07.py"))
+    expected = {
+        "model.name": "resnet101",
+        "data.shorter_side": 600,
+        "data.longer_side": 1000,
+        "detector.anchor_sizes": (128.0, 256.0, 512.0),
+        "detector.anchor_ratios": (0.5, 1.0, 2.0),
+        "detector.rpn_high": 0.7,
+        "detector.rpn_low": 0.3,
+        "detector.rpn_samples": 256,
+        "detector.proposal_nms": 0.7,
+        "detector.train_proposals": 2000,
+        "detector.test_proposals": 300,
+        "detector.roi_samples": 128,
+        "detector.roi_fraction": 0.25,
+        "detector.roi_high": 0.5,
+        "detector.roi_low": 0.1,
+        "detector.nms": 0.3,
+        "optimizer.momentum": 0.9,
+        "optimizer.weight_decay": 5e-4,
+        "training.steps": 80_000,
+        "schedule.boundaries_steps": (60_000,),
+        "schedule.factor": 0.1,
+    }
+    assert expected.items() <= values.items()
+    eight = flatten(config_of("detection/voc07.py:8"))
+    assert eight["training.global_batch_size"] == 8
+    assert eight["training.steps"] == 10_000
+    assert eight["optimizer.learning_rate"] == pytest.approx(8e-3)
 
 
 @pytest.mark.parametrize("file", ["digits.py", "fashion_mnist.py"])
