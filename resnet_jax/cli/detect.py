@@ -32,8 +32,8 @@ _EVALUATE = """Test a detector on a whole split, by VOC's and COCO's measures.
       --config.detector.test_scales=200,400,600,800,1000
 
 Several workdirs are an ensemble. Precision is the mean over the classes at IoU 0.5, by
-area and by 11 points. --config says where data are now, which split to use, and other
-sizes or thresholds; detector.test_* are the improvements of the paper's appendix B.
+area and by 11 points. --config.FIELD=VALUE says where data are now, which split to use,
+and other sizes or thresholds; detector.test_* are the improvements of appendix B.
 """
 
 _PREDICT = """Print what a detector finds in pictures, and draw it.
@@ -42,16 +42,18 @@ _PREDICT = """Print what a detector finds in pictures, and draw it.
   resnet-jax detect predict --workdir runs/bccd cell.jpg --json found.jsonl
 
 Folders are read at any depth. Broken pictures are named on standard error and left out;
-the exit status is then 1.
+the exit status is then 1. --config.FIELD=VALUE changes sizes, thresholds, and
+detector.test_*, the improvements of the paper's appendix B.
 """
 
 
 _PREPARE = """Write annotated images as shards, which open and read fast.
 
   resnet-jax detect prepare coco prepared --splits train2017,val2017
-  resnet-jax detect prepare tfds:voc/2007 prepared --splits trainval,test
+  resnet-jax detect prepare tfds:voc/2007 prepared --splits train,validation,test
 
-Train on them with --config.data.path=prepared. An interrupted run continues.
+Train on them with --config.data.path=prepared; --config.data.train_split may join
+splits, such as train+validation. An interrupted run continues.
 resnet-jax prepare --verify prepared compares them with their checksums.
 """
 
@@ -91,7 +93,7 @@ def _add_evaluate(actions: Any) -> None:
         "evaluate", help="test a detector on a split", description=_EVALUATE
     )
     add = parser.add_argument
-    _add_workdirs(parser, nargs="+", action="extend")
+    _add_workdirs(parser, "several are an ensemble", nargs="+", action="extend")
     add("--checkpoint", metavar="STEP", default="last", help="last (default) or a step")
     add("--json", type=output_file, metavar="FILE", help="write the result here")
     add("--html", type=output_file, metavar="FILE", help="write a page about it here")
@@ -105,7 +107,7 @@ def _add_predict(actions: Any) -> None:
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders")
-    _add_workdirs(parser, action="append")
+    _add_workdirs(parser, "given several times, an ensemble", action="append")
     add(
         "--score",
         type=positive(1),
@@ -123,14 +125,15 @@ def _add_predict(actions: Any) -> None:
     parser.set_defaults(run=_predict, takes_overrides=True, schema=DetectionConfig)
 
 
-def _add_workdirs(parser: argparse.ArgumentParser, **several: Any) -> None:
+def _add_workdirs(
+    parser: argparse.ArgumentParser, ensemble: str, **several: Any
+) -> None:
     parser.add_argument(
         "--workdir",
         required=True,
         metavar="DIR|FILE",
-        help="of detect train, or a detector's weights of torchvision (without a "
-        "feature pyramid) or Detectron2 (C4); several, or the flag several times, are "
-        "an ensemble",
+        help="a run of detect train, or the file of a torchvision or Detectron2 "
+        f"detector with one map (C4); {ensemble}",
         **several,
     )
 
