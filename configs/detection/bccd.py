@@ -23,6 +23,8 @@ def get_config():
     config.data.longer_side = 320
     config.detector.anchor_sizes = (20.0, 40.0, 80.0)
     config.detector.border_anchors = True
+    # Small cells overlap few anchors of a map with stride 16 by 0.7.
+    config.detector.rpn_high = 0.5
     config.detector.rpn_features = 128
     config.detector.smallest_proposal = 4.0
     config.detector.train_candidates = 1000
@@ -32,8 +34,8 @@ def get_config():
     config.detector.roi_samples = 32
     config.detector.roi_size = 7
     config.training.global_batch_size = 5
-    config.training.epochs = 10
-    config.optimizer.learning_rate = 0.02
+    config.training.epochs = 20
+    config.optimizer.learning_rate = 0.08
     config.optimizer.weight_decay = 5e-4
     config.optimizer.max_grad_norm = 10.0
     config.schedule.kind = "cosine"
