@@ -57,6 +57,11 @@ class Detector:
     step: int = 0
     trained_on: Identity | None = None
 
+    @functools.cached_property
+    def program(self) -> "Program":
+        """Its ``detection_program``, kept so that it compiles once."""
+        return detection_program([self.model], self.mesh, self.config.data)
+
 
 def load_detector(
     source: str | os.PathLike[str], checkpoint: int | str = "last"
@@ -172,6 +177,8 @@ def open_members(
     ]
     if not loaded:
         raise UserError("give at least one detector")
+    if len(loaded) == 1 and not overrides:
+        return (loaded[0],)
     config = override(loaded[0].config, overrides or {})
     members = []
     for number, each in enumerate(loaded, start=1):
@@ -196,10 +203,13 @@ def open_members(
 def finder(members: Sequence[Detector]) -> Callable[..., list[Detections]]:
     """``detect_all`` of ``open_members``; give it ``source`` and ``batch_size``."""
     first = members[0]
-    models = [each.model for each in members]
+    program = first.program
+    if len(members) > 1:
+        models = [each.model for each in members]
+        program = detection_program(models, first.mesh, first.config.data)
     return functools.partial(
         detect_all,
-        detection_program(models, first.mesh, first.config.data),
+        program,
         [each.variables for each in members],
         [each.statistics for each in members],
         data=first.config.data,

@@ -61,8 +61,8 @@ def detect_pictures(
 ) -> Iterator[tuple[int, np.ndarray, Detections]]:
     """Yields the number, pixels and detections of each picture as they are found.
 
-    Pictures are turned upright as their EXIF says. Each call compiles, so give it all
-    pictures at once; they may be an iterator.
+    Pictures are turned upright as their EXIF says. A ``Detector`` keeps what it has
+    compiled for later calls; a workdir or an ensemble compiles at each call.
 
     Args:
       detector: a ``Detector``, or the workdir of a run; or several, an ensemble.

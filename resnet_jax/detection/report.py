@@ -94,7 +94,8 @@ def precision_parts(
     precision = voc_average_precision(annotations, detections, source.class_names)
     about = {name: f"{result[name]:,}" for name in _COUNTS}
     for name, value in result["protocol"].items():
-        about[f"protocol: {name.replace('_', ' ')}"] = value
+        if value is not None and value is not False:
+            about[f"protocol: {name.replace('_', ' ')}"] = value
     parts = [pages.facts(about)]
     if "coco" in result:
         rows = [

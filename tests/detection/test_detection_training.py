@@ -13,6 +13,7 @@ from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.detection.detector import detection_program, load_detector
 from resnet_jax.detection.evaluate import evaluate_detector
 from resnet_jax.detection.losses import DetectionSums
+from resnet_jax.detection.predict import detect_pictures
 from resnet_jax.detection.pretrained import initial_state
 from resnet_jax.detection.state import make_detection_learner
 from resnet_jax.detection.step import make_detection_step, training_losses
@@ -20,7 +21,7 @@ from resnet_jax.detection.train import train_detector
 from resnet_jax.errors import Preempted, UserError
 from resnet_jax.training.train import Run
 from tests.conftest import make_console
-from tests.detection.tiny import batch_of_four, tiny_config, write_four_images
+from tests.detection.tiny import SIZE, batch_of_four, tiny_config, write_four_images
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +229,12 @@ def test_the_run_is_tested_again(undisturbed, tmp_path):
     assert "mAP" in console.file.getvalue()
     detector = load_detector(workdir)
     assert detector.class_names == ("tall", "wide")
+    picture = np.zeros((*SIZE, 3), np.uint8)
+    for _ in range(2):
+        ((number, pixels, found),) = detect_pictures(detector, [picture])
+        assert (number, pixels.shape) == (0, picture.shape)
+        assert found.boxes.shape == (len(found), 4)
+    assert detector.program._cache_size() == 1
     with pytest.raises(UserError, match="cannot be changed for a trained detector"):
         evaluate_detector(workdir, overrides={"model.width": "8"}, console=console)
 
