@@ -390,6 +390,11 @@ def _detection_training(config: DetectionConfig) -> Iterator[str]:
             "schedule.warmup_until_error uses the training error, which detection does "
             "not measure: use schedule.warmup_steps"
         )
+    if config.seeds > 1 and config.training.procedure == "rpn":
+        yield (
+            f"seeds={config.seeds} compares precisions, which training.procedure=rpn "
+            "lacks: train each seed on its own"
+        )
     if config.training.proposals and config.training.procedure != "fast_rcnn":
         yield (
             "training.proposals needs training.procedure=fast_rcnn, but it is "

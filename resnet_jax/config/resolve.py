@@ -143,7 +143,9 @@ def _known_field(name: str, schema: type) -> Field:
     section = name.rpartition(".")[0]
     siblings = _siblings(section, schema)
     close = nearest_field(name, schema)
-    listed = f"{section} has {', '.join(siblings)}" if siblings else "see train --help"
+    listed = "see train --help"
+    if section and siblings:
+        listed = f"{section} has {', '.join(siblings)}"
     hint = f"did you mean {close}?" if close else listed
     raise UserError(f"unknown config field {name}; {hint}")
 

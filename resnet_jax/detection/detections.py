@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +13,12 @@ import numpy as np
 
 from resnet_jax.errors import UserError
 from resnet_jax.storage import is_remote, locate, open_regular, reached, writing
+
+_DAMAGED = (
+    *(ValueError, KeyError, EOFError, TypeError, OSError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What reading a file that is no whole npz raises."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,10 +148,10 @@ def load_detections(
         names = tuple(map(str, arrays["names"]))
         detections = [Detections(*part) for part in parts] if names else []
         return names, tuple(map(str, arrays["class_names"])), detections
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise UserError(
-            f"{Path(path)} is no file of detections, or damaged; write it again with "
-            "resnet-jax detect evaluate"
+            f"{Path(path)} is missing, damaged or no file of detections: delete it and "
+            "result.json beside it, and resnet-jax detect train writes both again"
         ) from error
 
 

@@ -100,6 +100,13 @@ def _of_file(source: str | os.PathLike[str]) -> Detector:
 def _of_run(workdir: str | os.PathLike[str], checkpoint: int | str) -> Detector:
     folder = Workdir(workdir, DetectionConfig)
     config, trained_on = folder.read_config(), folder.read_data()
+    is_whole = config is not None and config.seeds == 1
+    if is_whole and config.training.procedure == "four_steps":
+        return _of_run(folder.path / LAST_STEP, checkpoint)
+    if checkpoint == "best":
+        raise UserError(
+            "a detector's run keeps no best checkpoint: give last or a step"
+        )
     if config is None:
         raise UserError(
             f"workdir {folder.path} holds no run (no config.json); train one with "
@@ -142,6 +149,9 @@ FREE_FIELDS: tuple[str, ...] = (
 """The config fields, or beginnings of fields, that a test may change."""
 _FREE = [f"{name}*" if name[-1] in "._" else name for name in FREE_FIELDS]
 
+LAST_STEP = "shared_fast_rcnn"
+"""The folder of the detector that training in four steps ends with."""
+
 Given = Detector | str | os.PathLike[str]
 """A detector, or the workdir of its run."""
 
@@ -175,6 +185,12 @@ def open_members(
         each if isinstance(each, Detector) else load_detector(each, checkpoint)
         for each in given
     ]
+    for each in loaded:
+        if each.config.training.procedure == "rpn":
+            raise UserError(
+                "a run with training.procedure=rpn only proposes regions, and its head "
+                "is random: give the run of a whole detector"
+            )
     if not loaded:
         raise UserError("give at least one detector")
     if len(loaded) == 1 and not overrides:

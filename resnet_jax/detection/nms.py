@@ -53,7 +53,7 @@ def nms_by_class(
     order = jnp.lexsort((-scores, ~valid))
     block = min(_BLOCK, order.size)
     # The last block is filled with places past the end, which count as invalid.
-    places = jnp.arange(-(-order.size // block) * block)
+    places = jnp.arange(-(-order.size // block) * block, dtype=jnp.int32)
     order = order.at[places].get(mode="fill", fill_value=0)
     boxes, classes, valid = (jnp.asarray(x)[order] for x in (boxes, classes, valid))
     valid = valid & (places < scores.size)
@@ -65,13 +65,14 @@ def nms_by_class(
 
     def decide(state):
         start, kept, count = state
-        here = start + jnp.arange(block)
+        here = start + jnp.arange(block, dtype=jnp.int32)
         known = (jnp.arange(size) < count)[:, None]
         free = valid[here] & ~jnp.any(overlap(kept, here) & known, 0)
         keep = _greedy(free, overlap(here, here))
-        slots = jnp.where(keep, count + jnp.cumsum(keep) - 1, size)
+        places = count + jnp.cumsum(keep, dtype=jnp.int32) - 1
+        slots = jnp.where(keep, places, size)
         kept = kept.at[slots].set(here, mode="drop")
-        return start + block, kept, jnp.minimum(count + keep.sum(), size)
+        return start + block, kept, jnp.minimum(count + keep.sum(dtype=jnp.int32), size)
 
     def undecided(state):
         start, _, count = state

@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import rich.console
 from resnet_jax.analysis.predictions import image_files, json_lines
 from resnet_jax.console import make_console, say
 from resnet_jax.data.images import to_pillow
-from resnet_jax.data.pictures import Picture, name_of, read_picture
+from resnet_jax.data.pictures import is_picture, name_of, read_picture
 from resnet_jax.detection.annotations import Annotation
 from resnet_jax.detection.detections import Detections
 from resnet_jax.detection.detector import Given, finder, open_members
@@ -56,7 +56,7 @@ class PictureSource:
 
 def detect_pictures(
     detector: Given | Sequence[Given],
-    pictures: Iterable[Picture],
+    pictures: Any,
     on_fault: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, np.ndarray, Detections]]:
     """Yields the number, pixels and detections of each picture as they are found.
@@ -66,7 +66,7 @@ def detect_pictures(
 
     Args:
       detector: a ``Detector``, or the workdir of a run; or several, an ensemble.
-      pictures: paths, Pillow images, or uint8 arrays (h, w) or (h, w, c).
+      pictures: paths, Pillow images, or uint8 arrays (h, w) or (h, w, c); or one.
       on_fault: gets a sentence for each broken picture, which is then left out.
 
     Raises:
@@ -74,7 +74,7 @@ def detect_pictures(
     """
     members = open_members(detector)
     find, class_names = finder(members), members[0].class_names
-    numbered = enumerate(pictures)
+    numbered = enumerate([pictures] if is_picture(pictures) else pictures)
     while part := list(itertools.islice(numbered, _AT_ONCE)):
         decoded = []
         for number, picture in part:

@@ -74,13 +74,19 @@ def prepare_detection(
     }.items():
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
-    parts = list(dict.fromkeys(part for split in splits for part in split.split("+")))
+    parts = [part.strip() for split in splits for part in split.split("+")]
+    parts = list(dict.fromkeys(parts))
     if not parts:
         raise UserError("no split is named; give such as trainval,test")
     given = os.fspath(source)
     folder = output_folder(given, output)
     opened: dict[str, Source] = {}
     for part in parts:
+        if stored_name(part) in opened:
+            raise UserError(
+                f"the splits {', '.join(parts)} include two that would both be stored "
+                f"as {stored_name(part)}: rename one"
+            )
         opened[stored_name(part)] = open_source(
             given, part, format, class_names, data_dir
         )

@@ -7,6 +7,7 @@ continues where it stopped.
 import contextlib
 import dataclasses
 import os
+import statistics
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -15,6 +16,7 @@ import rich.console
 
 from resnet_jax.config import DetectionConfig
 from resnet_jax.console import say
+from resnet_jax.detection.detector import LAST_STEP
 from resnet_jax.detection.result import headline
 from resnet_jax.environment import command_line, environment
 from resnet_jax.evaluation.figures import Spread
@@ -51,7 +53,7 @@ def train_seeds(
 def _over_seeds(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     first = next(iter(runs.values()))
     kept = (
-        *("step", "epoch", "model", "parameters", "data", "protocol", "train_loss"),
+        *("step", "epoch", "model", "parameters", "data", "protocol"),
         *("global_batch_size", "images", "objects"),
     )
     voc: dict[str, Any] = {}
@@ -66,6 +68,7 @@ def _over_seeds(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         **{name: first[name] for name in kept},
         "voc": voc,
+        "train_loss": statistics.mean(run["train_loss"] for run in runs.values()),
         "summary": summary,
         "checkpoint": "last",
         "runs": runs,
@@ -93,7 +96,7 @@ def train_four_steps(
     Each step is a run of the config's length in a folder of the workdir. The last one
     is the detector; the workdir's result.json is its.
     """
-    names = ("rpn", "fast_rcnn", "shared_rpn", "shared_fast_rcnn")
+    names = ("rpn", "fast_rcnn", "shared_rpn", LAST_STEP)
     with _folder_of_runs(config, workdir, console) as folder:
         paths = {name: os.fspath(folder.path / name) for name in names}
         for number, (name, member) in enumerate(_four_steps(config, paths), start=1):
@@ -124,7 +127,7 @@ def _four_steps(
     of_shared: dict[str, Any] = {"frozen": shared, "frozen_statistics": True}
     yield "shared_rpn", step("rpn", weights=paths["fast_rcnn"], **of_shared)
     yield (
-        "shared_fast_rcnn",
+        LAST_STEP,
         step("fast_rcnn", weights=paths["shared_rpn"], **of_shared),
     )
 

@@ -17,6 +17,7 @@ from resnet_jax.detection.drawing import draw_boxes
 from resnet_jax.detection.result import headline, percent
 from resnet_jax.detection.sources import DetectionData
 from resnet_jax.detection.voc_ap import voc_average_precision
+from resnet_jax.errors import UserError
 from resnet_jax.workdir import Workdir
 
 DETECTIONS = "detections.npz"
@@ -150,11 +151,15 @@ def _pictures(source: Source, detections: Sequence[Detections]) -> list[str]:
         return []
     drawn, captions = [], []
     for index in chosen:
+        try:
+            pixels = decode(source, index)
+        except UserError:  # a broken image, which the run has named
+            continue
         found = detections[index].above(_LEAST_SCORE)
         annotation = source.annotation(index)
         drawn.append(
             draw_boxes(
-                decode(source, index),
+                pixels,
                 source.class_names,
                 found,
                 annotation,

@@ -119,9 +119,12 @@ def _checksum(
     names: Sequence[str], class_names: Sequence[str], annotations: Sequence[Annotation]
 ) -> str:
     """A checksum of what was to be found: equal for equal objects of equal images."""
-    digest = hashlib.sha256("\n".join(["", *class_names]).encode())
+    digest = hashlib.sha256(
+        "\n".join(["", *class_names]).encode("utf-8", "surrogateescape")
+    )
     for name, each in zip(names, annotations, strict=True):
-        digest.update(f"\n\n{name} {len(each.boxes)}\n".encode())
+        header = f"\n\n{name} {len(each.boxes)}\n"
+        digest.update(header.encode("utf-8", "surrogateescape"))
         for field in (each.boxes, each.classes, each.difficult, each.crowd, each.areas):
             digest.update(np.ascontiguousarray(field).tobytes())
     return digest.hexdigest()[:16]

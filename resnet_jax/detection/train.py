@@ -23,12 +23,15 @@ from resnet_jax.config.schema import changed_fields
 from resnet_jax.console import describe_seconds, make_console, print_facts, say
 from resnet_jax.detection.batches import steps_per_epoch, training_batches
 from resnet_jax.detection.detections import (
+    Detections,
     load_detections,
     save_detections,
 )
 from resnet_jax.detection.detector import (
     detect_all,
     detection_program,
+    finder,
+    load_detector,
 )
 from resnet_jax.detection.evaluate import figures_of
 from resnet_jax.detection.pretrained import initial_state, proposer_of
@@ -39,7 +42,7 @@ from resnet_jax.detection.sources import DetectionData, open_detection_data
 from resnet_jax.detection.state import DetectionLearner, make_detection_learner
 from resnet_jax.detection.step import make_detection_step
 from resnet_jax.environment import command_line, environment
-from resnet_jax.errors import Preempted
+from resnet_jax.errors import Preempted, UserError
 from resnet_jax.training.progress import Progress
 from resnet_jax.training.state import TrainState
 from resnet_jax.training.stopping import StopSignal
@@ -152,8 +155,7 @@ def _train_one(
         # 5. Report. Every figure follows from the rows in the last checkpoint.
         result = _facts(learner, data, rows)
         if config.training.procedure != "rpn":
-            distributed.wait_for_all("detections")
-            *_, detections = load_detections(folder.path / DETECTIONS)
+            detections = _last_detections(folder, config, data)
             result = figures_of(data, detections, config) | result
         folder.write_result(result)
         if distributed.is_primary():
@@ -223,9 +225,7 @@ class _DetectionRun(Run):
             interrupted=self.stop.asked,
         )
         if distributed.is_primary():
-            names = [source.name(index) for index in range(len(source))]
-            file = self.folder.path / DETECTIONS
-            save_detections(file, names, self.data.class_names, detections)
+            _save_detections(self.folder, self.data, detections)
         return row_of(figures_of(self.data, detections, config))
 
 
@@ -246,6 +246,29 @@ def _learner_for(config: DetectionConfig, data: DetectionData) -> DetectionLearn
         steps_per_epoch=steps_per_epoch(data.train, config.data, batch),
         num_classes=len(data.class_names),
     )
+
+
+def _last_detections(
+    folder: Workdir, config: DetectionConfig, data: DetectionData
+) -> list[Detections]:
+    """What the last evaluation found; found again if its file is lost or damaged."""
+    distributed.wait_for_all("detections")
+    try:
+        *_, detections = load_detections(folder.path / DETECTIONS)
+    except UserError:
+        find = finder([load_detector(folder.path)])
+        size = config.evaluation.batch_size or config.training.global_batch_size
+        detections = find(source=data.test, batch_size=size)
+        if distributed.is_primary():
+            _save_detections(folder, data, detections)
+    return detections
+
+
+def _save_detections(
+    folder: Workdir, data: DetectionData, detections: list[Detections]
+) -> None:
+    names = [data.test.name(index) for index in range(len(data.test))]
+    save_detections(folder.path / DETECTIONS, names, data.class_names, detections)
 
 
 def _facts(

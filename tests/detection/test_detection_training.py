@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from resnet_jax import create_model, parallel, save_weights
 from resnet_jax.checkpoints import Checkpoints
+from resnet_jax.detection.detections import load_detections
 from resnet_jax.detection.detector import detection_program, load_detector
 from resnet_jax.detection.evaluate import evaluate_detector
 from resnet_jax.detection.losses import DetectionSums
@@ -218,6 +220,36 @@ def test_other_data_and_other_fields_are_refused(undisturbed, tmp_path):
     assert (workdir / "result.json").exists()
 
 
+@pytest.mark.parametrize("damage", [b"", b"PK\3\4 and nothing else", None])
+def test_lost_detections_are_found_again(undisturbed, tmp_path, damage):
+    config, workdir, result = undisturbed
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    (copy / "result.json").unlink()
+    (copy / "detections.npz").unlink()
+    if damage is not None:
+        (copy / "detections.npz").write_bytes(damage)
+    with pytest.raises(UserError, match="missing, damaged or no file of detections"):
+        load_detections(copy / "detections.npz")
+    assert train_detector(config, copy, make_console())["voc"] == result["voc"]
+    assert load_detections(copy / "detections.npz")[0] == tuple(
+        f"image{index}" for index in range(4)
+    )
+
+
+def test_a_broken_test_image_is_left_out_of_the_report(tmp_path):
+    root = write_four_images(tmp_path / "data")
+    (root / "JPEGImages" / "broken.png").write_bytes(b"no image")
+    xml = (root / "Annotations" / "image0.xml").read_text()
+    (root / "Annotations" / "broken.xml").write_text(xml)
+    (root / "ImageSets" / "Main" / "test.txt").write_text("image0\nbroken")
+    changes = {"data.on_error": "skip", "training.steps": 1}
+    console = make_console()
+    result = train_detector(tiny_config(root, **changes), tmp_path / "run", console)
+    assert (result["images"], result["objects"]) == (2, 4)
+    assert "skipped: image broken" in console.file.getvalue()
+    assert "image0: 2 objects" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_the_run_is_tested_again(undisturbed, tmp_path):
     _, workdir, result = undisturbed
     console = make_console()
@@ -231,7 +263,7 @@ def test_the_run_is_tested_again(undisturbed, tmp_path):
     assert detector.class_names == ("tall", "wide")
     picture = np.zeros((*SIZE, 3), np.uint8)
     for _ in range(2):
-        ((number, pixels, found),) = detect_pictures(detector, [picture])
+        ((number, pixels, found),) = detect_pictures(detector, picture)
         assert (number, pixels.shape) == (0, picture.shape)
         assert found.boxes.shape == (len(found), 4)
     assert detector.program._cache_size() == 1
@@ -273,6 +305,11 @@ def test_the_four_steps_share_what_they_should(folder, tmp_path):
     assert same(fast, shared_rpn, "stage4")
     assert same(shared_rpn, shared, "rpn")
     assert not same(shared_rpn, shared, "stage4")
+    # The workdir stands for its last step; an RPN alone is no detector.
+    whole = load_detector(tmp_path / "runs").variables["params"]
+    assert same(jax.device_get(whole), shared, "stage4")
+    with pytest.raises(UserError, match="only proposes regions"):
+        evaluate_detector(tmp_path / "runs" / "rpn")
     # A second call finds all of it done.
     again = train_detector(config, tmp_path / "runs", make_console())
     assert again["voc"] == result["voc"]

@@ -194,6 +194,7 @@ def test_the_context_is_the_whole_image(net):
         ({"detector.roi_low": 0.6}, "detector.roi_low=0.6 is above"),
         ({"training.procedure": "fast_rcnn"}, "training.proposals"),
         ({"schedule.kind": "plateau"}, "held-out"),
+        ({"seeds": 2, "training.procedure": "rpn"}, "compares precisions"),
     ],
 )
 def test_what_does_not_fit_gets_a_sentence(options, sentence):

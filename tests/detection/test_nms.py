@@ -116,3 +116,15 @@ def test_memory_of_12000_proposals(monkeypatch):
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     program = jax.jit(lambda *a: nms(*a, 0.7, 2000)).lower(*arguments).compile()
     assert program.memory_analysis().temp_size_in_bytes < 20e6
+
+
+def test_it_is_the_same_with_64_bits():
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 60, (40, 2)).astype(np.float32)
+    boxes = np.concatenate([corners, corners + 20], axis=1)
+    scores, valid = rng.uniform(size=40).astype(np.float32), np.ones(40, bool)
+    narrow = nms(boxes, scores, valid, 0.5, 40)
+    with jax.enable_x64(True):
+        wide = nms(boxes, scores, valid, 0.5, 40)
+    for one, other in zip(narrow, wide):
+        np.testing.assert_array_equal(one, other)

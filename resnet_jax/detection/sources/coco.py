@@ -50,7 +50,7 @@ def open_coco(root: Path, split: str, class_names: Sequence[str] = ()) -> Source
         are noticed when they are read.
     """
     sources: list[FileSource] = []
-    for part in split.split("+"):
+    for part in map(str.strip, split.split("+")):
         sources.append(_read_part(root, part, tuple(class_names)))
         class_names = sources[0].class_names
         if sources[-1].category_ids != sources[0].category_ids:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ UNLABELLED = -1
 
 
 def stored_name(split: str) -> str:
-    """The name under which a split is stored: without the / of "2007/trainval"."""
-    return split.replace("/", "_")
+    """The name under which a split is stored: 2007_trainval for "2007/trainval"."""
+    return re.sub(r"[^\w.-]", "_", split)
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(AnnotationTable))
@@ -103,7 +104,10 @@ def open_prepared(
             f"{root} was prepared with the classes {', '.join(own)}: data.class_names "
             "cannot be changed later; prepare the data again"
         )
-    parts = [_open_part(root, manifest, stored_name(part)) for part in split.split("+")]
+    parts = [
+        _open_part(root, manifest, stored_name(part))
+        for part in map(str.strip, split.split("+"))
+    ]
     return parts[0] if len(parts) == 1 else Joined(parts)
 
 

@@ -54,7 +54,7 @@ def open_voc(
       UserError: a list, an annotation or a class is missing or wrong. Missing images
         are noticed when they are read.
     """
-    parts = [_read_part(root, part) for part in split.split("+")]
+    parts = [_read_part(root, part) for part in map(str.strip, split.split("+"))]
     if not class_names:
         found = {object_.name for part in parts for object_ in part.objects()}
         class_names = sorted(found)
@@ -262,7 +262,7 @@ def _object(item: ET.Element, where: str) -> _Object:
         raise _FaultError(f"{where} has no bndbox")
     x1, y1, x2, y2 = (_number(box, corner, where) for corner in _CORNERS)
     difficult = 0.0
-    if item.find("difficult") is not None:
+    if (item.findtext("difficult") or "").strip():
         difficult = _number(item, "difficult", where)
         if difficult not in (0, 1):
             raise _FaultError(f"difficult of {where} is {difficult:g}, not 0 or 1")
