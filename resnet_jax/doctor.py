@@ -40,6 +40,7 @@ EXTRAS = {
     "torch": "torch",
     "wandb": "wandb",
     "mlflow": "mlflow-skinny",
+    "detection": "faster-coco-eval",
 }
 """The extras, and the package that shows that one is installed."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")

@@ -132,13 +132,13 @@ class ResNet(FeatureNet):
       dropout_rate: dropout between the convolutions of a block.
       stochastic_depth_rate: the probability with which training drops the last block;
         it grows linearly from the first.
+      scan, remat: see Stage.
+      conv_algorithm: see ``models.conv.convolve``.
+      dtype: dtype of convolutions and maps; bfloat16 on accelerators.
       stages: (first, end) computes only a part of the net, such as (0, 3): the stem and
         stages 1 to 3. A part that starts later takes the map before it, and one that
         ends earlier returns its last map. Variables keep the whole net's names. None is
         the whole net.
-      scan, remat: see Stage.
-      conv_algorithm: see ``models.conv.convolve``.
-      dtype: dtype of convolutions and maps; bfloat16 on accelerators.
     """
 
     stage_sizes: Sequence[int]
@@ -150,7 +150,6 @@ class ResNet(FeatureNet):
     stem_width: int | None = None
     num_classes: int | None = 1000
     output_stride: int | None = None
-    stages: tuple[int, int] | None = None
     norm: ModuleFactory = BatchNorm
     batch_norm_frozen: bool | Sequence[str] = False
     kernel_init: Any = he_normal
@@ -160,6 +159,7 @@ class ResNet(FeatureNet):
     remat: bool = False
     conv_algorithm: str = "auto"
     dtype: Any = jnp.float32
+    stages: tuple[int, int] | None = None
 
     @property
     def preactivation(self) -> bool:

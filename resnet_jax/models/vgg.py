@@ -66,26 +66,26 @@ class VGG(FeatureNet):
       widths: channels of each stage.
       num_classes: classes of the classifier; None leaves out all dense layers and
         averages the last map after its pooling.
-      only_stages: end with the last stage's map, for nets that go on in another way,
-        such as detectors.
       hidden_features: features of ``fc1`` and ``fc2``.
       dropout_rate: rate after ``fc1`` and ``fc2``.
       batch_norm: whether a batch normalisation follows each convolution.
       norm: its factory: ``BatchNorm``, or a partial of it with options.
       batch_norm_frozen: see ``ResNet``.
       dtype: dtype of all layers but ``head``; bfloat16 on accelerators.
+      only_stages: end with the last stage's map, for nets that go on in another way,
+        such as detectors.
     """
 
     stage_convs: Sequence[int] = (2, 2, 3, 3, 3)
     widths: Sequence[int] = (64, 128, 256, 512, 512)
     num_classes: int | None = 1000
-    only_stages: bool = False
     hidden_features: int = 4096
     dropout_rate: float = 0.5
     batch_norm: bool = False
     norm: ModuleFactory = BatchNorm
     batch_norm_frozen: bool | Sequence[str] = False
     dtype: Any = jnp.float32
+    only_stages: bool = False
 
     @property
     def batch_norm_groups(self) -> int:

@@ -14,11 +14,12 @@ from resnet_jax.checkpoints import Checkpoints
 from resnet_jax.detection.detections import load_detections
 from resnet_jax.detection.detector import detection_program, load_detector
 from resnet_jax.detection.evaluate import evaluate_detector
-from resnet_jax.detection.losses import DetectionSums
+from resnet_jax.detection.faster_rcnn import make_detector
+from resnet_jax.detection.losses import DetectionSums, anchor_places
 from resnet_jax.detection.predict import detect_pictures
 from resnet_jax.detection.pretrained import initial_state
 from resnet_jax.detection.state import make_detection_learner
-from resnet_jax.detection.step import make_detection_step, training_losses
+from resnet_jax.detection.step import _choose, make_detection_step
 from resnet_jax.detection.train import train_detector
 from resnet_jax.errors import Preempted, UserError
 from resnet_jax.training.train import Run
@@ -75,39 +76,61 @@ def test_four_images_are_learned_by_heart(folder):
     assert sums["train_objects"] > 2
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_samples_and_losses_do_not_depend_on_the_devices(folder, devices):
+def on_devices(function, count, *batches):
+    """What a function makes of batches that are cut over devices, on the host."""
+    mesh = parallel.data_mesh(count)
+    batches = parallel.place(batches, parallel.batch_sharding(mesh))
+    return jax.device_get(jax.jit(parallel.on_each_device(function, mesh))(*batches))
+
+
+def test_samples_do_not_depend_on_the_devices(folder):
+    model = make_detector(tiny_config(folder), num_classes=2)
+    per_cell = model.anchors.per_cell
+    choose = functools.partial(
+        _choose,
+        anchors=model.anchors.grid(4, 6),
+        places=anchor_places(4, 6, per_cell),
+        config=model.config,
+        num_classes=2,
+    )
+    batch = jax.tree.map(lambda x: np.concatenate([x, x]), batch_of_four())
+    targets = {name: batch[name] for name in ("sizes", "boxes", "classes")}
+    rng, count = np.random.default_rng(0), 4 * 6 * per_cell
+    keys = jax.random.key_data(jax.random.split(jax.random.key(3), 8))
+    arguments = (
+        np.asarray(keys),
+        rng.normal(size=(8, count)).astype(np.float32),
+        rng.normal(0, 0.1, (8, count, 4)).astype(np.float32),
+        np.ones((8, count), bool),
+        targets,
+    )
+
+    def chosen(keys, *others):
+        return choose(jax.random.wrap_key_data(keys), *others)
+
+    one, two, eight = (on_devices(chosen, n, *arguments) for n in (1, 2, 8))
+    for several in (two, eight):
+        jax.tree.map(np.testing.assert_array_equal, several, one)
+    anchors, regions = one
+    assert (anchors.labels == 1).any()
+    assert ((regions.labels >= 0) & (regions.labels < 2)).sum() > 8
+    # The same image with another key: other samples.
+    assert not np.array_equal(anchors.indices[0], anchors.indices[4])
+
+
+def test_losses_do_not_depend_on_the_devices(folder):
     config = tiny_config(folder)
     batch = jax.tree.map(lambda x: np.concatenate([x, x]), batch_of_four())
-
-    @functools.lru_cache
-    def losses_on(devices):
+    sums = []
+    for devices in (1, 8):
         learner = learner_of(config, devices)
-        state = fresh(learner)
-        keys = jax.random.split(jax.random.key(3), 8)
-
-        @jax.jit
-        def run(params, batch, keys):
-            return learner.model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                batch["images"] / 255.0 - 0.5,
-                {name: batch[name] for name in ("sizes", "boxes", "classes")},
-                keys,
-                each_device=functools.partial(
-                    parallel.on_each_device, mesh=learner.mesh
-                ),
-                method=training_losses,
-                mutable=["batch_stats"],
-            )[0]
-
-        return jax.device_get(run(state.params, placed(batch, learner), keys))
-
-    one, several = losses_on(1), losses_on(devices)
-    assert one.objects == several.objects > 8
-    for name in ("rpn_loss", "rpn_box_loss", "class_loss", "box_loss"):
-        np.testing.assert_allclose(
-            getattr(several, name), getattr(one, name), rtol=1e-4
-        )
+        step = make_detection_step(learner)
+        state = step(fresh(learner), None, placed(batch, learner))
+        sums.append(state.sums.summary())
+    one, eight = sums
+    assert one["train_objects"] == eight["train_objects"] > 1
+    for name in one:
+        np.testing.assert_allclose(eight[name], one[name], rtol=1e-4)
 
 
 def test_frozen_parts_and_statistics_stay_bit_for_bit(folder, tmp_path):

@@ -328,6 +328,7 @@ IMPROVED = {
 }
 
 
+@pytest.mark.slow
 def test_files_go_through_all_improvements(tmp_path):
     """The scales of each image meet, and boxes come back to its own pixels."""
     detectors = opened(write_images(tmp_path), seeds=(0, 1))
