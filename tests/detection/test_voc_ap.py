@@ -177,7 +177,7 @@ def test_files_of_detections(tmp_path):
     assert load_detections(tmp_path / "none.npz") == ((), ("a", "b"), [])
     for damage in (b"", b"PK\x03\x04", (tmp_path / "d.npz").read_bytes()[:500]):
         (tmp_path / "bad.npz").write_bytes(damage)
-        with pytest.raises(UserError, match=r"bad.npz is missing, damaged or no file of"):
+        with pytest.raises(UserError, match=r"bad.npz is missing, damaged"):
             load_detections(tmp_path / "bad.npz")
 
 
