@@ -57,7 +57,7 @@ def overrides(net: str, steps: int, options: argparse.Namespace) -> dict[str, st
 
 
 def run(net: str, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains a net for about so many seconds; returns its figures."""
+    """Trains a net for about ``seconds`` and returns its figures."""
     from resnet_jax.config import DetectionConfig, load_config
     from resnet_jax.detection.train import train_detector
 

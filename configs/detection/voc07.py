@@ -13,7 +13,7 @@ from resnet_jax.config import DetectionConfig, default_config
 
 
 def get_config(images="1"):
-    """The config of a run with so many ``images`` per step."""
+    """The config of a run; ``images`` is the number of images per step."""
     images = int(images)
     config = default_config(DetectionConfig)
     config.model.name = "resnet101"

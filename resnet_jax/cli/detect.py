@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from resnet_jax.cli.arguments import MOST_COUNT, output_file, positive, whole
-from resnet_jax.cli.overrides import CONFIG, fields_help, parse_overrides
+from resnet_jax.cli.overrides import CONFIG, chosen_config, fields_help, parse_overrides
 from resnet_jax.cli.processes import add_process_flags, connected
 from resnet_jax.config.detection import DetectionConfig
 from resnet_jax.errors import UserError
@@ -167,28 +167,12 @@ def _train(options: argparse.Namespace) -> None:
     from resnet_jax.console import loading
 
     with loading():
-        config = _config(options)  # first: the answer to a mistake should not wait
+        # First: the answer to a mistake should not wait.
+        config = chosen_config(options, DetectionConfig)
         from resnet_jax.detection.train import train_detector
 
     with connected(options, config.parallel.peer_timeout_seconds):
         train_detector(config, options.workdir)
-
-
-def _config(options: argparse.Namespace) -> Any:
-    from resnet_jax.config import load_config
-
-    overrides = parse_overrides(options.rest)
-    if options.config is not None:
-        return load_config(options.config, overrides, DetectionConfig)
-    from resnet_jax.workdir import Workdir
-
-    present = Workdir(options.workdir, DetectionConfig).read_config()
-    if present is None or overrides:
-        raise UserError(
-            "give --config NAME or FILE.py; only to continue a run, without overrides, "
-            "it is not needed"
-        )
-    return present
 
 
 def _evaluate(options: argparse.Namespace) -> None:

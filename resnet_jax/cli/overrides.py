@@ -1,9 +1,11 @@
 """``--config.FIELD=VALUE`` arguments, and their help."""
 
+import argparse
 import math
 import re
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from resnet_jax.config import (
     Config,
@@ -11,6 +13,7 @@ from resnet_jax.config import (
     describe_range,
     describe_type,
     fields,
+    load_config,
 )
 from resnet_jax.errors import UserError
 
@@ -41,6 +44,26 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
             text = waiting.pop(0)
         overrides[name] = text
     return overrides
+
+
+def chosen_config(options: argparse.Namespace, schema: Any = Config) -> Any:
+    """The config of a command that trains: the one given, or that of its workdir.
+
+    Raises:
+      UserError: neither is there, or the config is wrong.
+    """
+    overrides = parse_overrides(options.rest)
+    if options.config is not None:
+        return load_config(options.config, overrides, schema)
+    from resnet_jax.workdir import Workdir
+
+    present = Workdir(options.workdir, schema).read_config()
+    if present is None or overrides:
+        raise UserError(
+            "give --config NAME or FILE.py; only to continue a run, without overrides, "
+            "it is not needed"
+        )
+    return present
 
 
 def join_overrides(arguments: Sequence[str]) -> list[str]:

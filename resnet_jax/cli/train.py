@@ -3,9 +3,8 @@
 import argparse
 from typing import Any
 
-from resnet_jax.cli.overrides import CONFIG, fields_help, parse_overrides
+from resnet_jax.cli.overrides import CONFIG, chosen_config, fields_help
 from resnet_jax.cli.processes import add_process_flags, connected
-from resnet_jax.errors import UserError
 
 _DESCRIPTION = """Train a net as a config file says, in a workdir.
 
@@ -40,25 +39,9 @@ def _run(options: argparse.Namespace) -> None:
     from resnet_jax.console import loading
 
     with loading():
-        config = _config(options)  # first: the answer to a mistake should not wait
+        # First: the answer to a mistake should not wait.
+        config = chosen_config(options)
         from resnet_jax.training.train import train
 
     with connected(options, config.parallel.peer_timeout_seconds):
         train(config, options.workdir)
-
-
-def _config(options: argparse.Namespace) -> Any:
-    from resnet_jax.config import load_config
-
-    overrides = parse_overrides(options.rest)
-    if options.config is not None:
-        return load_config(options.config, overrides)
-    from resnet_jax.workdir import Workdir
-
-    present = Workdir(options.workdir).read_config()
-    if present is None or overrides:
-        raise UserError(
-            "give --config NAME or FILE.py; only to continue a run, without overrides, "
-            "it is not needed"
-        )
-    return present

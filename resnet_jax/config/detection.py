@@ -1,23 +1,22 @@
 """The schema of a detector's run: every field, its default and its meaning.
 
-The defaults are the paper's (section 4.3 and its appendix) or, where that is silent,
-those of py-faster-rcnn, the code that it used.
+The defaults are the paper's (section 4.3 and its appendix). Where the paper is silent,
+they come from py-faster-rcnn, the code that it used.
 """
 
 import dataclasses
 
 from resnet_jax.config.schema import (
     INTERPOLATIONS,
-    MAX_IMAGE_PIXELS,
     MOST_BATCH,
     MOST_EPOCHS,
     MOST_PIXELS,
     MOST_STEPS,
-    ON_ERROR,
     CheckpointConfig,
     OptimizerConfig,
     ParallelConfig,
     ProfileConfig,
+    ReadingConfig,
     ScheduleConfig,
     TrackingConfig,
 )
@@ -189,7 +188,7 @@ class DetectorConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DetectionDataConfig:
+class DetectionDataConfig(ReadingConfig):
     """The data set and its preparation."""
 
     path: str | None = option(
@@ -211,7 +210,7 @@ class DetectionDataConfig:
     )
     test_split: str = option("test", "split for the reported precision")
     class_names: tuple[str, ...] = option(
-        (), "the classes, in the order of their numbers; (): those of the data"
+        (), "names of the classes, in the order of their numbers; (): as in the data"
     )
     difficult: str = option(
         "skip",
@@ -233,26 +232,6 @@ class DetectionDataConfig:
         at_least=1,
         operational=True,
         at_most=1024,
-    )
-    prefetch_batches: int = option(
-        4,
-        "batches prepared ahead of the step",
-        at_least=1,
-        operational=True,
-        at_most=1000,
-    )
-    on_error: str = option(
-        "stop",
-        "at a broken image: stop the run, or skip it: use another and report it",
-        choices=ON_ERROR,
-        operational=True,
-    )
-    max_image_pixels: int = option(
-        MAX_IMAGE_PIXELS,
-        "an image whose header states more pixels is broken; bounds the memory",
-        at_least=1,
-        at_most=2**40,
-        operational=True,
     )
 
     partial_batch = "span"

@@ -63,7 +63,33 @@ class ModelConfig(ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class ReadingConfig:
+    """How images are read, for classifiers and detectors."""
+
+    prefetch_batches: int = option(
+        4,
+        "batches prepared ahead of the step",
+        at_least=1,
+        operational=True,
+        at_most=1000,
+    )
+    on_error: str = option(
+        "stop",
+        "at a broken image: stop the run, or skip it: use another and report it",
+        choices=ON_ERROR,
+        operational=True,
+    )
+    max_image_pixels: int = option(
+        MAX_IMAGE_PIXELS,
+        "an image whose header states more pixels is broken; bounds the memory",
+        at_least=1,
+        at_most=2**40,
+        operational=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(ReadingConfig):
     """The data set and its preparation."""
 
     name: str = option(
@@ -159,26 +185,6 @@ class DataConfig:
         at_least=0,
         operational=True,
         at_most=256,
-    )
-    prefetch_batches: int = option(
-        4,
-        "batches prepared ahead of the step",
-        at_least=1,
-        operational=True,
-        at_most=1000,
-    )
-    on_error: str = option(
-        "stop",
-        "at a broken image: stop the run, or skip it: use another and report it",
-        choices=ON_ERROR,
-        operational=True,
-    )
-    max_image_pixels: int = option(
-        MAX_IMAGE_PIXELS,
-        "an image whose header states more pixels is broken; bounds the memory",
-        at_least=1,
-        at_most=2**40,
-        operational=True,
     )
 
     @property

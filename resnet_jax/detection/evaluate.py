@@ -12,6 +12,7 @@ from resnet_jax.config import DetectionConfig
 from resnet_jax.console import make_console, say
 from resnet_jax.detection.detections import Detections
 from resnet_jax.detection.detector import (
+    Detector,
     Given,
     finder,
     open_members,
@@ -61,16 +62,8 @@ def evaluate_detector(
     """
     console = console or make_console()
     members = open_members(detector, checkpoint, overrides)
-    config, class_names = members[0].config, members[0].class_names
-    data = open_detection_data(config.data)
-    if members[0].trained_on is None:  # a file, which knows only their number
-        class_names = data.class_names[: len(class_names)]
-    if data.class_names != class_names:
-        raise UserError(
-            f"the detector finds {', '.join(class_names)}, but the data have "
-            f"{', '.join(data.class_names)}; give data of its classes, or set "
-            "data.class_names to their order in its run"
-        )
+    config = members[0].config
+    data = _open_data(members[0])
     skipped: list[str] = []
     detections = finder(members)(
         source=data.test,
@@ -109,6 +102,20 @@ def evaluate_detector(
             temporary.write_text(page, "utf-8")
         say(console, f"page: {html_path}")
     return result
+
+
+def _open_data(detector: Detector) -> DetectionData:
+    """The data of a detector's config, which must have its classes."""
+    data, class_names = open_detection_data(detector.config.data), detector.class_names
+    if detector.trained_on is None:  # a file, which knows only their number
+        class_names = data.class_names[: len(class_names)]
+    if data.class_names != class_names:
+        raise UserError(
+            f"the detector finds {', '.join(class_names)}, but the data have "
+            f"{', '.join(data.class_names)}; give data of its classes, or set "
+            "data.class_names to their order in its run"
+        )
+    return data
 
 
 def figures_of(

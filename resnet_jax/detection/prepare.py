@@ -52,7 +52,7 @@ def prepare_detection(
       splits: such as "trainval", "2007/trainval" or "train2017". The first one defines
         the classes.
       format: "voc" or "coco"; None means by what the folder holds.
-      class_names: the classes in their order; () means those of the data.
+      class_names: the classes in their order; () takes them from the data.
       data_dir: where tfds data sets are prepared.
       num_shards: of each split; None means one for each 512 MiB.
       threads: shards to write at once; None means one per processor.

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 
 from resnet_jax.analysis import pages
-from resnet_jax.config import flatten
-from resnet_jax.config.schema import changed_fields
 from resnet_jax.console import describe_seconds
 from resnet_jax.detection.annotations import Source, decode, missing
 from resnet_jax.detection.coco_figures import FIGURES
@@ -18,6 +16,7 @@ from resnet_jax.detection.result import headline, percent
 from resnet_jax.detection.sources import DetectionData
 from resnet_jax.detection.voc_ap import voc_average_precision
 from resnet_jax.errors import UserError
+from resnet_jax.training.report import config_parts
 from resnet_jax.workdir import Workdir
 
 DETECTIONS = "detections.npz"
@@ -71,7 +70,7 @@ def write_detection_report(
         pages.heading("Training"),
         pages.svg(detector_curves(rows)),
         pages.facts(run),
-        *_config(folder),
+        *config_parts(folder),
         pages.heading("Where it ran"),
         pages.facts(result["environment"]),
     )
@@ -178,18 +177,4 @@ def _pictures(source: Source, detections: Sequence[Detections]) -> list[str]:
         pages.heading("Pictures"),
         pages.paragraph(about, "note"),
         pages.pictures(drawn, captions, large=True),
-    ]
-
-
-def _config(folder: Workdir) -> list[str]:
-    """The fields that differ from the default; the others are folded."""
-    config = folder.read_config()
-    if config is None:
-        return []
-    changed = changed_fields(config)
-    others = {n: value for n, value in flatten(config).items() if n not in changed}
-    return [
-        pages.heading("Config"),
-        pages.facts(changed),
-        pages.folded(f"{len(others)} fields at their defaults", pages.facts(others)),
     ]

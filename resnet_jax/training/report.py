@@ -177,15 +177,15 @@ def write_report(
         pages.facts(
             _facts(result) | {name: result[name] for name in ("finished", "command")}
         ),
-        *_config(folder),
+        *config_parts(folder),
         pages.heading("Where it ran"),
         pages.facts(result["environment"]),
     )
     folder.write(folder.report, page)
 
 
-def _config(folder: Workdir) -> list[str]:
-    """The fields that differ from the default; the others are folded."""
+def config_parts(folder: Workdir) -> list[str]:
+    """Parts of a page: the fields that differ from the default, the others folded."""
     config = folder.read_config()
     if config is None:
         return []

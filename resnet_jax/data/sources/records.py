@@ -146,8 +146,8 @@ def open_records(
         boxes instead.
 
     Raises:
-      UserError: the data set is of the other kind; or, on opening a split, a shard is a
-        device or a pipe.
+      UserError: the images have boxes where labels are expected, or labels where boxes
+        are; or, on opening a split, a shard is a device or a pipe.
     """
     if labelled and "annotations" in manifest:
         raise UserError(

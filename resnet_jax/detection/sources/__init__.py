@@ -106,7 +106,7 @@ def open_source(
       given: a folder, or ``tfds:NAME[:VERSION]``.
       split: see ``open_voc`` and the functions beside it.
       kind: "voc", "coco", "prepared" or "tfds"; None means by looking.
-      class_names: the classes in their order; () means those of the data.
+      class_names: the classes in their order; () takes them from the data.
       data_dir: where tfds data sets are prepared.
       label: what the given classes come from, for errors.
 
